@@ -1,0 +1,1 @@
+"""TFDS builders: the synthetic set, and one builder for folders on disk."""

@@ -1,0 +1,71 @@
+"""What travels through the data code: examples on disk, records, batches."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, TypedDict
+
+import numpy as np
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+class Example(NamedTuple):
+    """One line of a data set as it lies on disk; nothing is read yet.
+
+    Attributes:
+      id: unique within the data set: the picture's file name without suffix.
+      split: "train", "val" or "test".
+      image_path: the picture.
+      mask_path: its mask.
+      text: the sentence, stripped; may be empty.
+    """
+
+    id: str
+    split: Split
+    image_path: str
+    mask_path: str
+    text: str
+
+
+class Record(TypedDict):
+    """One prepared example on the host.
+
+    Attributes:
+      id: the example's id.
+      image: (S, S, C) uint8, C = 1 (grey) or 3 (RGB).
+      mask: (S, S, 1) uint8 in {0, 1}.
+      full_mask: (H, W, 1) uint8 in {0, 1}, the mask at its own size.
+      text: the sentence.
+    """
+
+    id: str
+    image: np.ndarray
+    mask: np.ndarray
+    full_mask: np.ndarray
+    text: str
+
+
+class Batch(TypedDict, total=False):
+    """B examples stacked; B is this host's share of the global batch.
+
+    Attributes:
+      image: (B, S, S, C) uint8.
+      mask: (B, S, S, 1) uint8 in {0, 1}.
+      text_ids: (B, L) int32, padded.
+      text_mask: (B, L) bool, true where a token is.
+      mirrored_text_ids, mirrored_text_mask: the mirrored sentence, likewise.
+      row: (B,) int32, the row in the global batch; random keys fold it in.
+      index: (B,) int32, the row in the split.
+      valid: (B,) bool, false where the row only fills the batch.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray
+    text_ids: np.ndarray
+    text_mask: np.ndarray
+    mirrored_text_ids: np.ndarray
+    mirrored_text_mask: np.ndarray
+    row: np.ndarray
+    index: np.ndarray
+    valid: np.ndarray

@@ -1,0 +1,1 @@
+"""What only looks: metrics, the evaluation of a split, pictures and tables."""

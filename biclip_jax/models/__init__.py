@@ -1,0 +1,1 @@
+"""Pure networks: arrays in, arrays out."""

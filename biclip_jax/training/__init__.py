@@ -1,0 +1,1 @@
+"""What changes parameters: losses, views, optimiser, steps, checkpoints."""

@@ -1,0 +1,1 @@
+"""Parameters on disk: model folders and other people's checkpoints."""
