@@ -1,0 +1,121 @@
+"""Annotations before they are Examples: gathered rows, and what may be wrong with them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path, PurePath
+from typing import NamedTuple
+
+from biclip_jax.data.schema import Split
+from biclip_jax.errors import DataError
+
+PICTURE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"))
+MAX_LISTED = 20
+
+
+class Folder(NamedTuple):
+    """A folder and its pictures: file name, and the name without suffix, -> file name."""
+
+    path: Path
+    names: dict[str, str]
+
+
+class Row(NamedTuple):
+    """One annotation, its files not yet looked for; `where` names its line."""
+
+    split: Split
+    image: Path
+    mask: Path
+    text: str
+    where: str
+
+
+class Found(NamedTuple):
+    """What a reader gathers; every picture lying in `picture_dirs` must have a row."""
+
+    rows: list[Row]
+    problems: list[str]
+    picture_dirs: list[Folder]
+
+
+def problems_of(found: Found) -> list[str]:
+    """Returns all that does not hold together, one message each, the reader's own first."""
+    return (
+        found.problems
+        + _missing_files(found.rows)
+        + _shared_ids(found.rows)
+        + _unnamed_pictures(found.rows, found.picture_dirs)
+    )
+
+
+def collected(source: str, problems: list[str]) -> DataError:
+    """Makes one error of many problems, listing the first `MAX_LISTED`."""
+    shown = [f"  {problem}" for problem in problems[:MAX_LISTED]]
+    if len(problems) > MAX_LISTED:
+        shown.append(f"  ... and {len(problems) - MAX_LISTED} more")
+    head = f"{source}: found {len(problems)} problem(s), expected none; mend each:"
+    return DataError("\n".join([head, *shown]))
+
+
+def list_pictures(path: Path) -> Folder:
+    """Lists a folder's pictures, none where it is missing."""
+    files = sorted(os.listdir(path)) if path.is_dir() else []
+    pictures = [name for name in files if PurePath(name).suffix.lower() in PICTURE_SUFFIXES]
+    return Folder(path, {PurePath(n).stem: n for n in pictures} | {n: n for n in pictures})
+
+
+def pick(folder: Folder, *names: str) -> Path:
+    """The first of `names` that the folder holds, with its own suffix or another; else names[0]."""
+    for name in names:
+        is_picture = PurePath(name).suffix.lower() in PICTURE_SUFFIXES
+        stem = PurePath(name).stem if is_picture else name
+        if file := folder.names.get(name) or folder.names.get(stem):
+            return folder.path / file
+    return folder.path / names[0]
+
+
+def join(parts: Iterable[Found]) -> Found:
+    """Concatenates what several readers found."""
+    return Found(*(list(itertools.chain(*lists)) for lists in zip(*parts, strict=True)))
+
+
+def _missing_files(rows: list[Row]) -> list[str]:
+    """Problems of rows whose picture or mask is not there, with one listing per folder."""
+    present = {}
+    problems = []
+    for row in rows:
+        for kind, path in (("picture", row.image), ("mask", row.mask)):
+            if path.parent not in present:
+                is_dir = path.parent.is_dir()
+                present[path.parent] = set(os.listdir(path.parent)) if is_dir else set()
+            if path.name not in present[path.parent]:
+                problems.append(
+                    f"{path}: {kind} not found, named by {row.where}; add it or delete the row."
+                )
+    return problems
+
+
+def _shared_ids(rows: list[Row]) -> list[str]:
+    by_id = defaultdict(list)
+    for row in rows:
+        by_id[row.image.stem].append(row)
+    return [
+        f"{again.image}: found id {name!r} a second time in {again.where} ({again.split}), first "
+        f"in {first.where} ({first.split}); expected each once; rename or delete one."
+        for name, (first, *others) in by_id.items()
+        for again in others
+    ]
+
+
+def _unnamed_pictures(rows: list[Row], folders: list[Folder]) -> list[str]:
+    named = {row.image for row in rows}
+    pictures = [folder.path / name for folder in folders for name in set(folder.names.values())]
+    return [
+        f"{path}: picture without a sentence; expected a row that names it; add one or "
+        "take the picture out."
+        for path in sorted(pictures)
+        if path not in named
+    ]

@@ -1,0 +1,95 @@
+"""Prepared sets: checked by their checksums, opened by path alone.
+
+TFDS is imported where it is used, so that importing `biclip_jax.data` stays light.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from biclip_jax.data.schema import Record, Split
+from biclip_jax.errors import DataError
+
+CHECKSUMS = "checksums.json"
+
+
+def write_checksums(path: Path) -> None:
+    """Writes the SHA-256 of every file of a finished folder into `checksums.json` beside them."""
+    checksums = {file.name: _sha256(file) for file in sorted(path.iterdir())}
+    (path / CHECKSUMS).write_text(json.dumps(checksums, indent=2))
+
+
+def verify(path: str | os.PathLike[str]) -> None:
+    """Compares every file of a prepared folder with its checksum.
+
+    Raises:
+      DataError: naming the damaged or missing file.
+    """
+    path = Path(path)
+    mend = f"delete the folder {path} and prepare the data set again."
+    try:
+        expected = json.loads((path / CHECKSUMS).read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path / CHECKSUMS}: cannot be read ({error}); expected checksums; {mend}"
+        ) from error
+    for name, checksum in expected.items():
+        file = path / name
+        found = _sha256(file) if file.is_file() else "no file"
+        if found != checksum:
+            raise DataError(f"{file}: found {found}; expected SHA-256 {checksum}; {mend}")
+
+
+class PreparedSplit(Sequence[Record]):
+    """The records of one split, read from disk one by one; can be pickled."""
+
+    def __init__(self, source: Any):
+        """Wraps a TFDS data source whose pictures are left as PNG bytes."""
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Record:
+        from biclip_jax.data.builders import records
+
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} of a split of {len(self)}")
+        return records.decode(self._source[index % len(self)])
+
+
+def open_split(path: str | os.PathLike[str], split: Split) -> PreparedSplit:
+    """Opens a split of a folder that `prepare` returned; the source is not needed.
+
+    Args:
+      path: the prepared folder.
+      split: "train", "val" or "test".
+
+    Returns:
+      A sequence of Records, see `schema.Record`, in the order of the source.
+
+    Raises:
+      DataError: the folder is not a prepared set, or lacks the split.
+    """
+    import tensorflow_datasets as tfds
+
+    from biclip_jax.data.builders import records
+
+    if not (Path(path) / CHECKSUMS).is_file():
+        raise DataError(f"{path}: found no prepared data set; expected {CHECKSUMS}; prepare it.")
+    builder = tfds.builder_from_directory(path)
+    if split not in builder.info.splits:
+        present = ", ".join(builder.info.splits)
+        raise DataError(f"{path}: found the splits {present}; expected {split!r}; choose another.")
+    decoders = {name: tfds.decode.SkipDecoding() for name in records.PICTURES}
+    return PreparedSplit(builder.as_data_source(split=split, decoders=decoders))
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

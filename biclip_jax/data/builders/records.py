@@ -1,0 +1,43 @@
+"""A Record in a TFDS set: its features, and how it is encoded and decoded.
+
+Pictures and masks are lossless PNG; encoding and decoding are pillow's, because TFDS encodes
+arrays with TensorFlow only.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from biclip_jax.data.image_io import decode_png, encode_png
+from biclip_jax.data.schema import Record
+
+PICTURES = ("image", "mask", "full_mask")
+
+
+def features(image_size: int, channels: int) -> tfds.features.FeaturesDict:
+    """Returns the features of a set of (S, S, C) pictures, see `schema.Record`."""
+    size = image_size
+    return tfds.features.FeaturesDict(
+        {
+            "id": tfds.features.Text(),
+            "image": tfds.features.Image(shape=(size, size, channels), encoding_format="png"),
+            "mask": tfds.features.Image(shape=(size, size, 1), encoding_format="png"),
+            "full_mask": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
+            "text": tfds.features.Text(),
+        }
+    )
+
+
+def encode(record: Record) -> dict[str, Any]:
+    """Returns the example that a TFDS generator yields for a record."""
+    return record | {name: io.BytesIO(encode_png(record[name])) for name in PICTURES}
+
+
+def decode(example: dict[str, Any]) -> Record:
+    """Returns the record of an example read with its pictures left as PNG bytes."""
+    pictures: dict[str, np.ndarray] = {name: decode_png(example[name]) for name in PICTURES}
+    return Record(id=example["id"].decode(), text=example["text"].decode(), **pictures)

@@ -1,0 +1,229 @@
+"""Pictures and masks from disk to arrays and back, distrusting every file."""
+
+from __future__ import annotations
+
+import io
+import os
+import secrets
+import struct
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from biclip_jax.errors import BadImageError
+
+MAX_PIXELS = 64 * 2**20
+
+# Naming the formats keeps pillow's other decoders (EPS, PSD, FITS, ...) away from foreign files.
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
+LOSSY_FORMATS = ("JPEG", "MPO", "WEBP")
+LOSSY_NOISE = 16
+
+_DECODER_ERRORS = (
+    OSError,
+    Image.DecompressionBombError,
+    Warning,
+    ValueError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
+    SyntaxError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+)
+
+
+def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+    """Reads a picture as 8-bit grey or RGB, upright as its EXIF orientation says.
+
+    16-bit grey is divided by 257; palette, CMYK and other colour spaces become RGB; an alpha
+    channel is dropped, not blended. A grey picture stored as RGB stays RGB.
+
+    Args:
+      path: a PNG, JPEG, BMP, TIFF or WebP file holding one picture.
+
+    Returns:
+      (H, W, C) uint8, C = 1 (grey) or 3 (RGB).
+
+    Raises:
+      BadImageError: the file is missing, damaged, too large, or of another kind.
+    """
+    pixels, _ = _decode(path)
+    if pixels.dtype == np.uint16:
+        pixels = _to_8_bit(pixels)
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
+    """Reads a mask: foreground is above 127, or nonzero where the maximum is 1.
+
+    Args:
+      path: a picture file as `read_image` takes; colour is turned into grey first.
+
+    Returns:
+      (H, W, 1) uint8 in {0, 1}.
+
+    Raises:
+      BadImageError: as `read_image`, and where the brightest pixel of a lossless file lies in
+        2..127: class numbers or a dim palette would silently become an empty mask.
+    """
+    pixels, file_format = _decode(path)
+    if pixels.ndim == 3:
+        pixels = np.asarray(Image.fromarray(pixels).convert("L"))
+    if pixels.max() == 1:
+        return (pixels > 0).astype(np.uint8)[..., None]
+    if pixels.dtype == np.uint16:
+        pixels = _to_8_bit(pixels)
+    noise = LOSSY_NOISE if file_format in LOSSY_FORMATS else 0
+    if noise < pixels.max() <= 127:
+        raise _bad(
+            path,
+            f"a mask whose brightest pixel is {pixels.max()}",
+            "0 and 1, or 0 and 255",
+            "write foreground as 255",
+        )
+    return (pixels > 127).astype(np.uint8)[..., None]
+
+
+def resize_image(image: np.ndarray, size: int) -> np.ndarray:
+    """Resizes (H, W, C) uint8 to (size, size, C) uint8, bilinear and antialiased.
+
+    The aspect ratio is not kept; a picture of that size already is returned as it is.
+    """
+    if image.shape[:2] == (size, size):
+        return image
+    picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+    resized = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
+    return resized.reshape(size, size, image.shape[2])
+
+
+def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
+    """Resizes (H, W, 1) {0, 1} to (size, size, 1) uint8 {0, 1}: foreground covers >= half."""
+    if mask.shape[:2] == (size, size):
+        return mask
+    cover = Image.fromarray(mask[..., 0].astype(np.float32))
+    cover = np.asarray(cover.resize((size, size), Image.Resampling.BOX))
+    # The tolerance keeps an exact half foreground whatever its sum rounds to.
+    return (cover >= 0.5 - 1e-6).astype(np.uint8)[..., None]
+
+
+def encode_png(array: np.ndarray) -> bytes:
+    """Encodes (H, W), (H, W, 1) or (H, W, 3) uint8, or (H, W) uint16, as PNG bytes."""
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    grey = array.ndim == 2 and array.dtype in (np.uint8, np.uint16)
+    colour = array.ndim == 3 and array.shape[2] == 3 and array.dtype == np.uint8
+    if not (grey or colour):
+        raise ValueError(
+            f"array: found {array.shape} {array.dtype}, "
+            "expected (H, W) uint8 or uint16, or (H, W, 3) uint8"
+        )
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(array)).save(buffer, "PNG", compress_level=6)
+    return buffer.getvalue()
+
+
+def decode_png(data: bytes) -> np.ndarray:
+    """Decodes 8-bit bytes of `encode_png` to (H, W, C) uint8, C = 1 or 3."""
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
+        array = np.array(picture)
+    return array if array.ndim == 3 else array[..., None]
+
+
+def write_png(path: str | os.PathLike[str], array: np.ndarray) -> None:
+    """Writes an array that `encode_png` takes; readers see the old file or the whole new one."""
+    path = Path(path)
+    data = encode_png(array)
+    # In the same folder, because a rename is atomic within one file system only.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _decode(path: str | os.PathLike[str]) -> tuple[np.ndarray, str]:
+    """Returns ((H, W) uint8 or uint16, or (H, W, 3) uint8; the name of the file's format)."""
+    try:
+        with Image.open(path, formats=FORMATS) as picture:
+            _check_header(path, picture)
+            file_format = picture.format
+            picture.load()
+            pixels = _to_array(path, ImageOps.exif_transpose(picture))
+    except FileNotFoundError as error:
+        raise _bad(path, "no such file", "a picture", "check the name") from error
+    except _DECODER_ERRORS as error:
+        raise _bad(
+            path,
+            f"a file that cannot be decoded ({type(error).__name__}: {error})",
+            "a whole PNG, JPEG, BMP, TIFF or WebP picture",
+            "export or copy the file again",
+        ) from error
+    return pixels, file_format
+
+
+def _check_header(path: str | os.PathLike[str], picture: Image.Image) -> None:
+    """Raises BadImageError for a size or page count that must not be decoded."""
+    width, height = picture.size
+    if not 0 < width * height <= MAX_PIXELS:
+        raise _bad(
+            path,
+            f"a header of {width} x {height} pixels",
+            f"1 to {MAX_PIXELS} pixels",
+            "scale the picture down",
+        )
+    # A camera's multi-picture JPEG (MPO) carries previews after its one picture.
+    frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
+    if frames != 1:
+        raise _bad(path, f"{frames} pages or frames", "one picture", "export each as a file")
+
+
+def _to_array(path: str | os.PathLike[str], picture: Image.Image) -> np.ndarray:
+    """Turns a decoded pillow picture of any mode into (H, W) or (H, W, 3) pixels."""
+    mode = picture.mode
+    if mode in ("1", "L", "LA", "La"):
+        return np.array(picture.convert("L") if mode != "LA" else picture.getchannel("L"))
+    if mode.startswith("I"):
+        return _to_16_bit(path, np.array(picture))
+    if mode == "F":
+        raise _bad(path, "floating-point pixels", "8 or 16 bits", "save it as 8-bit PNG")
+    return np.array(picture.convert("RGB"))
+
+
+def _to_16_bit(path: str | os.PathLike[str], pixels: np.ndarray) -> np.ndarray:
+    """Narrows pillow's 16- or 32-bit integers (H, W) to uint16, refusing what does not fit."""
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise _bad(
+            path,
+            f"grey levels {pixels.min()}..{pixels.max()}",
+            "0..65535",
+            "window the picture and save it as 8-bit PNG",
+        )
+    return pixels.astype(np.uint16)
+
+
+def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
+    """Maps uint16 0..65535 to the nearest of uint8 0..255."""
+    return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _bad(path: str | os.PathLike[str], found: str, expected: str, mend: str) -> BadImageError:
+    return BadImageError(f"{os.fspath(path)}: found {found}; expected {expected}; {mend}.")
+
+
+def resize_probability(probs: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A map (H, W) of floats brought to (height, width), bilinear; float32.
+
+    Shrinking averages over the pixels that fall together.
+    """
+    if probs.shape == (height, width):
+        return np.asarray(probs, np.float32)
+    picture = Image.fromarray(np.asarray(probs, np.float32), mode="F")
+    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))

@@ -1,0 +1,227 @@
+"""Data sets as they lie on disk, recognised by their folders, as lists of Examples.
+
+To add a layout, write a reader `root -> Found` and name it in `_READERS`, its mark in `LAYOUTS`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from biclip_jax.data.annotations import (
+    Folder,
+    Found,
+    Row,
+    collected,
+    join,
+    list_pictures,
+    pick,
+    problems_of,
+)
+from biclip_jax.data.schema import SPLITS, Example, Split
+from biclip_jax.data.tables import read_prompts, read_table, refuse_unsafe
+from biclip_jax.errors import DataError
+
+LAYOUTS: dict[str, str] = {
+    "lvit": "Train_Folder/labelcol",
+    "languide": "Train/GTs",
+    "medclipseg": "Prompts_Folder",
+    "medvlsm": "anns",
+    "csv": "annotations.csv, or a single *.csv",
+}
+
+
+def find_layout(root: str | os.PathLike[str]) -> str:
+    """Returns the name of the one layout of `LAYOUTS` whose mark lies in `root`.
+
+    Raises:
+      DataError: `root` is no folder, or no layout fits, or several do.
+    """
+    root = _existing(root)
+    fitting = [name for name in LAYOUTS if _has_mark(root, name)]
+    if len(fitting) == 1:
+        return fitting[0]
+    marks = "; ".join(f"{mark} ({name})" for name, mark in LAYOUTS.items())
+    found = f"several layouts ({', '.join(fitting)})" if fitting else "no known layout"
+    raise DataError(
+        f"{root}: found {found}; expected exactly one of: {marks}; "
+        "give the folder that holds one of these, or name the layout."
+    )
+
+
+def read_layout(
+    root: str | os.PathLike[str], layout: str | None = None, prompt: str | None = None
+) -> list[Example]:
+    """Reads and checks the annotations of a data set; no picture is opened.
+
+    In lvit, languide and medclipseg every picture of a folder must have a row; csv and medvlsm
+    may annotate a part of their pictures. An empty sentence is legal.
+
+    Args:
+      root: the data set's folder.
+      layout: a name of `LAYOUTS`, or None to look.
+      prompt: medvlsm only, the prompt to take ("p6"); None takes the highest-numbered that is
+        not empty. Of several wordings of one prompt the first is taken.
+
+    Returns:
+      The examples, train before val before test, in file order within a split.
+
+    Raises:
+      DataError: listing what does not hold together, all problems at once.
+    """
+    root = _existing(root)
+    layout = layout or find_layout(root)
+    if layout not in LAYOUTS:
+        raise DataError(f"layout: found {layout!r}; expected one of {', '.join(LAYOUTS)}.")
+    if prompt is not None and layout != "medvlsm":
+        raise DataError(f"prompt: found {prompt!r}; the {layout} layout has no prompts; drop it.")
+    found = _READERS[layout](root) if prompt is None else _medvlsm(root, prompt)
+    if problems := problems_of(found):
+        raise collected(f"{root}, as {layout} layout", problems)
+    rows = sorted(found.rows, key=lambda row: SPLITS.index(row.split))
+    if not rows:
+        raise DataError(f"{root}: found no annotated picture; expected at least one; add rows.")
+    return [
+        Example(row.image.stem, row.split, str(row.image), str(row.mask), row.text) for row in rows
+    ]
+
+
+def _existing(root: str | os.PathLike[str]) -> Path:
+    if not os.path.isdir(root):
+        raise DataError(f"{root}: found no such folder; expected a data set; check the path.")
+    return Path(root)
+
+
+def _lvit(root: Path) -> Found:
+    tables = {s: _table_path(root, s, f"{s.title()}_text.xlsx") for s in SPLITS}
+    both = _table_path(root, "train", "Train_Val_text.xlsx")
+    jobs = [((split,), table) for split, table in tables.items()]
+    if both.is_file() and not (tables["train"].is_file() or tables["val"].is_file()):
+        jobs = [(("train", "val"), both), (("test",), tables["test"])]
+    return join(
+        _mask_named(table, {s: _split_folders(root, s, "labelcol") for s in splits})
+        for splits, table in jobs
+    )
+
+
+def _languide(root: Path) -> Found:
+    parts = []
+    for split in ("train", "test"):
+        folder = root / split.title()
+        places = {split: (list_pictures(folder / "Images"), list_pictures(folder / "GTs"))}
+        parts.append(_mask_named(root / f"prompt/{split}.csv", places))
+    # LanGuideMedSeg validates on the last 20 % of its training file.
+    rows = parts[0].rows
+    first_val = int(0.8 * len(rows))
+    rows[first_val:] = [row._replace(split="val") for row in rows[first_val:]]
+    return join(parts)
+
+
+def _mask_named(table: Path, places: dict[Split, tuple[Folder, Folder]]) -> Found:
+    """Reads rows that name a mask; a row belongs to the first split whose folder holds it."""
+    try:
+        lines = read_table(table, ("Image", "Description"))
+    except DataError as error:
+        # Without its table every picture of a split would look unnamed: ask for the table only.
+        return Found([], [str(error)], [])
+    lines, problems = refuse_unsafe(lines, ("Image",))
+    rows = []
+    for where, line in lines:
+        name = line["Image"]
+        holders = [s for s, (_, masks) in places.items() if pick(masks, name).name in masks.names]
+        split = holders[0] if holders else next(iter(places))
+        images, masks = places[split]
+        # QaTa-COV19 calls the mask of covid_1.png mask_covid_1.png; MosMedData+ shares the name.
+        image = pick(images, name.removeprefix("mask_"), name)
+        rows.append(Row(split, image, pick(masks, name), line["Description"], where))
+    return Found(rows, problems, [images for images, _ in places.values()])
+
+
+def _medclipseg(root: Path) -> Found:
+    parts = []
+    for split in SPLITS:
+        table = root / "Prompts_Folder" / f"{split.title()}_text.xlsx"
+        original = table.with_name("Test_text_original.xlsx")
+        table = original if split == "test" and original.is_file() else table
+        parts.append(_image_named(split, table, *_split_folders(root, split, "label")))
+    return join(parts)
+
+
+def _image_named(split: Split, table: Path, images: Folder, masks: Folder) -> Found:
+    """Reads rows that name a picture, and its mask where that has another name."""
+    try:
+        lines = read_table(table, ("Image", "Description"), ("Ground Truth", "Mask"))
+    except DataError as error:
+        return Found([], [str(error)], [])
+    lines, problems = refuse_unsafe(lines, ("Image",), ("Ground Truth", "Mask"))
+    rows = []
+    for where, line in lines:
+        image = pick(images, line["Image"])
+        mask = pick(masks, line.get("Ground Truth") or line.get("Mask") or image.name)
+        rows.append(Row(split, image, mask, line["Description"], where))
+    return Found(rows, problems, [images])
+
+
+def _medvlsm(root: Path, prompt: str | None = None) -> Found:
+    images, masks = list_pictures(root / "images"), list_pictures(root / "masks")
+    rows, problems = [], []
+    for split in SPLITS:
+        lines, unreadable = read_prompts(root / f"anns/{split}.json", prompt)
+        lines, unsafe = refuse_unsafe(lines, ("img_name", "mask_name"))
+        problems += unreadable + unsafe
+        for where, line in lines:
+            image, mask = pick(images, line["img_name"]), pick(masks, line["mask_name"])
+            rows.append(Row(split, image, mask, line["text"], where))
+    return Found(rows, problems, [])
+
+
+def _csv(root: Path) -> Found:
+    table = _csv_path(root) or root / "annotations.csv"
+    lines = read_table(table, ("split", "image", "mask", "text"))
+    lines, problems = refuse_unsafe(lines, ("image", "mask"))
+    rows = []
+    for where, line in lines:
+        split = line["split"].lower()
+        if split not in SPLITS:
+            problems.append(f"{where}: found split {split!r}; expected {', '.join(SPLITS)}.")
+            continue
+        image, mask = _beside(root, "images", line["image"]), _beside(root, "masks", line["mask"])
+        rows.append(Row(split, image, mask, line["text"], where))
+    return Found(rows, problems, [])
+
+
+_READERS = {
+    "lvit": _lvit,
+    "languide": _languide,
+    "medclipseg": _medclipseg,
+    "medvlsm": _medvlsm,
+    "csv": _csv,
+}
+
+
+def _has_mark(root: Path, layout: str) -> bool:
+    if layout == "csv":
+        return _csv_path(root) is not None
+    return (root / LAYOUTS[layout]).is_dir()
+
+
+def _csv_path(root: Path) -> Path | None:
+    named = root / "annotations.csv"
+    tables = [named] if named.is_file() else list(root.glob("*.csv"))
+    return tables[0] if len(tables) == 1 else None
+
+
+def _table_path(root: Path, split: Split, name: str) -> Path:
+    """LViT's workbooks lie inside the split's folder or at the root."""
+    inside, above = root / f"{split.title()}_Folder" / name, root / name
+    return above if above.is_file() and not inside.is_file() else inside
+
+
+def _beside(root: Path, folder: str, name: str) -> Path:
+    inside, above = root / folder / name, root / name
+    return above if above.is_file() and not inside.is_file() else inside
+
+
+def _split_folders(root: Path, split: Split, masks: str) -> tuple[Folder, Folder]:
+    folder = root / f"{split.title()}_Folder"
+    return list_pictures(folder / "img"), list_pictures(folder / masks)

@@ -1,0 +1,147 @@
+"""From prepared records to batches: shuffled by seed, sharded by process, resumable."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from biclip_jax.data import builders
+from biclip_jax.data import text as text_lib
+from biclip_jax.data.schema import SPLITS, Batch, Record
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+def load_splits(config: Mapping[str, Any], image_size: int) -> dict[str, Sequence[Record]]:
+    """Prepares the data set where needed and opens its splits.
+
+    Args:
+      config: the fields of `data` in `configs/common.py`.
+      image_size: of the prepared pictures, in pixels.
+
+    Returns:
+      {"train": records, "val": records, "test": records}.
+
+    Raises:
+      DataError: the data set does not hold together, or a split is empty.
+    """
+    sizes = {split: n for split, n in config["num_examples"].items() if n}
+    prepared = builders.prepare(
+        config["name"],
+        data_dir=config["cache_dir"] or default_cache_dir(),
+        image_size=image_size,
+        source_dir=config["source"] or None,
+        layout=config["layout"] or None,
+        prompt=config["prompt"] or None,
+        num_examples=sizes or None,
+    )
+    splits = {split: builders.open_split(prepared, split) for split in SPLITS}
+    if config["in_memory"]:
+        splits = {split: list(records) for split, records in splits.items()}
+    if config["sentences"] == "missing":
+        splits = {s: [{**r, "text": ""} for r in records] for s, records in splits.items()}
+    return splits
+
+
+def default_cache_dir() -> Path:
+    """Where prepared sets go: biclip_jax/ in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "biclip_jax"
+
+
+def encode_sentences(
+    tokenizer: Tokenizer, sentences: Sequence[str], max_length: int
+) -> dict[str, np.ndarray]:
+    """The sentence fields of a `Batch`, for a whole split: (N, L) each, mirrored ones included."""
+    ids, mask = text_lib.encode(tokenizer, sentences, max_length)
+    mirrored = [text_lib.mirror(sentence) for sentence in sentences]
+    mirrored_ids, mirrored_mask = text_lib.encode(tokenizer, mirrored, max_length)
+    return {
+        "text_ids": ids,
+        "text_mask": mask,
+        "mirrored_text_ids": mirrored_ids,
+        "mirrored_text_mask": mirrored_mask,
+    }
+
+
+def train_batches(
+    records: Sequence[Record],
+    texts: dict[str, np.ndarray],
+    *,
+    batch_size: int,
+    seed: int,
+    position: dict[str, Any] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Any:
+    """An endless iterator of `Batch`es, each epoch in another order.
+
+    The order depends on the seed alone; each process reads its own rows of
+    every global batch. Batches run across the edges of epochs, so that every
+    record is met once an epoch.
+
+    Args:
+      records: of the split.
+      texts: `encode_sentences` of the same rows.
+      batch_size: global, divisible by `process_count`.
+      seed: of the order.
+      position: what `get_state()` of an earlier iterator gave; goes on there.
+      process_index, process_count: of this host.
+
+    Returns:
+      A grain iterator: `next`, `get_state`, `set_state`.
+    """
+    import grain
+
+    share = batch_size // process_count
+    local = slice(process_index * share, (process_index + 1) * share)
+    row = np.arange(batch_size, dtype=np.int32)[local]
+
+    def read(index: np.ndarray) -> Batch:
+        return _stack(records, texts, index[local], row)
+
+    order = grain.MapDataset.range(len(records)).shuffle(seed=seed).repeat()
+    batches = order.batch(batch_size).map(read)
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    iterator = iter(batches.to_iter_dataset(options))
+    if position is not None:
+        iterator.set_state(position)
+    return iterator
+
+
+def eval_batches(
+    records: Sequence[Record],
+    texts: dict[str, np.ndarray],
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Every row once, in order, in equal batches; rows that only fill have `valid` false.
+
+    Each process gets its share of every global batch, and all of them the same
+    number of batches.
+    """
+    share = batch_size // process_count
+    for start in range(0, len(records), batch_size):
+        row = np.arange(process_index * share, (process_index + 1) * share, dtype=np.int32)
+        index = start + row
+        valid = index < len(records)
+        batch = _stack(records, texts, np.where(valid, index, 0), row)
+        yield {**batch, "valid": valid}
+
+
+def _stack(records, texts, index, row) -> Batch:
+    rows = [records[int(i)] for i in index]
+    return {
+        "image": np.stack([r["image"] for r in rows]),
+        "mask": np.stack([r["mask"] for r in rows]),
+        "row": row,
+        "index": np.asarray(index, np.int32),
+        "valid": np.ones(len(rows), bool),
+        **{name: values[index] for name, values in texts.items()},
+    }

@@ -1,0 +1,113 @@
+"""Sentences: word vocabularies, token ids, mirrored and shuffled sentences."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from biclip_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+PAD, UNKNOWN, CLS = "[PAD]", "[UNK]", "[CLS]"
+TOKENIZER_FILE = "tokenizer.json"
+
+_SIDES = {"left": "right", "right": "left"}
+_PLACE = r"(?:the )?(?:(?:all|upper|middle|lower|top|bottom|center|centre),? )*"
+_RIGHT_FIRST = re.compile(
+    rf"({_PLACE})(right)( lung)? and ({_PLACE})(left)( lung)?", re.IGNORECASE
+)
+
+
+def build_tokenizer(sentences: Sequence[str]) -> Tokenizer:
+    """A word-level tokenizer over the words of the training sentences, lower case.
+
+    Ids: 0 padding, 1 unknown, 2 [CLS] (put before each sentence), then the
+    words in alphabetical order, so that the same sentences give the same ids.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    normalizer, splitter = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    words = {
+        word
+        for sentence in set(sentences)
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(sentence))
+    }
+    vocabulary = {word: i for i, word in enumerate([PAD, UNKNOWN, CLS, *sorted(words)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{CLS} $A", special_tokens=[(CLS, vocabulary[CLS])]
+    )
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes tokenizer.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / TOKENIZER_FILE))
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Reads tokenizer.json; raises UserError where it is missing or damaged."""
+    from tokenizers import Tokenizer
+
+    path = folder / TOKENIZER_FILE
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{path}: no readable tokenizer ({error}); write the folder anew") from error
+
+
+def encode(
+    tokenizer: Tokenizer, sentences: Sequence[str], max_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids (N, max_length) int32, padded with 0, and the mask (N, max_length) bool.
+
+    Each distinct sentence is tokenized once; longer ones are cut.
+    """
+    distinct = sorted(set(sentences))
+    ids = np.zeros((len(distinct), max_length), np.int32)
+    mask = np.zeros((len(distinct), max_length), bool)
+    for row, encoding in enumerate(tokenizer.encode_batch(distinct)):
+        tokens = encoding.ids[:max_length]
+        ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
+    rows = np.searchsorted(np.array(distinct), np.array(sentences))
+    return ids[rows], mask[rows]
+
+
+def mirror(sentence: str) -> str:
+    """The sentence of the horizontally flipped picture.
+
+    Left and right change places, each keeping its capitals; then the field's
+    order is kept: the left lung is named before the right one.
+    """
+
+    def swap(match: re.Match[str]) -> str:
+        word = match.group()
+        other = _SIDES[word.lower()]
+        return other.upper() if word.isupper() else other.title() if word.istitle() else other
+
+    swapped = re.sub(r"\b(?:left|right)\b", swap, sentence, flags=re.IGNORECASE)
+    return _RIGHT_FIRST.sub(r"\4\5\3 and \1\2\6", swapped)
+
+
+def shuffle(sentences: Sequence[str], seed: int) -> list[str] | None:
+    """For each row another row's sentence, a different string; None where all are the same."""
+    if len(set(sentences)) < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    return [_other(sentences, sentence, rng) for sentence in sentences]
+
+
+def _other(sentences: Sequence[str], sentence: str, rng: np.random.Generator) -> str:
+    while True:
+        candidate = sentences[rng.integers(len(sentences))]
+        if candidate != sentence:
+            return candidate

@@ -1,0 +1,65 @@
+"""What can be had without looking at the picture: mean masks of the training set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from biclip_jax.data.image_io import resize_probability
+from biclip_jax.data.schema import Record
+from biclip_jax.evaluation import metrics
+
+THRESHOLDS = np.linspace(0.05, 0.95, 19)
+
+
+def mean_masks(records: Sequence[Record]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The mean mask (S, S) of all records, and of the records of each sentence."""
+    total = np.zeros(records[0]["mask"].shape[:2])
+    sums: dict[str, np.ndarray] = {}
+    counts: dict[str, int] = {}
+    for record in records:
+        mask, text = record["mask"][..., 0], record["text"]
+        total += mask
+        sums[text] = sums.get(text, 0) + mask.astype(np.float64)
+        counts[text] = counts.get(text, 0) + 1
+    return total / len(records), {text: sums[text] / counts[text] for text in sums}
+
+
+def image_free(
+    train: Sequence[Record], val: Sequence[Record], test: Sequence[Record]
+) -> dict[str, metrics.Overlap]:
+    """Both image-free predictions on `test`.
+
+    `mean_mask` predicts the mean training mask for every picture;
+    `mean_mask_per_sentence` the mean over the training pictures with the same
+    sentence, or over all where the sentence is new. The threshold of each is
+    the one of `THRESHOLDS` with the best global Dice on `val`.
+    """
+    prior, per_sentence = mean_masks(train)
+    found = {}
+    for name, table in (("mean_mask", {}), ("mean_mask_per_sentence", per_sentence)):
+        scores = [_dice_global(prior, table, val, threshold) for threshold in THRESHOLDS]
+        best = THRESHOLDS[int(np.argmax(scores))]
+        found[name] = _overlap(prior, table, test, best)
+    return found
+
+
+def _dice_global(prior, table, records, threshold) -> float:
+    return float(metrics.summarize(_overlap(prior, table, records, threshold))["dice_global"])
+
+
+def _overlap(
+    prior: np.ndarray, table: Mapping[str, np.ndarray], records: Sequence[Record], threshold: float
+) -> metrics.Overlap:
+    """Counts at each mask's own size; a sentence's prediction is made once a size."""
+    made: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}
+    rows = []
+    for record in records:
+        full = record["full_mask"]
+        key = (record["text"] if record["text"] in table else "", full.shape)
+        if key not in made:
+            probs = table.get(key[0], prior)
+            made[key] = resize_probability(probs, full.shape[0], full.shape[1]) >= threshold
+        rows.append(metrics.overlap(made[key][..., None], full, axis=(0, 1, 2)))
+    return metrics.stack(rows)

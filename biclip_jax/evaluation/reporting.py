@@ -1,0 +1,301 @@
+"""What a reader sees of a run: overlays, pages of cases, curves, tables.
+
+Green (the reference) and orange (the prediction) are Okabe and Ito's, which
+colour-blind readers tell apart; the prediction is also the only one filled.
+Every file is written beside its place and moved there whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+MASK_COLOR = (0, 158, 115)
+PRED_COLOR = (230, 159, 0)
+BANDS = ("best", "median", "worst")
+COLUMNS, PICTURE, GAP = 3, 256, 14  # cells a line; pixels
+CELL = 2 * PICTURE + GAP
+
+
+@contextlib.contextmanager
+def _written_whole(path: str | os.PathLike) -> Iterator[Path]:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _outline(region: np.ndarray, thickness: int) -> np.ndarray:
+    """The outermost `thickness` pixels of a bool (H, W) region, the picture's rim included."""
+    inner = region
+    for _ in range(thickness):
+        p = np.pad(inner, 1)
+        inner = inner & p[:-2, 1:-1] & p[2:, 1:-1] & p[1:-1, :-2] & p[1:-1, 2:]
+    return region & ~inner
+
+
+def _plane(region: np.ndarray, name: str, shape: tuple[int, int]) -> np.ndarray:
+    plane = region[..., 0] if region.ndim == 3 else region
+    if plane.shape != shape:
+        raise ValueError(f"{name} {region.shape}: expected the picture's size {shape}")
+    return plane.astype(bool)
+
+
+def overlay(
+    image: np.ndarray,
+    mask: np.ndarray | None = None,
+    pred: np.ndarray | None = None,
+    alpha: float = 0.35,
+) -> np.ndarray:
+    """Draws the reference and the prediction on the picture.
+
+    Args:
+      image: (H, W), (H, W, 1) or (H, W, 3) uint8.
+      mask: (H, W) or (H, W, 1), bool or 0/1: a green outline, drawn last.
+      pred: likewise: an orange outline and a fill of opacity `alpha`.
+      alpha: in [0, 1]; 0 leaves the outline alone.
+
+    Returns:
+      (H, W, 3) uint8. Outlines are one pixel thick per 160 of the longer side.
+    """
+    grey = image if image.ndim == 3 else image[..., None]
+    canvas = np.broadcast_to(grey, (*grey.shape[:2], 3)).copy()
+    thickness = max(1, round(max(canvas.shape) / 160))
+    if pred is not None:
+        region = _plane(pred, "pred", canvas.shape[:2])
+        blend = (1 - alpha) * canvas[region] + alpha * np.array(PRED_COLOR)
+        canvas[region] = np.round(blend).astype(np.uint8)
+        canvas[_outline(region, thickness)] = PRED_COLOR
+    if mask is not None:
+        region = _plane(mask, "mask", canvas.shape[:2])
+        canvas[_outline(region, thickness)] = MASK_COLOR
+    return canvas
+
+
+def overlay_page(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, title: str) -> None:
+    """Writes a PNG of labelled cases in three bands: best, median, worst.
+
+    A cell shows the picture alone and with its overlay, under them id, Dice
+    and sentence. Text is wrapped to the cell (a word too long for a line is
+    cut), and rows grow with it, so that nothing overlaps or is lost.
+
+    Args:
+      rows: per case band ("best", "median" or "worst"), id, image, mask, pred
+        (as `overlay` takes them), dice (None shows as "-") and text.
+      path: where the PNG goes.
+      title: the headline.
+    """
+    unknown = {row["band"] for row in rows} - set(BANDS)
+    if unknown:
+        raise ValueError(f"bands {sorted(unknown)}: expected {', '.join(BANDS)}")
+    page_width = COLUMNS * CELL + 2 * (COLUMNS - 1) * GAP
+    blocks = [_text_block(title, page_width, size=26, bold=True), _legend()]
+    for band in BANDS:
+        cells = [_cell(row) for row in rows if row["band"] == band]
+        if cells:
+            blocks.append(_text_block(band.capitalize(), page_width, size=20, bold=True))
+        for start in range(0, len(cells), COLUMNS):
+            blocks.append(_stack(cells[start : start + COLUMNS], 2 * GAP, across=True))
+    page = ImageOps.expand(_stack(blocks, 20), 2 * GAP, "white")
+    with _written_whole(path) as part:
+        page.save(part, format="PNG")
+
+
+def _cell(row: Mapping[str, Any]) -> Image.Image:
+    image = _fit(row["image"], Image.LANCZOS)
+    mask, pred = (_fit(row[name], Image.NEAREST) for name in ("mask", "pred"))
+    square = (PICTURE, PICTURE)
+    alone, drawn = (
+        ImageOps.pad(Image.fromarray(picture), square, color="#EEEEEE")
+        for picture in (overlay(image), overlay(image, mask, pred))
+    )
+    dice = "-" if row["dice"] is None else f"{row['dice']:.4f}"
+    label = _text_block(f"Dice {dice} | {row['id']}", CELL, size=16, bold=True)
+    sentence = _text_block(row["text"] or "(no sentence)", CELL, size=16)
+    return _stack([_stack([alone, drawn], GAP, across=True), label, sentence], 5)
+
+
+def _fit(picture: np.ndarray, how: Image.Resampling) -> np.ndarray:
+    """Scales (H, W[, C]) to a longer side of PICTURE; bool becomes uint8."""
+    picture = picture[..., 0] if picture.shape[2:] == (1,) else picture
+    scale = PICTURE / max(picture.shape[:2])
+    height, width = (max(1, round(scale * side)) for side in picture.shape[:2])
+    return np.asarray(Image.fromarray(picture.astype(np.uint8)).resize((width, height), how))
+
+
+def _legend() -> Image.Image:
+    entries = ((MASK_COLOR, "reference (outline)"), (PRED_COLOR, "prediction (filled)"))
+    blocks: list[Image.Image] = []
+    for color, name in entries:
+        blocks += [Image.new("RGB", (22, 22), color), _text_block(name, 200, size=16)]
+    return _stack(blocks, GAP, across=True)
+
+
+def _text_block(text: str, width: int, size: int, bold: bool = False) -> Image.Image:
+    """Black on white, `width` wide and as high as the wrapped text needs."""
+    import matplotlib
+
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    font = ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", name), size)
+    lines = _wrap(text, font, width)
+    line_height = sum(font.getmetrics()) + 2
+    block = Image.new("RGB", (width, line_height * len(lines)), "white")
+    for row, line in enumerate(lines):
+        ImageDraw.Draw(block).text((0, row * line_height), line, font=font, fill="black")
+    return block
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        lines.append("")
+        for letter in word:
+            if font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return [line for line in lines if line] or [""]
+
+
+def _stack(images: Sequence[Image.Image], gap: int, across: bool = False) -> Image.Image:
+    """Pastes the images below one another, or side by side, on white."""
+    widths, heights = zip(*(image.size for image in images), strict=True)
+    gaps = gap * (len(images) - 1)
+    size = (sum(widths) + gaps, max(heights)) if across else (max(widths), sum(heights) + gaps)
+    sheet, place = Image.new("RGB", size, "white"), 0
+    for image in images:
+        sheet.paste(image, (place, 0) if across else (0, place))
+        place += gap + (image.width if across else image.height)
+    return sheet
+
+
+def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
+    """Writes a PNG of two panels: losses, and validation Dice with its best step.
+
+    Args:
+      metrics: the lines of a metrics.jsonl: "step", "split" ("train" or "val")
+        and numbers; every "loss..." is drawn for train, "dice_global" and
+        "dice_mean" for val. A step written twice (after a resume) counts once,
+        the later line; values that are absent or not finite are left out.
+      path: where the PNG goes.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
+    losses, scores = figure.subplots(1, 2)
+    _plot_losses(losses, [line for line in metrics if line.get("split") == "train"])
+    _plot_scores(scores, [line for line in metrics if line.get("split") == "val"])
+    _finish_panel(losses, "Training loss", legend_columns=3)
+    _finish_panel(scores, "Validation Dice", legend_columns=1)
+    with _written_whole(path) as part:
+        figure.savefig(part, format="png")
+
+
+def _series(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    points = {line["step"]: line[name] for line in lines if line.get(name) is not None}
+    finite = sorted((step, value) for step, value in points.items() if math.isfinite(value))
+    return [step for step, _ in finite], [value for _, value in finite]
+
+
+def _plot_losses(axes: Any, lines: Sequence[Mapping[str, Any]]) -> None:
+    drawn: list[float] = []
+    for name in dict.fromkeys(key for line in lines for key in line if key.startswith("loss")):
+        steps, values = _series(lines, name)
+        style = {"color": "black", "zorder": 3} if name == "loss" else {"linewidth": 1.2}
+        if values:
+            axes.plot(steps, values, label=name, marker="." if len(steps) < 20 else "", **style)
+        drawn += values
+    if drawn and min(drawn) > 0 and max(drawn) > 10 * min(drawn):
+        axes.set_yscale("log")
+
+
+def _plot_scores(axes: Any, lines: Sequence[Mapping[str, Any]]) -> None:
+    for name, color in (("dice_global", "#0072B2"), ("dice_mean", "#D55E00")):
+        steps, values = _series(lines, name)
+        if not values:
+            continue
+        best = int(np.argmax(values))
+        label = f"{name}: best {values[best]:.4f} at step {steps[best]}"
+        axes.plot(steps, values, marker=".", color=color, label=label)
+        axes.plot(steps[best], values[best], marker="*", markersize=14, color=color)
+
+
+def _finish_panel(axes: Any, title: str, legend_columns: int) -> None:
+    axes.set_title(title)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not axes.lines:
+        axes.set(xticks=[], yticks=[])
+        axes.text(0.5, 0.5, "nothing recorded", ha="center", transform=axes.transAxes)
+        return
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.3)
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
+    axes.legend(**below, ncols=legend_columns, frameon=False, fontsize=9)
+
+
+def _csv_cell(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
+        return "'" + value
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes one line a row; columns in the order in which the rows first name them.
+
+    Strings that begin with = + - @, a tab or a line break get a leading
+    apostrophe: spreadsheets would run them as formulas, and ids and sentences
+    come from other people's files. Readers that want the text back drop an
+    apostrophe that stands before one of these. Numbers are never touched;
+    what a row lacks is left empty.
+
+    Args:
+      path: where the UTF-8 file goes.
+      rows: string, number, bool or None per column; numpy scalars are fine.
+    """
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with _written_whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([_csv_cell(row.get(key)) for key in columns] for row in rows)
+
+
+def format_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """A plain table for the console, without a trailing line break.
+
+    Args:
+      rows: values per column; floats get four decimals (exponent below 1e-3),
+        what is absent or None shows as "-", line breaks become blanks.
+      columns: keys, in order; a column of numbers is aligned right.
+    """
+    cells = [[_table_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    right = [not any(isinstance(row.get(column), str) for row in rows) for column in columns]
+
+    def line(texts: Sequence[str]) -> str:
+        padded = zip(texts, widths, right, strict=True)
+        return "  ".join(t.rjust(w) if r else t.ljust(w) for t, w, r in padded).rstrip()
+
+    return "\n".join([line(columns), line(["-" * width for width in widths]), *map(line, cells)])
+
+
+def _table_cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float | np.floating):
+        return f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
+    return " ".join(str(value).split())

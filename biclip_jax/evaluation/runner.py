@@ -1,0 +1,251 @@
+"""A model over a split: text conditions, baselines, intervals, and the files they go to."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+
+from biclip_jax import parallel
+from biclip_jax.data import pipeline
+from biclip_jax.data import text as text_lib
+from biclip_jax.data.image_io import resize_probability
+from biclip_jax.data.schema import Record
+from biclip_jax.evaluation import baselines, metrics, reporting
+from biclip_jax.evaluation.steps import predict_step
+
+THRESHOLD = 0.5
+CONDITIONS = ("right", "missing", "shuffled", "mirrored")
+PAGE_CASES = 4  # in each band of the overlay page
+
+# (batch) -> probabilities (B, S, S, 1), on the host
+Predict = Callable[[Mapping[str, np.ndarray]], np.ndarray]
+# sentences -> the sentence fields of a batch, for a whole split
+Encode = Callable[[Sequence[str]], dict[str, np.ndarray]]
+
+
+def make_predict(model: nn.Module, variables: Mapping[str, Any]) -> Predict:
+    """The model on all local devices, as a function of a batch."""
+    placed = parallel.replicate(variables)
+    return partial(parallel.pmap_predict_step(partial(predict_step, model=model)), placed)
+
+
+def evaluate(
+    predict: Predict,
+    encode: Encode,
+    records: Sequence[Record],
+    *,
+    folder: Path,
+    conditions: Sequence[str],
+    batch_size: int,
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Evaluates a split and writes results.json, per_image.csv and overlays.png.
+
+    Args:
+      predict: batch -> probabilities; see `make_predict`.
+      encode: sentences -> the sentence fields of a batch.
+      records: of the split.
+      folder: made if missing.
+      conditions: of the sentences, "right" among them; see `sentences_of`.
+      batch_size: pictures at a time.
+      extra: more for results.json: split, checkpoint, baselines.
+
+    Returns:
+      What results.json holds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    found = evaluate_conditions(
+        predict, encode, records, batch_size=batch_size, conditions=conditions
+    )
+    outcome = {**(extra or {}), **results(found, records)}
+    write_json(folder / "results.json", outcome)
+    reporting.write_csv(folder / "per_image.csv", per_image_rows(found, records))
+    rows = page_rows(predict, encode, records, found["right"])
+    reporting.overlay_page(rows, folder / "overlays.png", f"{len(records)} pictures, by Dice")
+    return outcome
+
+
+def validate(
+    eval_fn: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]],
+    records: Sequence[Record],
+    texts: dict[str, np.ndarray],
+    batch_size: int,
+) -> dict[str, float | int]:
+    """Dice and IoU of both kinds at the model's own size; each record counts once.
+
+    Args:
+      eval_fn: batch -> `metrics.overlap_sums` over the whole batch.
+      records, texts: of the split.
+      batch_size: a multiple of the number of devices.
+    """
+    total: dict[str, Any] = {}
+    for batch in pipeline.eval_batches(records, texts, batch_size=batch_size):
+        sums = eval_fn(batch)
+        # On the host: int32 counts of a large split would run over.
+        total = {name: total.get(name, 0) + np.asarray(x).item() for name, x in sums.items()}
+    scores = metrics.from_sums(total)
+    if scores["num_images"] != len(records):
+        raise AssertionError(f"{scores['num_images']} of {len(records)} records were counted")
+    return scores
+
+
+def sentences_of(condition: str, sentences: Sequence[str], seed: int) -> list[str] | None:
+    """The sentences of a text condition; None where the split cannot have it.
+
+    right: as they are. missing: empty. shuffled: another image's sentence of
+    the same split, a different string. mirrored: left and right swapped, the
+    picture as it is.
+    """
+    if condition == "missing":
+        return [""] * len(sentences)
+    if condition == "shuffled":
+        return text_lib.shuffle(sentences, seed)
+    if condition == "mirrored":
+        return [text_lib.mirror(sentence) for sentence in sentences]
+    return list(sentences)
+
+
+def overlap_at_own_size(
+    predict: Predict, records: Sequence[Record], texts: dict[str, np.ndarray], batch_size: int
+) -> metrics.Overlap:
+    """Counts (N,), the probabilities brought bilinearly to each mask's own size, then >= 0.5."""
+    rows = []
+    for batch in pipeline.eval_batches(records, texts, batch_size=batch_size):
+        probs = predict(batch)
+        for i in np.flatnonzero(batch["valid"]):
+            full = records[int(batch["index"][i])]["full_mask"]
+            pred = resize_probability(probs[i, ..., 0], full.shape[0], full.shape[1]) >= THRESHOLD
+            rows.append(metrics.overlap(pred[..., None], full, axis=(0, 1, 2)))
+    return metrics.stack(rows)
+
+
+def evaluate_conditions(
+    predict: Predict,
+    encode: Encode,
+    records: Sequence[Record],
+    *,
+    batch_size: int,
+    conditions: Sequence[str] = CONDITIONS,
+    seed: int = 0,
+) -> dict[str, metrics.Overlap]:
+    """Counts of every text condition that the split can have."""
+    sentences = [record["text"] for record in records]
+    found = {}
+    for condition in conditions:
+        changed = sentences_of(condition, sentences, seed)
+        if changed is not None:
+            found[condition] = overlap_at_own_size(predict, records, encode(changed), batch_size)
+    return found
+
+
+def results(
+    found: Mapping[str, metrics.Overlap], records: Sequence[Record]
+) -> dict[str, Any]:
+    """Scores and intervals of each condition, as results.json holds them.
+
+    `mirrored_changed` and `right_where_mirrored_changes` are the images whose
+    sentence mirroring changes: the symmetric ones cannot tell anything.
+    """
+    found = dict(found)
+    changed = np.array([text_lib.mirror(r["text"]) != r["text"] for r in records])
+    if "mirrored" in found and changed.any():
+        found["mirrored_changed"] = metrics.take(found["mirrored"], changed)
+        found["right_where_mirrored_changes"] = metrics.take(found["right"], changed)
+    scores = {name: _with_intervals(counts) for name, counts in found.items()}
+    return {
+        "size": "each mask's own size, probabilities resized bilinearly",
+        "model_image_size": records[0]["image"].shape[0],
+        "threshold": THRESHOLD,
+        "conditions": scores,
+    }
+
+
+def image_free_results(
+    train: Sequence[Record], val: Sequence[Record], test: Sequence[Record]
+) -> dict[str, Any]:
+    """Scores and intervals of both image-free baselines."""
+    found = baselines.image_free(train, val, test)
+    return {name: _with_intervals(counts) for name, counts in found.items()}
+
+
+def _with_intervals(counts: metrics.Overlap) -> dict[str, Any]:
+    intervals = metrics.bootstrap_intervals(counts)
+    return {**metrics.summarize(counts), "interval_95": {k: list(v) for k, v in intervals.items()}}
+
+
+def per_image_rows(
+    found: Mapping[str, metrics.Overlap], records: Sequence[Record]
+) -> list[dict[str, Any]]:
+    """One row an image: id, sentence, Dice and IoU of every condition, areas in pixels."""
+    columns: dict[str, np.ndarray] = {}
+    for condition, counts in found.items():
+        columns[f"dice_{condition}"] = np.asarray(metrics.dice(counts))
+        columns[f"iou_{condition}"] = np.asarray(metrics.iou(counts))
+    columns["pred_area_right"] = np.asarray(found["right"].pred_area)
+    columns["mask_area"] = np.asarray(found["right"].mask_area)
+    return [
+        {"id": r["id"], "text": r["text"], **{k: v[i].item() for k, v in columns.items()}}
+        for i, r in enumerate(records)
+    ]
+
+
+def page_rows(
+    predict: Predict, encode: Encode, records: Sequence[Record], counts: metrics.Overlap
+) -> list[dict[str, Any]]:
+    """The best, median and worst cases by Dice, as `reporting.overlay_page` takes them."""
+    scores = np.asarray(metrics.dice(counts))
+    order = np.argsort(scores, kind="stable")
+    middle = max(len(order) // 2 - PAGE_CASES // 2, 0)
+    bands = {
+        "best": order[::-1][:PAGE_CASES],
+        "median": order[middle : middle + PAGE_CASES],
+        "worst": order[:PAGE_CASES],
+    }
+    return [
+        _page_row(band, predict, encode, records[int(i)], float(scores[i]))
+        for band, rows in bands.items()
+        for i in rows
+    ]
+
+
+def _page_row(band, predict, encode, record, score) -> dict[str, Any]:
+    batch = next(pipeline.eval_batches([record], encode([record["text"]]), batch_size=1))
+    height, width = record["full_mask"].shape[:2]
+    probs = resize_probability(predict(batch)[0, ..., 0], height, width)
+    grey = [
+        resize_probability(channel, height, width)
+        for channel in np.moveaxis(record["image"].astype(np.float32), -1, 0)
+    ]
+    return {
+        "band": band,
+        "id": record["id"],
+        "image": np.clip(np.rint(np.stack(grey, -1)), 0, 255).astype(np.uint8),
+        "mask": record["full_mask"],
+        "pred": probs >= THRESHOLD,
+        "dice": score,
+        "text": record["text"],
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def table_of(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """The console's table: one line a condition, both kinds of Dice and IoU, in percent."""
+    names = ("dice_global", "dice_mean", "iou_global", "iou_mean")
+    rows = [
+        {"condition": name, **{n: f"{100 * s[n]:.2f}" for n in names}, "images": s["num_images"]}
+        for name, s in scores.items()
+    ]
+    return reporting.format_table(rows, ("condition", *names, "images"))

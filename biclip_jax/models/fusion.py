@@ -1,0 +1,109 @@
+"""Bidirectional multimodal fusion (BMF): what passes between the picture and the sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from biclip_jax.models.layers import UpConv4x4, conv3x3, dense, full_precision, gelu
+
+SEED_SIZE = 28  # the refined sentence is read as a SEED_SIZE x SEED_SIZE map
+TEXT_DIM = SEED_SIZE**2
+
+
+class TextMLP(nn.Module):
+    """Linear, LayerNorm, GELU, Linear: the text projection and the refiner are both this."""
+
+    features: int = TEXT_DIM
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b f"]:
+        x = dense(self.features, self.dtype, name="in")(x)
+        x = gelu(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x))
+        return dense(self.features, self.dtype, name="out")(x)
+
+
+class TextRefiner(nn.Module):
+    """Vision to text: t' = t + g([t; i])."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, text: Float[Array, "b t"], image_embedding: Float[Array, "b i"]
+    ) -> Float[Array, "b t"]:
+        both = jnp.concatenate([text, image_embedding], axis=-1)
+        return text + TextMLP(text.shape[-1], self.dtype, name="mlp")(both)
+
+
+class ImageEncoder(nn.Module):
+    """Two 3x3 convolutions and a global mean: the picture's embedding i."""
+
+    widths: Sequence[int] = (64, 256)
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "b h w 3"]) -> Float[Array, "b i"]:
+        x = image
+        for i, width in enumerate(self.widths):
+            x = nn.relu(conv3x3(width, self.dtype, name=f"conv_{i}")(x))
+        return full_precision(x).mean(axis=(1, 2))
+
+
+class Generator(nn.Module):
+    """Text to vision: the refined sentence becomes a pseudo-image in [0, 1]."""
+
+    image_size: int = 224
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, refined_text: Float[Array, "b t"]) -> Float[Array, "b h w 3"]:
+        hidden = generator_widths(self.image_size)
+        x = refined_text.reshape(-1, SEED_SIZE, SEED_SIZE, 1)  # row-major
+        for i, width in enumerate(hidden):
+            x = nn.relu(UpConv4x4(width, dtype=self.dtype, name=f"up_{i}")(x))
+        x = UpConv4x4(3, dtype=self.dtype, name=f"up_{len(hidden)}")(x)
+        return nn.sigmoid(full_precision(x))
+
+
+def generator_widths(image_size: int) -> tuple[int, ...]:
+    """Hidden channels of the generator: k doublings of 28 need the last k - 1 of (64, 32, 16, 8).
+
+    Raises:
+      ValueError: the size is not 28 * 2^k with k from 1 to 5.
+    """
+    legal = {SEED_SIZE * 2**k: k for k in range(1, 6)}
+    if image_size not in legal:
+        raise ValueError(f"image_size is {image_size}; expected one of {sorted(legal)}")
+    count = legal[image_size] - 1
+    return (64, 32, 16, 8)[4 - count :]
+
+
+class CycleHead(nn.Module):
+    """Reads the sentence back from the pseudo-image: t^ = h(x^). Training only."""
+
+    features: int = TEXT_DIM
+    widths: Sequence[int] = (32, 64)
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, pseudo_image: Float[Array, "b h w 3"]) -> Float[Array, "b t"]:
+        x = ImageEncoder(self.widths, self.dtype, name="encoder")(pseudo_image)
+        return full_precision(dense(self.features, self.dtype, name="out")(x))
+
+
+class ConsistencyHead(nn.Module):
+    """Image augmentation consistency (IAC): decoder features to a normalised embedding."""
+
+    features: int = 256
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "b h w d"]) -> Float[Array, "b p"]:
+        pooled = full_precision(features).mean(axis=(1, 2))
+        embedding = dense(self.features, None, name="out")(pooled)
+        return nn.LayerNorm(epsilon=1e-5, name="norm")(embedding)

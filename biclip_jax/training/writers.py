@@ -1,0 +1,90 @@
+"""Where a run's numbers go: console, JSON lines, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Writer:
+    """Writes each measurement once, wherever it is wanted.
+
+    Attributes:
+      console: for a run's own sentences (`console.print`).
+    """
+
+    def __init__(self, workdir: Path, num_steps: int, first_step: int) -> None:
+        self.console = Console(highlight=False)
+        self._lines: TextIO = open(_trimmed(workdir / "metrics.jsonl", first_step), "a")
+        self._tensorboard = _tensorboard(workdir / "tensorboard")
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
+        self._progress = Progress(
+            *columns, console=self.console, disable=not self.console.is_terminal
+        )
+        self._task = self._progress.add_task(
+            "training", total=num_steps, completed=first_step
+        )
+
+    def __enter__(self) -> Writer:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        self._lines.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar to `step`."""
+        self._progress.update(self._task, completed=step)
+
+    def write(self, step: int, split: str, values: dict[str, float]) -> None:
+        """One line in metrics.jsonl, one point a value in TensorBoard, one line on the console."""
+        self._lines.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            if self._tensorboard:
+                self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+        if split != "train" or not self.console.is_terminal:
+            shown = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
+            self.console.print(f"step {step:>6}  {split:<5}  {shown}", soft_wrap=True)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line cut off by a crash is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _trimmed(path: Path, first_step: int) -> Path:
+    """Drops what a run wrote after the checkpoint from which it goes on, so that no step is twice."""
+    kept = [row for row in read_metrics(path) if row["step"] <= first_step]
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return path
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder))
+
+
+def _short(value: float) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.2e}" if 0 < abs(value) < 1e-2 else f"{value:.4f}"

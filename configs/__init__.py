@@ -1,0 +1,1 @@
+"""Experiment configurations: one page each, `get_config(variant)` returns a ConfigDict."""

@@ -1,0 +1,36 @@
+"""The demo: synthetic chest pictures in which only the sentence says which lesions are meant.
+
+    python -m biclip_jax.train
+
+Two minutes on two CPU cores, no download. A model that ignores the sentence
+stays below 0.6 global Dice; see README.md for the figures.
+"""
+
+from ml_collections import ConfigDict
+
+from biclip_jax.configs import common
+
+
+def get_config(variant: str | None = None) -> ConfigDict:
+    """Variants: none, `smoke`, and `no_text`, which never shows the model a sentence."""
+    config = common.base()
+    config.name = "demo"
+    config.data.name = "synthetic"
+    config.data.num_examples = ConfigDict({"train": 1600, "val": 100, "test": 200})
+    config.model.image_size = 56
+    config.model.width = 16
+    config.model.num_levels = 4
+    config.model.text.width = 64
+    config.num_steps = 600
+    config.eval_every = 200
+    config.optim.learning_rate = 2e-3
+    config.optim.warmup_steps = 50
+    config.views.vertical_flip = 0.0
+    if variant == "smoke":
+        return common.smoke(config)
+    if variant == "no_text":
+        config.name = "demo_no_text"
+        config.data.sentences = "missing"
+    elif variant:
+        raise common.unknown_variant(variant, ("smoke", "no_text"))
+    return config

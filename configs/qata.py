@@ -1,0 +1,40 @@
+"""QaTa-COV19: chest X-rays with infection masks, one sentence each (5716 / 1429 / 2113).
+
+    python -m biclip_jax.train --config qata --config.data.source=DIR
+    python -m biclip_jax.train --config qata:small --config.data.source=DIR
+"""
+
+from ml_collections import ConfigDict
+
+from biclip_jax.configs import common
+
+
+def get_config(variant: str | None = None) -> ConfigDict:
+    """Variants: none (`published`, 224 px), `small` (a CPU, under an hour), `smoke`."""
+    config = common.base()
+    config.name = "qata"
+    config.data.name = "qata_cov19"
+    if variant == "smoke":
+        return common.smoke(config)
+    if variant == "small":
+        return _small(config)
+    if variant:
+        raise common.unknown_variant(variant, ("small", "smoke"))
+    return config
+
+
+def _small(config: ConfigDict) -> ConfigDict:
+    config.name = "qata_small"
+    config.model.image_size = 112
+    config.model.width = 16
+    config.num_steps = 2500
+    config.eval_every = 357
+    config.optim.learning_rate = 1e-3
+    config.optim.warmup_steps = 100
+    # A chest X-ray is never upside down; a short run has no time to learn it.
+    config.views.vertical_flip = 0.0
+    config.views.affine = 0.5
+    config.views.rotation = 10.0
+    config.views.translation = 0.05
+    config.views.scale_low, config.views.scale_high = 0.9, 1.1
+    return config

@@ -1,0 +1,128 @@
+"""Seven tiny examples, written in each layout that users have on disk."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import openpyxl
+
+from biclip_jax.data.image_io import write_png
+
+FOLDERS = {"train": "Train", "val": "Val", "test": "Test"}
+
+
+class Sample(NamedTuple):
+    split: str
+    name: str
+    image: np.ndarray
+    mask: np.ndarray
+    text: str
+
+
+def samples(channels: int = 1) -> list[Sample]:
+    rng = np.random.default_rng(7)
+    made = []
+    for index, split in enumerate(["train"] * 4 + ["val"] + ["test"] * 2):
+        image = rng.integers(0, 256, (24, 20, channels), dtype=np.uint8)
+        mask = (rng.random((24, 20)) > 0.5).astype(np.uint8) * 255
+        made.append(Sample(split, f"case_{index}", image, mask, f"sentence {index}, left lung."))
+    return made
+
+
+def save(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_png(path, array)
+
+
+def workbook(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
+    book = openpyxl.Workbook()
+    for line in [header, *rows]:
+        book.active.append(line)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    book.save(path)
+
+
+def table(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def lvit(root: Path, made: list[Sample], books: str = "inside", prefix: str = "mask_") -> Path:
+    """books: "inside" the split folders, at the "root", or train and val "together"."""
+    for s in made:
+        folder = root / f"{FOLDERS[s.split]}_Folder"
+        save(folder / f"img/{s.name}.png", s.image)
+        save(folder / f"labelcol/{prefix}{s.name}.png", s.mask)
+    groups = {split: (split,) for split in FOLDERS}
+    if books == "together":
+        groups = {"train_val": ("train", "val"), "test": ("test",)}
+    for key, splits in groups.items():
+        name = f"{key.title()}_text.xlsx"
+        folder = root / f"{FOLDERS[key]}_Folder" if books == "inside" else root
+        rows = [(f"{prefix}{s.name}.png", s.text) for s in made if s.split in splits]
+        workbook(folder / name, ("Image", "Description"), rows)
+    return root
+
+
+def languide(root: Path, made: list[Sample]) -> Path:
+    for s in made:
+        folder = root / ("Test" if s.split == "test" else "Train")
+        save(folder / f"Images/{s.name}.png", s.image)
+        save(folder / f"GTs/mask_{s.name}.png", s.mask)
+    for name, splits in (("train", ("train", "val")), ("test", ("test",))):
+        rows = [(f"mask_{s.name}.png", s.text) for s in made if s.split in splits]
+        table(root / f"prompt/{name}.csv", ("Image", "Description"), rows)
+    return root
+
+
+def medclipseg(root: Path, made: list[Sample], with_truth: bool = True) -> Path:
+    for s in made:
+        folder = root / f"{FOLDERS[s.split]}_Folder"
+        mask = f"{s.name}_gt.png" if with_truth else f"{s.name}.png"
+        save(folder / f"img/{s.name}.png", s.image)
+        save(folder / "label" / mask, s.mask)
+    for split, name in FOLDERS.items():
+        book = "Test_text_original" if split == "test" else f"{name}_text"
+        header = ("Image", "Description", "Ground Truth")[: 2 + with_truth]
+        rows = [
+            (f"{s.name}.png", s.text + "\n", f"{s.name}_gt.png")[: 2 + with_truth]
+            for s in made
+            if s.split == split
+        ]
+        workbook(root / f"Prompts_Folder/{book}.xlsx", header, rows)
+    return root
+
+
+def medvlsm(root: Path, made: list[Sample]) -> Path:
+    for s in made:
+        save(root / f"images/{s.name}.png", s.image)
+        save(root / f"masks/{s.name}.png", s.mask)
+    for split in FOLDERS:
+        entries = [
+            {
+                "img_name": f"{s.name}.png",
+                "mask_name": f"{s.name}.png",
+                "prompts": {"p0": "", "p1": "polyp", "p2": [s.text, "another wording"], "p10": ""},
+            }
+            for s in made
+            if s.split == split
+        ]
+        path = root / f"anns/{split}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(entries))
+    return root
+
+
+def plain_csv(root: Path, made: list[Sample], name: str = "annotations.csv") -> Path:
+    for s in made:
+        save(root / f"images/{s.name}.png", s.image)
+        save(root / f"masks/mask_{s.name}.png", s.mask)
+    header = ("split", "image", "mask", "text", "patient")
+    rows = [(s.split, f"{s.name}.png", f"mask_{s.name}.png", s.text, "1") for s in made]
+    table(root / name, header, rows)
+    return root

@@ -1,0 +1,175 @@
+"""Every layout reads as the same examples, and every flaw is named."""
+
+import json
+import os
+
+import pytest
+
+from biclip_jax.data.layouts import LAYOUTS, find_layout, read_layout
+from biclip_jax.errors import DataError
+
+from . import fixtures
+
+WRITERS = {
+    "lvit": fixtures.lvit,
+    "languide": fixtures.languide,
+    "medclipseg": fixtures.medclipseg,
+    "medvlsm": fixtures.medvlsm,
+    "csv": fixtures.plain_csv,
+}
+
+
+def message(root, *args):
+    with pytest.raises(DataError) as caught:
+        read_layout(root, *args)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_is_found_and_read_in_order(tmp_path, layout):
+    made = fixtures.samples()
+    WRITERS[layout](tmp_path, made)
+    assert find_layout(tmp_path) == layout
+    examples = read_layout(tmp_path)
+    assert [(e.split, e.id, e.text) for e in examples] == [(s.split, s.name, s.text) for s in made]
+    for example in examples:
+        assert os.path.isfile(example.image_path) and os.path.isfile(example.mask_path)
+        assert os.path.basename(example.image_path) == f"{example.id}.png"
+
+
+@pytest.mark.parametrize("books", ["inside", "root", "together"])
+@pytest.mark.parametrize("prefix", ["mask_", ""])
+def test_lvit_workbook_places_and_mask_names(tmp_path, books, prefix):
+    made = fixtures.samples()
+    examples = read_layout(fixtures.lvit(tmp_path, made, books, prefix))
+    assert [(e.split, e.id, e.text) for e in examples] == [(s.split, s.name, s.text) for s in made]
+    assert os.path.basename(examples[0].mask_path) == f"{prefix}case_0.png"
+
+
+def test_medclipseg_without_ground_truth_and_with_the_plain_test_book(tmp_path):
+    root = fixtures.medclipseg(tmp_path, fixtures.samples(), with_truth=False)
+    book = root / "Prompts_Folder/Test_text_original.xlsx"
+    book.rename(book.with_name("Test_text.xlsx"))
+    examples = read_layout(root)
+    assert len(examples) == 7
+    assert all(os.path.basename(e.mask_path) == f"{e.id}.png" for e in examples)
+
+
+def test_medvlsm_prompts(tmp_path):
+    root = fixtures.medvlsm(tmp_path, fixtures.samples())
+    assert {e.text for e in read_layout(root, prompt="p1")} == {"polyp"}
+    assert {e.text for e in read_layout(root, prompt="p0")} == {""}
+    assert "train.json entry 0" in message(root, None, "p7")
+    (root / "anns/val.json").write_text("{")
+    assert "val.json" in message(root)
+    (root / "anns/val.json").write_text(json.dumps({"a": 1}))
+    assert "val.json: found a dict" in message(root)
+
+
+def test_csv_under_another_name_with_paths_from_the_root(tmp_path):
+    made = fixtures.samples()
+    root = fixtures.plain_csv(tmp_path, made, "my.csv")
+    rows = [(s.split, f"images/{s.name}.png", f"masks/mask_{s.name}.png", None) for s in made]
+    fixtures.table(root / "my.csv", (" Split", "IMAGE ", "Mask", "text"), rows)
+    examples = read_layout(root)
+    assert [e.id for e in examples] == [s.name for s in made]
+    assert {e.text for e in examples} == {""}
+
+
+def test_names_match_without_suffix_or_with_another(tmp_path):
+    made = fixtures.samples()
+    root = fixtures.lvit(tmp_path, made)
+    suffixes = ["", ".jpg", "", ".tif"]
+    rows = [(f"mask_{s.name}{x}", s.text) for s, x in zip(made[:4], suffixes, strict=True)]
+    fixtures.workbook(root / "Train_Folder/Train_text.xlsx", ("Image", "Description"), rows)
+    assert [e.id for e in read_layout(root)] == [s.name for s in made]
+
+
+def test_no_layout_several_layouts_unknown_layout_no_folder(tmp_path):
+    with pytest.raises(DataError, match=r"no known layout.*labelcol.*GTs.*anns"):
+        find_layout(tmp_path)
+    fixtures.lvit(tmp_path, fixtures.samples())
+    fixtures.plain_csv(tmp_path, fixtures.samples())
+    with pytest.raises(DataError, match=r"several layouts \(lvit, csv\)"):
+        find_layout(tmp_path)
+    assert len(read_layout(tmp_path, "lvit")) == 7
+    assert "expected one of lvit" in message(tmp_path, "dicom")
+    assert "prompt: found 'p1'" in message(tmp_path, "lvit", "p1")
+    assert "no such folder" in message(tmp_path / "none")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_missing_mask_and_missing_picture(tmp_path, layout):
+    root = WRITERS[layout](tmp_path, fixtures.samples())
+    examples = read_layout(root)
+    os.remove(examples[1].mask_path)
+    os.remove(examples[5].image_path)
+    text = message(root)
+    assert f"{examples[1].mask_path.rsplit('/', 1)[1]}: mask not found" in text
+    assert "case_5.png: picture not found" in text
+    assert "2 problem(s)" in text
+
+
+@pytest.mark.parametrize("layout", ["lvit", "languide", "medclipseg"])
+def test_picture_without_a_sentence(tmp_path, layout):
+    made = fixtures.samples()
+    root = WRITERS[layout](tmp_path, made)
+    folder = os.path.dirname(read_layout(root)[0].image_path)
+    fixtures.save(root / folder / "stray.png", made[0].image)
+    (root / folder / "Thumbs.db").write_bytes(b"")
+    text = message(root)
+    assert "stray.png: picture without a sentence" in text and "1 problem(s)" in text
+
+
+def test_duplicate_ids_inside_a_split_and_over_two(tmp_path):
+    made = fixtures.samples()
+    again = [made[0], made[1]._replace(split="test")]
+    text = message(fixtures.plain_csv(tmp_path, made + again))
+    assert "case_0.png: found id 'case_0' a second time in annotations.csv row 9 (train)" in text
+    assert "case_1.png: found id 'case_1' a second time" in text
+    assert "(test), first in annotations.csv row 3 (train)" in text
+
+
+def test_missing_column_names_the_nearest(tmp_path):
+    root = fixtures.lvit(tmp_path, fixtures.samples())
+    book = root / "Val_Folder/Val_text.xlsx"
+    fixtures.workbook(book, ("Images", "Description"), [("mask_case_4.png", "a")])
+    text = message(root)
+    assert "Val_text.xlsx: found columns Images, Description; expected a column 'Image'" in text
+    assert "rename 'Images'" in text and "1 problem(s)" in text
+
+
+def test_missing_empty_and_damaged_tables(tmp_path):
+    root = fixtures.lvit(tmp_path, fixtures.samples())
+    (root / "Train_Folder/Train_text.xlsx").write_bytes(b"not a workbook")
+    (root / "Test_Folder/Test_text.xlsx").unlink()
+    text = message(root)
+    assert "Train_text.xlsx: found a file that cannot be read" in text
+    assert "Test_text.xlsx: found no such file" in text
+    assert "2 problem(s)" in text
+    bare = tmp_path / "bare"
+    fixtures.table(bare / "annotations.csv", ("split", "image", "mask", "text"), [])
+    assert "found no annotated picture" in message(bare)
+    (bare / "annotations.csv").write_bytes(b"")
+    assert "annotations.csv: found no columns" in message(bare)
+    (bare / "annotations.csv").write_bytes(b"\xff\xfe\x00")
+    assert "annotations.csv: found a file that cannot be read" in message(bare)
+
+
+@pytest.mark.parametrize("name", ["../a.png", "/etc/a.png", "C:\\a.png", "b\\..\\a.png", ""])
+def test_unsafe_and_empty_names(tmp_path, name):
+    made = fixtures.samples()
+    root = fixtures.plain_csv(tmp_path, made)
+    rows = [("train", name, "mask_case_0.png", "a"), ("nowhere", "case_1.png", "m.png", "b")]
+    fixtures.table(root / "annotations.csv", ("split", "image", "mask", "text"), rows)
+    text = message(root)
+    assert "annotations.csv row 2: found " + ("unsafe image" if name else "no image") in text
+    assert "annotations.csv row 3: found split 'nowhere'" in text
+
+
+def test_first_twenty_problems_and_the_count(tmp_path):
+    rows = [("train", f"{i}.png", f"{i}.png", "") for i in range(15)]
+    fixtures.table(tmp_path / "annotations.csv", ("split", "image", "mask", "text"), rows)
+    text = message(tmp_path)
+    assert "30 problem(s)" in text and text.count("not found") == 20
+    assert text.endswith("... and 10 more")

@@ -1,0 +1,238 @@
+"""The published network against its twin in PyTorch: forward, losses, gradients, statistics."""
+
+import copy
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from biclip_jax.models import biclip, layers
+from biclip_jax.training import losses
+
+torch = pytest.importorskip("torch")
+from tests.torch_twin import TorchBiCLIP, published_loss, randomize_  # noqa: E402
+
+WEIGHTS = {"gen": 0.1, "iac": 0.05, "cycle": 0.07}
+
+# Names of the twin and of ours; {i} stands for a number that both share.
+NAMES = [
+    (r"image_feature_extractor\.conv\.(\d)", "image_encoder/conv_{half}"),
+    (r"text_encoder\.project_head\.(\d)", "text_projection/{mlp}"),
+    (r"text_refiner\.mlp\.(\d)", "refiner/mlp/{mlp}"),
+    (r"image_to_text\.encoder\.(\d)", "cycle_head/encoder/conv_{half}"),
+    (r"image_to_text\.fc", "cycle_head/out"),
+    (r"generator\.(\d)", "generator/up_{half}"),
+    (r"IAC_proj\.(\d)", "consistency_head/{iac}"),
+    (r"inc\.double_conv\.(\d)", "unet/encoder_0/{double}"),
+    (r"down(?P<level>\d)\.maxpool_conv\.1\.double_conv\.(\d)", "unet/encoder_{level}/{double}"),
+    (r"up(?P<up>\d)\.up", "unet/up_{decoder}"),
+    (r"up(?P<up>\d)\.conv\.double_conv\.(\d)", "unet/decoder_{decoder}/{double}"),
+    (r"outc\.conv", "unet/head"),
+]
+MLP = {0: "in", 1: "norm", 3: "out"}
+DOUBLE = {0: "conv_0", 1: "norm_0", 3: "conv_1", 4: "norm_1"}
+IAC = {2: "out", 3: "norm"}
+
+
+def flax_name(name: str, levels: int) -> tuple[str, str, str]:
+    """(collection, path, kind of leaf) of a name of the twin's."""
+    stem, leaf = name.rsplit(".", 1)
+    for pattern, ours in NAMES:
+        match = re.fullmatch(pattern, stem)
+        if match:
+            number = int(match.groups()[-1]) if match.groups() else 0
+            groups = match.groupdict()
+            path = ours.format(
+                half=number // 2,
+                mlp=MLP.get(number),
+                double=DOUBLE.get(number),
+                iac=IAC.get(number),
+                level=groups.get("level"),
+                decoder=levels - 1 - int(groups.get("up") or 0),
+            )
+            return ("batch_stats" if leaf.startswith("running") else "params"), path, leaf
+    raise KeyError(name)
+
+
+def to_flax(model) -> dict:
+    """The twin's parameters and statistics as our variables."""
+    transposed = {n for n, m in model.named_modules() if isinstance(m, torch.nn.ConvTranspose2d)}
+    levels = sum(name.endswith(".up.weight") for name in model.state_dict()) + 1
+    flat = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        collection, path, leaf = flax_name(name, levels)
+        value = tensor.detach().numpy()
+        ours = {"running_mean": "mean", "running_var": "var", "bias": "bias"}.get(leaf, "scale")
+        if leaf == "weight" and value.ndim == 2:
+            ours, value = "kernel", value.T
+        elif leaf == "weight" and value.ndim == 4:
+            order = (2, 3, 0, 1) if name.rsplit(".", 1)[0] in transposed else (2, 3, 1, 0)
+            ours, value = "kernel", value.transpose(order)
+        flat[f"{collection}/{path}/{ours}"] = jnp.asarray(value)
+    return unflatten_dict(flat, sep="/")
+
+
+@functools.cache
+def pair(image_size: int = 112, width: int = 8, levels: int = 5):
+    """The twin with random values, and our model with the same."""
+    torch.manual_seed(0)
+    widths = tuple(width * 2**i for i in range(levels))
+    sizes = {"widths": widths, "encoder_widths": (width, 4 * width)}
+    sizes |= {"cycle_widths": (width // 2, width), "image_size": image_size}
+    twin = randomize_(TorchBiCLIP(text_feature_dim=48, **sizes), seed=1)
+    return twin, biclip.BiCLIP(**sizes), to_flax(twin)
+
+
+def inputs(image_size: int, batch: int = 2, seed: int = 0):
+    """A picture, text features and a mask, as (B, H, W, C) arrays."""
+    rng = np.random.default_rng(seed)
+    image = rng.random((batch, image_size, image_size, 3), np.float32)
+    mask = (rng.random((batch, image_size, image_size, 1)) > 0.7).astype(np.float32)
+    return image, rng.standard_normal((batch, 48)).astype(np.float32), mask
+
+
+def nchw(x) -> "torch.Tensor":
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(x), -1, 1)))
+
+
+def nhwc(x) -> np.ndarray:
+    return np.moveaxis(x.detach().numpy(), 1, -1)
+
+
+@pytest.mark.parametrize(("image_size", "levels"), [(56, 4), (112, 5)])
+def test_whole_network_matches_the_twin(image_size, levels):
+    twin, model, variables = pair(image_size, levels=levels)
+    twin.eval()
+    image, text, _ = inputs(image_size)
+    with torch.no_grad(), jax.default_matmul_precision("highest"):
+        fused = twin.fuse(nchw(image), torch.from_numpy(text))
+        logits, features = twin.segment(nchw(image), fused["pseudo_image"])
+        ours, aux = model.apply(variables, image, text_features=text)
+    scale = float(logits.std())
+    assert np.abs(nhwc(logits) - ours).max() <= 1e-4 * scale
+    np.testing.assert_allclose(aux["text"], fused["text"].numpy(), atol=1e-5)
+    np.testing.assert_allclose(aux["refined_text"], fused["refined_text"].numpy(), atol=1e-5)
+    np.testing.assert_allclose(aux["pseudo_image"], nhwc(fused["pseudo_image"]), atol=1e-5)
+    np.testing.assert_allclose(aux["features"], nhwc(features), atol=1e-4 * float(features.std()))
+
+
+@pytest.mark.slow
+def test_whole_network_at_full_size_matches_the_twin():
+    twin, model, variables = pair(224, width=64)
+    twin.eval()
+    image, text, _ = inputs(224, batch=1)
+    with torch.no_grad(), jax.default_matmul_precision("highest"):
+        logits = twin(nchw(image), torch.from_numpy(text))
+        ours, _ = model.apply(variables, image, text_features=text)
+    assert np.abs(nhwc(logits) - ours).max() <= 1e-4 * float(logits.std())
+
+
+def test_every_parameter_has_a_name_in_the_twin():
+    _, model, variables = pair()
+    fresh = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, 112, 112, 3)), text_features=jnp.zeros((1, 48)))
+    )
+    want = {k: v.shape for k, v in flatten_dict(fresh, sep="/").items()}
+    have = {k: v.shape for k, v in flatten_dict(variables, sep="/").items()}
+    assert have == want
+
+
+def test_losses_gradients_and_statistics_match_the_twin():
+    # In double precision: in single one rounding may flip a ReLU, and one flip
+    # changes a gradient by a part in a thousand.
+    with jax.enable_x64(True):
+        check_training_step()
+
+
+def check_training_step():
+    twin, model, _ = pair()
+    twin = copy.deepcopy(twin).double().train()
+    model, variables = model.clone(dtype=jnp.float64), to_flax(twin)
+    image, text, mask = (x.astype(np.float64) for x in inputs(112))
+    strong_image = np.clip(image * 0.8 + 0.05, 0, 1)
+    flip = {"weak": image[:, :, ::-1].copy(), "strong": strong_image[:, :, ::-1].copy()}
+    mask_w = mask[:, :, ::-1].copy()
+
+    total, parts = published_loss(
+        twin,
+        nchw(image),
+        torch.from_numpy(text),
+        nchw(mask),
+        (nchw(flip["weak"]), lambda pseudo: pseudo.flip(-1), nchw(mask_w)),
+        (nchw(flip["strong"]), lambda pseudo: pseudo.flip(-1)),
+    )
+    total.backward()
+    statistics = to_flax(twin)["batch_stats"]
+    for parameter in twin.parameters():
+        parameter.data = parameter.grad
+    gradients = flatten_dict(to_flax(twin)["params"], sep="/")
+
+    def objective(params):
+        state = {"params": params, "batch_stats": variables["batch_stats"]}
+        fused = model.apply(state, image, text_features=text, train=True, method=model.fuse)
+        pseudo = fused.pseudo_image[:, :, ::-1]
+        out, updates = model.apply(
+            state, (flip["weak"], pseudo), (flip["strong"], pseudo),
+            method=model.two_views, mutable=["batch_stats"],
+        )
+        values = {
+            "seg": losses.segmentation_loss(out.weak_logits, mask_w).mean(),
+            "gen": losses.generator_loss(fused.pseudo_image, image, mask).mean(),
+            "iac": losses.consistency_loss(out.weak_embedding, out.strong_embedding).mean(),
+            "cycle": losses.cycle_loss(fused.text, fused.cycle_text).mean(),
+        }
+        loss = values["seg"] + sum(w * values[name] for name, w in WEIGHTS.items())
+        return loss, (values, updates["batch_stats"])
+
+    grads, (values, updated) = jax.jit(jax.grad(objective, has_aux=True))(variables["params"])
+    for name, value in values.items():
+        assert float(value) == pytest.approx(parts[name].item(), rel=1e-6, abs=1e-11), name
+    for name, value in flatten_dict(updated, sep="/").items():
+        expected = flatten_dict(statistics, sep="/")[name]
+        np.testing.assert_allclose(value, expected, rtol=1e-6, err_msg=name)
+    for name, value in flatten_dict(grads, sep="/").items():
+        scale = float(jnp.abs(gradients[name]).max())
+        assert float(jnp.abs(value - gradients[name]).max()) <= 1e-5 * scale, name
+
+
+@pytest.mark.parametrize(
+    ("module", "stock"),
+    [
+        (layers.UpConv2x2(5), {"kernel_size": 2, "stride": 2}),
+        (layers.UpConv4x4(5), {"kernel_size": 4, "stride": 2, "padding": 1}),
+    ],
+)
+def test_transposed_convolutions_match_the_twin(module, stock):
+    torch.manual_seed(0)
+    twin = torch.nn.ConvTranspose2d(3, 5, **stock)
+    x = np.random.default_rng(0).standard_normal((2, 7, 9, 3)).astype(np.float32)
+    params = {
+        "kernel": twin.weight.detach().numpy().transpose(2, 3, 0, 1),
+        "bias": twin.bias.detach().numpy(),
+    }
+    with jax.default_matmul_precision("highest"):
+        ours = module.apply({"params": params}, x)
+    np.testing.assert_allclose(ours, nhwc(twin(nchw(x))), atol=1e-5)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_batch_norm_matches_the_twin_running_statistics_included(train):
+    twin = randomize_(torch.nn.BatchNorm2d(4), seed=0).train(train)
+    x = np.random.default_rng(0).standard_normal((3, 5, 6, 4)).astype(np.float32) * 3 + 1
+    variables = {
+        "params": {"scale": twin.weight.detach().numpy(), "bias": twin.bias.detach().numpy()},
+        "batch_stats": {
+            "mean": twin.running_mean.numpy().copy(),
+            "var": twin.running_var.numpy().copy(),
+        },
+    }
+    ours, updates = layers.BatchNorm().apply(variables, x, train, mutable=["batch_stats"])
+    np.testing.assert_allclose(ours, nhwc(twin(nchw(x))), atol=1e-5)
+    np.testing.assert_allclose(updates["batch_stats"]["mean"], twin.running_mean, rtol=1e-5)
+    np.testing.assert_allclose(updates["batch_stats"]["var"], twin.running_var, rtol=1e-5)
