@@ -1,10 +1,10 @@
 """BiCLIP in pure JAX: medical image segmentation with the help of a sentence.
 
-    predictor = biclip_jax.load("runs/demo")
-    mask, probability, uncertainty = predictor.predict("xray.png", "... lower left lung.")
+predictor = biclip_jax.load("runs/demo")
+mask, probability, uncertainty = predictor.predict("xray.png", "... lower left lung.")
 
-    model, variables, processor = biclip_jax.load_model("runs/demo")
-    logits, aux = model.apply(variables, image, text_ids, text_mask)
+model, variables, processor = biclip_jax.load_model("runs/demo")
+logits, aux = model.apply(variables, image, text_ids, text_mask)
 """
 
 from __future__ import annotations

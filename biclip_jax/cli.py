@@ -46,11 +46,11 @@ def set_xla_flags() -> None:
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with --config and --workdir; what is left over are overrides of the configuration."""
+    """A parser with --config and --workdir; what it leaves over are overrides of fields."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Any field of the configuration: --config.FIELD=VALUE, such as --config.batch_size=8",
+        epilog="Any field: --config.FIELD=VALUE, such as --config.batch_size=8",
     )
     parser.add_argument("--config", default="default", help="name or path, with :variant")
     parser.add_argument("--workdir", help="folder of the run (default: runs/NAME)")
@@ -69,7 +69,10 @@ def load_config(name: str, overrides: list[str]) -> ConfigDict:
         or a value of another type.
     """
     source, _, variant = name.partition(":")
-    config = _config_module(source).get_config(variant or None)
+    try:
+        config = _config_module(source).get_config(variant or None)
+    except ValueError as error:
+        raise UserError(f"--config {name}: {error}") from error
     for override in overrides:
         _override(config, override)
     return config.lock()
@@ -112,9 +115,7 @@ def _override(config: ConfigDict, override: str) -> None:
     owner[leaf] = _parse(key, text, fields[key])
 
 
-def leaves(
-    config: Mapping[str, Any] | ConfigDict, prefix: str = ""
-) -> Iterator[tuple[str, Any]]:
+def leaves(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of every field."""
     for key, value in config.items():
         if isinstance(value, ConfigDict | Mapping):

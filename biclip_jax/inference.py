@@ -141,8 +141,10 @@ def _check_variables(path, model, variables, processor) -> None:
 
 
 def _checked(image: np.ndarray) -> np.ndarray:
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,)):
+    legal = image.ndim in (2, 3) and image.shape[2:] in ((), (1,), (3,))
+    if image.dtype != np.uint8 or not legal:
         raise ValueError(
-            f"the picture is {image.dtype} {image.shape}; expected uint8 (H, W), (H, W, 1) or (H, W, 3)"
+            f"the picture is {image.dtype} {image.shape}; "
+            "expected uint8 (H, W), (H, W, 1) or (H, W, 3)"
         )
     return image if image.ndim == 3 else image[..., None]

@@ -22,14 +22,17 @@ def replicate(tree: Any) -> Any:
 
 
 def pmap_train_step(step: Callable) -> Callable:
-    """(state, device-major batch, key) -> (state, metrics), state donated and without a device axis."""
+    """(state, sharded batch, key) -> (state, metrics).
+
+    The state is donated and has no device axis, neither going in nor coming out.
+    """
     return jax.pmap(
         step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=(0,)
     )
 
 
 def pmap_eval_step(step: Callable) -> Callable:
-    """(variables, device-major batch) -> one result summed over the devices by the step itself."""
+    """(variables, sharded batch) -> one result summed over the devices by the step itself."""
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None)
 
 

@@ -94,7 +94,9 @@ def claim(config: ConfigDict, workdir: Path) -> None:
             runner.write_json(path, resolved)
             return
     except OSError as error:
-        raise UserError(f"{workdir}: cannot be written ({error.strerror}); choose another") from error
+        raise UserError(
+            f"{workdir}: cannot be written ({error.strerror}); choose another"
+        ) from error
     here, there = dict(cli.leaves(resolved)), dict(cli.leaves(began))
     changed = [k for k in sorted(here.keys() | there.keys()) if here.get(k) != there.get(k)]
     if changed:
@@ -198,27 +200,26 @@ def loop(
             jax.block_until_ready(window[max(len(window) - 2, 0)])
             writer.advance(step)
             if step % config.log_every == 0 or step == program.num_steps:
-                values = steps.mean_metrics(jax.device_get(window))
-                values["lr"] = float(program.schedule(step - 1))
-                values["images_per_second"] = (
-                    len(window) * config.batch_size / (time.perf_counter() - since)
-                )
+                seconds = time.perf_counter() - since
+                values = window_values(config, program, window, step, seconds)
                 writer.write(step, "train", values)
                 check_finite(config, values, step, workdir)
                 window, since = [], time.perf_counter()
+            paused = time.perf_counter()
+            signalled = stop.received
             due = step % program.eval_every == 0 or step == program.num_steps
             if due:
                 scores = validate(config, program, splits["val"], texts["val"], state)
                 writer.write(step, "val", scores)
                 keep_best(config, workdir, tokenizer, state, scores, progress)
-            if due or stop.received is not None:
+            if due or signalled is not None:
                 progress["position"] = batches.get_state()
                 host_state = parallel.to_host(state)
                 checkpoint.save(workdir / "checkpoints/last", host_state, progress)
-                since = time.perf_counter()
-            if stop.received is not None:
+            since += time.perf_counter() - paused
+            if signalled is not None:
                 print(f"{workdir}: stopped by a signal after step {step}; saved, can go on")
-                sys.exit(128 + stop.received)
+                sys.exit(128 + signalled)
     return state
 
 
@@ -230,6 +231,17 @@ def announce(config: ConfigDict, program: Program, num_train: int) -> None:
         f"{num_train} training pictures, {program.num_steps} steps of {config.batch_size}, "
         f"on {devices}; the first step compiles"
     )
+
+
+def window_values(
+    config: ConfigDict, program: Program, window: Sequence[Any], step: int, seconds: float
+) -> dict[str, float | int]:
+    """What one log line says of the steps since the last one."""
+    return {
+        **steps.mean_metrics(jax.device_get(window)),
+        "lr": float(program.schedule(step - 1)),
+        "images_per_second": len(window) * config.batch_size / seconds,
+    }
 
 
 def check_finite(config: ConfigDict, values: Mapping[str, float], step: int, workdir: Path) -> None:

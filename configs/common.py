@@ -70,8 +70,9 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config.name += "_smoke"
     config.data.name, config.data.source, config.data.layout = "synthetic", "", ""
     config.data.num_examples = ConfigDict({"train": 32, "val": 8, "test": 8})
-    config.model.image_size, config.model.width = 112, 4
+    config.model.image_size, config.model.width, config.model.num_levels = 56, 4, 3
     config.batch_size, config.num_steps, config.eval_every = 8, 8, 4
+    config.optim.warmup_steps, config.log_every = 0, 2
     return config
 
 

@@ -1,12 +1,11 @@
 """QaTa-COV19: chest X-rays with infection masks, one sentence each (5716 / 1429 / 2113).
 
-    python -m biclip_jax.train --config qata --config.data.source=DIR
-    python -m biclip_jax.train --config qata:small --config.data.source=DIR
+python -m biclip_jax.train --config qata --config.data.source=DIR
+python -m biclip_jax.train --config qata:small --config.data.source=DIR
 """
 
-from ml_collections import ConfigDict
-
 from biclip_jax.configs import common
+from ml_collections import ConfigDict
 
 
 def get_config(variant: str | None = None) -> ConfigDict:

@@ -19,9 +19,7 @@ TOKENIZER_FILE = "tokenizer.json"
 
 _SIDES = {"left": "right", "right": "left"}
 _PLACE = r"(?:the )?(?:(?:all|upper|middle|lower|top|bottom|center|centre),? )*"
-_RIGHT_FIRST = re.compile(
-    rf"({_PLACE})(right)( lung)? and ({_PLACE})(left)( lung)?", re.IGNORECASE
-)
+_RIGHT_FIRST = re.compile(rf"({_PLACE})(right)( lung)? and ({_PLACE})(left)( lung)?", re.IGNORECASE)
 
 
 def build_tokenizer(sentences: Sequence[str]) -> Tokenizer:
@@ -62,7 +60,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         return Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path}: no readable tokenizer ({error}); write the folder anew") from error
+        raise UserError(
+            f"{path}: no readable tokenizer ({error}); write the folder anew"
+        ) from error
 
 
 def encode(

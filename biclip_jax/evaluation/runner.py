@@ -145,9 +145,7 @@ def evaluate_conditions(
     return found
 
 
-def results(
-    found: Mapping[str, metrics.Overlap], records: Sequence[Record]
-) -> dict[str, Any]:
+def results(found: Mapping[str, metrics.Overlap], records: Sequence[Record]) -> dict[str, Any]:
     """Scores and intervals of each condition, as results.json holds them.
 
     `mirrored_changed` and `right_where_mirrored_changes` are the images whose

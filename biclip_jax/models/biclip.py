@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from biclip_jax.models import fusion
 from biclip_jax.models.layers import full_precision
@@ -165,7 +165,7 @@ def text_inputs(batch: Mapping[str, Array]) -> dict[str, Array]:
     return {name: batch[name] for name in names}
 
 
-def init(model: BiCLIP, key: PRNGKeyArray, max_length: int) -> dict[str, Any]:
+def init(model: BiCLIP, key: Key[Array, ""], max_length: int) -> dict[str, Any]:
     """Fresh variables (params, batch_stats), training heads included; float32.
 
     Args:

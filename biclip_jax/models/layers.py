@@ -35,12 +35,17 @@ def dense(features: int, dtype: Any, name: str | None = None) -> nn.Dense:
 def conv3x3(features: int, dtype: Any, use_bias: bool = True, name: str | None = None) -> nn.Conv:
     """A 3x3 convolution that keeps the size of the map."""
     return nn.Conv(
-        features, (3, 3), padding=1, use_bias=use_bias, dtype=dtype, kernel_init=fan_in_uniform,
+        features,
+        (3, 3),
+        padding=1,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=fan_in_uniform,
         name=name,
     )
 
 
-def max_pool_2x2(x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
+def max_pool_2x2(x: Float[Array, "b h w c"]) -> Float[Array, "b h//2 w//2 c"]:
     """Maximum over 2x2 blocks; H and W must be even.
 
     A reshape and a maximum: several times faster on a CPU than a windowed
@@ -50,7 +55,7 @@ def max_pool_2x2(x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
     return x.reshape(b, h // 2, 2, w // 2, 2, c).max(axis=(2, 4))
 
 
-def depth_to_space(x: Float[Array, "b h w 4*c"]) -> Float[Array, "b 2*h 2*w c"]:
+def depth_to_space(x: Float[Array, "b h w d"]) -> Float[Array, "b 2*h 2*w d//4"]:
     """Spreads channel groups ordered (row, column, channel) over 2x2 blocks."""
     b, h, w, c = x.shape
     x = x.reshape(b, h, w, 2, 2, c // 4).transpose(0, 1, 3, 2, 4, 5)

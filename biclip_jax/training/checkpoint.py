@@ -172,6 +172,8 @@ def _restore(step: Path, template: TrainState) -> tuple[TrainState, dict[str, An
                 state=ocp.args.StandardRestore(like), meta=ocp.args.JsonRestore()
             )
             restored = checkpointer.restore(step.absolute(), args=items)
+        # orbax takes another shape or dtype as it comes.
+        jax.tree.map(_require_same_kind, like, restored.state)
     except (ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -179,6 +181,13 @@ def _restore(step: Path, template: TrainState) -> tuple[TrainState, dict[str, An
             "use another workdir, or the configuration that the run began with"
         ) from error
     return restored.state, restored.meta
+
+
+def _require_same_kind(expected: np.ndarray, found: np.ndarray) -> None:
+    if (expected.shape, expected.dtype) != (found.shape, found.dtype):
+        raise ValueError(
+            f"found {found.dtype} {found.shape}, expected {expected.dtype} {expected.shape}"
+        )
 
 
 def _steps(folder: Path) -> list[Path]:
@@ -195,9 +204,7 @@ def _manifest_path(step: Path) -> Path:
 
 def _digests(step: Path) -> dict[str, str]:
     files = sorted(p for p in step.rglob("*") if p.is_file())
-    return {
-        str(p.relative_to(step)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
-    }
+    return {str(p.relative_to(step)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def _discard(step: Path) -> None:

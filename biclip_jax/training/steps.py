@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 from biclip_jax.models.biclip import BiCLIP, text_inputs, to_unit_rgb
 from biclip_jax.training import losses, views
@@ -19,8 +19,8 @@ Objective = Callable[..., tuple[Array, tuple[Any, dict[str, Array]]]]
 
 
 def example_keys(
-    key: PRNGKeyArray, step: Int[Array, ""], rows: Int[Array, " b"]
-) -> PRNGKeyArray:
+    key: Key[Array, ""], step: Int[Array, ""], rows: Int[Array, " b"]
+) -> Key[Array, " b"]:
     """One key an example, from (stream, step, row in the global batch), whatever the devices."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), rows)
 
@@ -29,7 +29,7 @@ def published_objective(
     params: Any,
     batch_stats: Any,
     batch: Mapping[str, Array],
-    keys: PRNGKeyArray,
+    keys: Key[Array, " b"],
     *,
     model: BiCLIP,
     weights: Mapping[str, float],
@@ -82,7 +82,7 @@ def published_objective(
 def train_step(
     state: TrainState,
     batch: Mapping[str, Array],
-    key: PRNGKeyArray,
+    key: Key[Array, ""],
     *,
     objective: Objective,
     optimizer: optax.GradientTransformation,
@@ -123,20 +123,25 @@ def train_step(
     one = jnp.float32(1)
     metrics |= {"grad_norm": (norm, one), "skipped": (one - finite, one)}
     new_state = TrainState(
-        state.step + 1, state.skipped + (1 - finite.astype(jnp.int32)), params, batch_stats,
+        state.step + 1,
+        state.skipped + (1 - finite.astype(jnp.int32)),
+        params,
+        batch_stats,
         opt_state,
     )
     return new_state, metrics
 
 
-def mean_metrics(window: Sequence[Mapping[str, tuple[Any, Any]]]) -> dict[str, float]:
+def mean_metrics(
+    window: Sequence[Mapping[str, tuple[Any, Any]]],
+) -> dict[str, float | int]:
     """Means over some steps' (sum, count), on the host; `skipped` is a number of steps.
 
     Steps that were skipped tell nothing but that: their values are left out.
     """
     taken = [metrics for metrics in window if not metrics["skipped"][0]]
     names = [name for name in window[0] if name != "skipped"]
-    means = {
+    means: dict[str, float | int] = {
         name: sum(float(m[name][0]) for m in taken) / sum(float(m[name][1]) for m in taken)
         for name in names
         if taken

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key
 
 BLUR_TAPS = 5
 
@@ -39,7 +39,7 @@ class Views(NamedTuple):
 
 
 def weak_and_strong(
-    key: PRNGKeyArray,
+    key: Key[Array, ""],
     image: Float[Array, "h w 3"],
     pseudo_image: Float[Array, "h w 3"],
     mask: Float[Array, "h w 1"],
@@ -56,7 +56,7 @@ def weak_and_strong(
 
 
 def random_geometry(
-    key: PRNGKeyArray, geometry: Geometry
+    key: Key[Array, ""], geometry: Geometry
 ) -> tuple[Float[Array, "2 2"], Float[Array, " 2"]]:
     """Draws flips and an affine map as one matrix and a shift, from output to input.
 
@@ -103,7 +103,7 @@ def warp(
     return top * (1 - fy) + bottom * fy
 
 
-def change_light(key: PRNGKeyArray, image: Float[Array, "h w 3"]) -> Float[Array, "h w 3"]:
+def change_light(key: Key[Array, ""], image: Float[Array, "h w 3"]) -> Float[Array, "h w 3"]:
     """Strong photometric change: gamma, noise, brightness, contrast, motion blur.
 
     Gamma .9-1.1 always; Gaussian noise sd .01 p .5; brightness +-.3 p .5;
@@ -120,7 +120,7 @@ def change_light(key: PRNGKeyArray, image: Float[Array, "h w 3"]) -> Float[Array
     return _maybe(choose_key, 0.2, image, convolve(image, motion_kernel(blur_key)))
 
 
-def motion_kernel(key: PRNGKeyArray) -> Float[Array, "5 5"]:
+def motion_kernel(key: Key[Array, ""]) -> Float[Array, "5 5"]:
     """A line of 5 pixels at +-20 degrees whose weights lean by a direction in +-.5; sums to 1."""
     angle_key, direction_key = jax.random.split(key)
     angle = jnp.deg2rad(_uniform(angle_key, -20.0, 20.0))

@@ -19,18 +19,20 @@ class Writer:
 
     def __init__(self, workdir: Path, num_steps: int, first_step: int) -> None:
         self.console = Console(highlight=False)
-        self._lines: TextIO = open(_trimmed(workdir / "metrics.jsonl", first_step), "a")
+        self._lines: TextIO = open(  # noqa: SIM115
+            _trimmed(workdir / "metrics.jsonl", first_step), "a"
+        )
         self._tensorboard = _tensorboard(workdir / "tensorboard")
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
         )
         self._progress = Progress(
             *columns, console=self.console, disable=not self.console.is_terminal
         )
-        self._task = self._progress.add_task(
-            "training", total=num_steps, completed=first_step
-        )
+        self._task = self._progress.add_task("training", total=num_steps, completed=first_step)
 
     def __enter__(self) -> Writer:
         self._progress.start()
@@ -70,7 +72,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _trimmed(path: Path, first_step: int) -> Path:
-    """Drops what a run wrote after the checkpoint from which it goes on, so that no step is twice."""
+    """Drops what was written after the checkpoint that the run goes on from."""
     kept = [row for row in read_metrics(path) if row["step"] <= first_step]
     path.write_text("".join(json.dumps(row) + "\n" for row in kept))
     return path

@@ -41,7 +41,7 @@ def write(
     _replace(folder / WEIGHTS, data)
     _replace(folder / CARD, model_card(config, scores).encode())
     _replace(folder / METRICS, _json(scores))
-    described = {"format": FORMAT, "sha256": hashlib.sha256(data).hexdigest(), **config}
+    described = {**config, "format": FORMAT, "sha256": hashlib.sha256(data).hexdigest()}
     _replace(folder / CONFIG, _json(described))
 
 

@@ -135,9 +135,8 @@ def test_whole_network_at_full_size_matches_the_twin():
 
 def test_every_parameter_has_a_name_in_the_twin():
     _, model, variables = pair()
-    fresh = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), jnp.zeros((1, 112, 112, 3)), text_features=jnp.zeros((1, 48)))
-    )
+    image, text = jnp.zeros((1, 112, 112, 3)), jnp.zeros((1, 48))
+    fresh = jax.eval_shape(lambda: model.init(jax.random.key(0), image, text_features=text))
     want = {k: v.shape for k, v in flatten_dict(fresh, sep="/").items()}
     have = {k: v.shape for k, v in flatten_dict(variables, sep="/").items()}
     assert have == want
@@ -178,8 +177,11 @@ def check_training_step():
         fused = model.apply(state, image, text_features=text, train=True, method=model.fuse)
         pseudo = fused.pseudo_image[:, :, ::-1]
         out, updates = model.apply(
-            state, (flip["weak"], pseudo), (flip["strong"], pseudo),
-            method=model.two_views, mutable=["batch_stats"],
+            state,
+            (flip["weak"], pseudo),
+            (flip["strong"], pseudo),
+            method=model.two_views,
+            mutable=["batch_stats"],
         )
         values = {
             "seg": losses.segmentation_loss(out.weak_logits, mask_w).mean(),

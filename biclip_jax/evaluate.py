@@ -1,0 +1,118 @@
+"""Evaluates a trained model on a split, with every text condition and the image-free baselines.
+
+    python -m biclip_jax.evaluate --workdir runs/qata --split test
+
+Writes results.json, per_image.csv and overlays.png to WORKDIR/evaluation/SPLIT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from biclip_jax import __version__, cli, inference
+from biclip_jax.data import pipeline
+from biclip_jax.data.schema import SPLITS
+from biclip_jax.errors import UserError
+from biclip_jax.evaluation import runner
+from biclip_jax.weights import folder as model_folder
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs the evaluation that the command line describes; returns what results.json holds."""
+    workdir = Path(args.workdir)
+    config = _run_config(workdir)
+    data = dict(config["data"])
+    if args.source:
+        data |= {"source": args.source, "layout": args.layout}
+    model, variables, processor = inference.load_model(workdir)
+    splits = pipeline.load_splits(data, processor.image_size)
+    records = splits[args.split]
+    extra = {
+        "split": args.split,
+        "data": data["name"],
+        "command": f"python -m biclip_jax.evaluate {' '.join(args.argv)}",
+        "seed": config["seed"],
+        "best_step": _best_step(workdir),
+        "config": config,
+        "versions": {"biclip_jax": __version__, "jax": metadata.version("jax")},
+        "device": jax.devices()[0].device_kind,
+    }
+    if args.baselines:
+        train, val = splits["train"], splits["val"]
+        extra["baselines"] = runner.image_free_results(train, val, records)
+    outcome = runner.evaluate(
+        runner.make_predict(model, variables),
+        processor.encode,
+        records,
+        folder=_output(args),
+        conditions=args.conditions,
+        batch_size=args.batch_size,
+        extra=extra,
+    )
+    print(f"{args.split}, {len(records)} pictures, percent, at {outcome['size']}:")
+    print(runner.table_of({**outcome["conditions"], **outcome.get("baselines", {})}))
+    print(f"results  {_output(args) / 'results.json'}")
+    print(f"images   {_output(args) / 'per_image.csv'}")
+    print(f"page     {_output(args) / 'overlays.png'}")
+    return outcome
+
+
+def _output(args: argparse.Namespace) -> Path:
+    return Path(args.output or Path(args.workdir) / "evaluation" / args.split)
+
+
+def _run_config(workdir: Path) -> dict[str, Any]:
+    path = workdir / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return {"data": config["data"], "seed": config["seed"], **config}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path}: no configuration of a run ({error}); give the --workdir of a training run"
+        ) from error
+
+
+def _best_step(workdir: Path) -> int:
+    return model_folder.read(inference.model_path(workdir))[0]["step"]
+
+
+def _conditions(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    unknown = [name for name in names if name not in runner.CONDITIONS]
+    if unknown or "right" not in names:
+        known = ", ".join(runner.CONDITIONS)
+        raise UserError(f"--conditions {text}: expected a list with right, out of {known}")
+    return names
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    cli.run(_main, argv)
+
+
+def _main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", required=True, help="of a training run")
+    parser.add_argument("--split", default="test", choices=SPLITS)
+    parser.add_argument("--source", default="", help="data set on disk (default: the run's)")
+    parser.add_argument("--layout", default="", help="of --source (default: look and see)")
+    parser.add_argument("--conditions", default=",".join(runner.CONDITIONS), metavar="A,B")
+    parser.add_argument("--no-baselines", dest="baselines", action="store_false")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--output", help="folder (default: WORKDIR/evaluation/SPLIT)")
+    args = parser.parse_args(argv)
+    args.conditions, args.argv = _conditions(args.conditions), argv
+    evaluate(args)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

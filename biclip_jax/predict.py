@@ -1,0 +1,147 @@
+"""Segments pictures with the help of a sentence; no mask is needed anywhere.
+
+    python -m biclip_jax.predict --workdir runs/qata --image xray.png \\
+        --text "unilateral pulmonary infection, one infected area, lower left lung." --output out
+    python -m biclip_jax.predict --workdir runs/qata --image FOLDER --texts sentences.csv \\
+        --output out
+
+For every picture NAME: NAME_mask.png (0 or 255), NAME_probability.png (16 bit,
+65535 = 1) and NAME_overlay.png at the picture's own size, and one line in
+predictions.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from biclip_jax import cli, inference
+from biclip_jax.data import image_io
+from biclip_jax.errors import BadImageError, UserError
+from biclip_jax.evaluation import reporting
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+
+
+def find_images(path: Path) -> list[Path]:
+    """The picture itself, or the pictures of a folder by name.
+
+    Raises:
+      UserError: nothing there, or two pictures whose outputs would have one name.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder; give --image a picture or a folder")
+    found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+    if not found:
+        raise UserError(f"{path}: no picture in this folder; expected {', '.join(SUFFIXES)}")
+    seen: dict[str, Path] = {}
+    for image in found:
+        if image.stem in seen:
+            raise UserError(
+                f"{image}: its outputs would overwrite those of {seen[image.stem].name}; "
+                "rename one of them"
+            )
+        seen[image.stem] = image
+    return found
+
+
+def read_sentences(path: Path, images: Sequence[Path]) -> dict[str, str]:
+    """Sentences by picture name, from a CSV with the columns image and text.
+
+    Raises:
+      UserError: the file cannot be read, a column is missing, or a picture has no line.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as CSV ({error})") from error
+    columns = set(rows[0]) if rows else set()
+    if not {"image", "text"} <= columns:
+        raise UserError(
+            f"{path}: its columns are {sorted(map(str, columns))}; expected image and text"
+        )
+    sentences = {row["image"]: row["text"] or "" for row in rows}
+    missing = [image.name for image in images if image.name not in sentences]
+    if missing:
+        raise UserError(
+            f"{path}: no line for {', '.join(missing[:5])} ({len(missing)} in all); "
+            "add them, with an empty text where there is no sentence"
+        )
+    return sentences
+
+
+def predict_image(
+    predictor: inference.Predictor, path: Path, sentence: str, output: Path
+) -> dict[str, Any]:
+    """Writes one picture's mask, probability and overlay; returns its line of predictions.csv."""
+    image = image_io.read_image(path)
+    mask, probability, uncertainty = predictor.predict(image, sentence)
+    stem = output / path.stem
+    image_io.write_png(f"{stem}_mask.png", mask.astype(np.uint8) * 255)
+    scaled = np.rint(probability.clip(0, 1) * 65535).astype(np.uint16)
+    image_io.write_png(f"{stem}_probability.png", scaled)
+    image_io.write_png(f"{stem}_overlay.png", reporting.overlay(image, pred=mask))
+    return {
+        "image": path.name,
+        "text": sentence,
+        "foreground_share": float(mask.mean()),
+        "mean_uncertainty_nats": float(uncertainty.mean()),
+    }
+
+
+def predict(args: argparse.Namespace) -> int:
+    """Runs what the command line describes; returns 1 where pictures were left out, else 0."""
+    images = find_images(Path(args.image))
+    sentences: Mapping[str, str] = {image.name: args.text for image in images}
+    if args.texts:
+        sentences = read_sentences(Path(args.texts), images)
+    predictor = inference.load(args.workdir)
+    output = Path(args.output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be made ({error.strerror}); choose another") from error
+    rows, problems = [], []
+    for path in images:
+        try:
+            rows.append(predict_image(predictor, path, sentences[path.name], output))
+        except BadImageError as error:
+            problems.append(str(error))
+    if rows:
+        reporting.write_csv(output / "predictions.csv", rows)
+        print(reporting.format_table(rows, list(rows[0])))
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    print(f"{len(rows)} of {len(images)} pictures segmented, in {output}")
+    return 1 if problems else 0
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    cli.run(_main, argv)
+
+
+def _main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", required=True, help="of a training run, or a model folder")
+    parser.add_argument("--image", required=True, help="a picture or a folder of pictures")
+    sentence = parser.add_mutually_exclusive_group()
+    sentence.add_argument("--text", default="", help="the sentence, for every picture")
+    sentence.add_argument("--texts", help="CSV with the columns image and text")
+    parser.add_argument("--output", required=True, help="folder, made if missing")
+    return predict(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

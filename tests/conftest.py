@@ -1,0 +1,34 @@
+"""Shapes and dtypes of public signatures are checked while the tests run; tiny things to share."""
+
+import jaxtyping
+
+SHAPED = ["models", "training.losses", "training.views", "training.steps", "evaluation.steps"]
+jaxtyping.install_import_hook([f"biclip_jax.{name}" for name in SHAPED], "beartype.beartype")
+
+import pytest  # noqa: E402
+
+from biclip_jax import cli  # noqa: E402
+from tests import tiny  # noqa: E402
+
+
+@pytest.fixture
+def smoke_config(tmp_path):
+    """The demo's smoke variant, with its prepared data under tmp_path."""
+    return cli.load_config("default:smoke", [f"--config.data.cache_dir={tmp_path / 'cache'}"])
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The work directory of one finished smoke run, shared: read only."""
+    from biclip_jax import train
+
+    base = tmp_path_factory.mktemp("trained")
+    config = cli.load_config("default:smoke", [f"--config.data.cache_dir={base / 'cache'}"])
+    train.train_and_evaluate(config, base / "run")
+    return base / "run"
+
+
+@pytest.fixture(scope="session")
+def tiny_step():
+    """(step, state, batch, key): a whole train step at tiny size, not yet compiled."""
+    return tiny.train_step()

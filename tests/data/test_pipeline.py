@@ -1,0 +1,113 @@
+"""Batches: every record once an epoch, order by seed, resume, process shares, padding."""
+
+import numpy as np
+import pytest
+
+from biclip_jax.data import pipeline, text
+
+NUM = 10
+
+
+@pytest.fixture(scope="module")
+def split():
+    records = [
+        {
+            "id": str(i),
+            "image": np.full((2, 2, 1), i, np.uint8),
+            "mask": np.full((2, 2, 1), i % 2, np.uint8),
+            "text": f"lesion {i} left",
+        }
+        for i in range(NUM)
+    ]
+    sentences = [record["text"] for record in records]
+    tokenizer = text.build_tokenizer(sentences)
+    return records, pipeline.encode_sentences(tokenizer, sentences, 6)
+
+
+def indices(iterator, count):
+    return [next(iterator)["index"].tolist() for _ in range(count)]
+
+
+def test_each_epoch_meets_every_record_once_in_another_order(split):
+    stream = np.concatenate(indices(pipeline.train_batches(*split, batch_size=4, seed=1), 5))
+    first, second = stream[:NUM].tolist(), stream[NUM:].tolist()
+    assert sorted(first) == sorted(second) == list(range(NUM))
+    assert first != second
+
+
+def test_the_order_is_the_seed_s(split):
+    runs = [indices(pipeline.train_batches(*split, batch_size=4, seed=s), 5) for s in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 7])
+def test_a_saved_position_goes_on_with_the_same_batches(split, stop):
+    whole = indices(pipeline.train_batches(*split, batch_size=4, seed=1), stop + 4)
+    iterator = pipeline.train_batches(*split, batch_size=4, seed=1)
+    indices(iterator, stop)
+    position = iterator.get_state()
+    resumed = pipeline.train_batches(*split, batch_size=4, seed=1, position=position)
+    assert indices(resumed, 4) == whole[stop:]
+
+
+def test_rows_belong_together(split):
+    records, texts = split
+    batch = next(pipeline.train_batches(records, texts, batch_size=4, seed=1))
+    for place, index in enumerate(batch["index"]):
+        assert (batch["image"][place] == index).all()
+        assert (batch["mask"][place] == index % 2).all()
+        np.testing.assert_array_equal(batch["text_ids"][place], texts["text_ids"][index])
+    assert batch["row"].tolist() == [0, 1, 2, 3]
+
+
+def test_the_mirrored_sentence_travels_along(split):
+    _, texts = split
+    assert texts["mirrored_text_ids"].shape == texts["text_ids"].shape
+    # "right" is no word of the captions: the mirrored side is unknown to the vocabulary.
+    assert (texts["mirrored_text_ids"] == 1).any()
+
+
+def test_processes_share_every_global_batch(split):
+    whole = pipeline.train_batches(*split, batch_size=4, seed=1)
+    shares = [
+        pipeline.train_batches(*split, batch_size=4, seed=1, process_index=p, process_count=2)
+        for p in (0, 1)
+    ]
+    for _ in range(4):
+        batch, parts = next(whole), [next(share) for share in shares]
+        for name in ("index", "row", "image"):
+            np.testing.assert_array_equal(batch[name], np.concatenate([p[name] for p in parts]))
+
+
+@pytest.mark.parametrize(("batch_size", "count"), [(4, 1), (4, 2), (16, 2), (5, 1)])
+def test_evaluation_counts_every_record_once(split, batch_size, count):
+    per_process = [
+        list(
+            pipeline.eval_batches(
+                *split, batch_size=batch_size, process_index=p, process_count=count
+            )
+        )
+        for p in range(count)
+    ]
+    assert len({len(batches) for batches in per_process}) == 1
+    batches = [batch for batches in per_process for batch in batches]
+    assert {batch["image"].shape[0] for batch in batches} == {batch_size // count}
+    seen = np.concatenate([batch["index"][batch["valid"]] for batch in batches])
+    assert sorted(seen.tolist()) == list(range(NUM))
+
+
+def test_missing_sentences_are_empty_everywhere(smoke_config):
+    with smoke_config.unlocked():
+        smoke_config.data.sentences = "missing"
+    splits = pipeline.load_splits(smoke_config.data, 56)
+    assert {len(records) for records in splits.values()} == {32, 8}
+    assert {record["text"] for records in splits.values() for record in records} == {""}
+
+
+def test_reading_from_disk_gives_what_memory_holds(smoke_config):
+    in_memory = pipeline.load_splits(smoke_config.data, 56)["val"]
+    smoke_config.data.in_memory = False
+    on_disk = pipeline.load_splits(smoke_config.data, 56)["val"]
+    for a, b in zip(in_memory, on_disk, strict=True):
+        assert a["text"] == b["text"]
+        np.testing.assert_array_equal(a["image"], b["image"])

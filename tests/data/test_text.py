@@ -1,0 +1,90 @@
+"""Sentences: vocabulary, ids, mirroring, shuffling."""
+
+import numpy as np
+import pytest
+
+from biclip_jax.data import text
+from biclip_jax.errors import UserError
+
+SENTENCES = [
+    "Bilateral pulmonary infection, two infected areas, lower left lung and upper right lung.",
+    "unilateral pulmonary infection, one infected area, lower right lung.",
+]
+
+
+def test_the_vocabulary_is_the_sorted_words_whatever_the_order():
+    first = text.build_tokenizer(SENTENCES)
+    again = text.build_tokenizer(SENTENCES[::-1] * 3)
+    assert first.get_vocab() == again.get_vocab()
+    words = sorted(first.get_vocab(), key=first.get_vocab().get)
+    assert words[:3] == ["[PAD]", "[UNK]", "[CLS]"]
+    assert words[3:] == sorted(words[3:])
+    assert "bilateral" in words
+
+
+def test_encode_puts_cls_first_pads_and_masks():
+    tokenizer = text.build_tokenizer(SENTENCES)
+    ids, mask = text.encode(tokenizer, ["Lower LEFT lung", "", "zebra lung"], 6)
+    vocabulary = tokenizer.get_vocab()
+    words = [vocabulary[w] for w in ("[CLS]", "lower", "left", "lung")]
+    assert ids[0].tolist() == [*words, 0, 0]
+    assert mask[0].tolist() == [True] * 4 + [False] * 2
+    assert ids[1].tolist() == [vocabulary["[CLS]"], 0, 0, 0, 0, 0]
+    assert mask.sum(1).tolist() == [4, 1, 3]
+    assert ids[2, 1] == vocabulary["[UNK]"]
+    assert ids.dtype == np.int32
+
+
+def test_encode_cuts_what_is_too_long():
+    ids, mask = text.encode(text.build_tokenizer(SENTENCES), SENTENCES, 5)
+    assert ids.shape == (2, 5)
+    assert mask.all()
+
+
+def test_save_and_load_give_the_same_ids(tmp_path):
+    tokenizer = text.build_tokenizer(SENTENCES)
+    text.save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    loaded = text.load_tokenizer(tmp_path / "tokenizer")
+    for a, b in zip(
+        text.encode(tokenizer, SENTENCES, 32), text.encode(loaded, SENTENCES, 32), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "not json"])
+def test_a_missing_or_damaged_tokenizer_names_its_file(tmp_path, content):
+    if content is not None:
+        (tmp_path / text.TOKENIZER_FILE).write_text(content)
+    with pytest.raises(UserError, match=text.TOKENIZER_FILE):
+        text.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "mirrored"),
+    [
+        (
+            "two infected areas, lower left lung and upper middle right lung.",
+            "two infected areas, upper middle left lung and lower right lung.",
+        ),
+        ("all left lung and all right lung.", "all left lung and all right lung."),
+        ("one infected area, Lower LEFT lung.", "one infected area, Lower RIGHT lung."),
+        ("the lower left lung and the right lung", "the left lung and the lower right lung"),
+        ("a polyp at the top left of the image", "a polyp at the top right of the image"),
+        ("all left and upper right lung", "upper left and all right lung"),
+        ("leftover brightness", "leftover brightness"),
+        ("", ""),
+    ],
+)
+def test_mirror_swaps_sides_and_keeps_the_left_first(sentence, mirrored):
+    assert text.mirror(sentence) == mirrored
+    assert text.mirror(mirrored) == sentence
+
+
+def test_shuffle_gives_each_row_another_string_of_the_split_by_seed():
+    sentences = ["a", "b", "a", "c"] * 25
+    shuffled = text.shuffle(sentences, seed=3)
+    assert all(x != y for x, y in zip(sentences, shuffled, strict=True))
+    assert set(shuffled) <= set(sentences)
+    assert shuffled == text.shuffle(sentences, seed=3)
+    assert shuffled != text.shuffle(sentences, seed=4)
+    assert text.shuffle(["a", "a"], seed=0) is None

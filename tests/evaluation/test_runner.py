@@ -1,0 +1,152 @@
+"""Evaluation of a split, with a predictor whose answers are known."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from biclip_jax.evaluation import baselines, metrics, runner
+
+SIZE, FULL = 8, 16
+LEFT, RIGHT = "one area, lower left lung.", "one area, lower right lung."
+
+
+def record(i):
+    """Odd ids have their lesion on the right; every third picture is of another size."""
+    side = FULL // 2 if i % 2 else 0
+    full = np.zeros((FULL, FULL + 4 * (i % 3 == 0), 1), np.uint8)
+    full[4 : 8 + i % 4, side : side + 6] = 1
+    mask = np.zeros((SIZE, SIZE, 1), np.uint8)
+    mask[2:4, side // 2 : side // 2 + 3] = 1
+    image = np.full((SIZE, SIZE, 1), 20 * i, np.uint8)
+    text = RIGHT if i % 2 else LEFT
+    return {"id": f"p{i}", "image": image, "mask": mask, "full_mask": full, "text": text}
+
+
+RECORDS = [record(i) for i in range(11)]
+
+
+def encode(sentences):
+    """One token a sentence: 0 empty, 1 left, 2 right."""
+    ids = [[0 if not s else 1 + ("right" in s)] for s in sentences]
+    return {"text_ids": np.array(ids, np.int32), "text_mask": np.ones((len(ids), 1), bool)}
+
+
+def predict(batch):
+    """Says the side that the sentence names; half of the height; nothing without a sentence."""
+    probs = np.zeros((*batch["image"].shape[:3], 1), np.float32)
+    for row, token in enumerate(batch["text_ids"][:, 0]):
+        if token:
+            start = SIZE // 2 if token == 2 else 0
+            probs[row, 2:4, start : start + 3] = 0.9
+    return probs
+
+
+@pytest.fixture(scope="module")
+def found():
+    return runner.evaluate_conditions(predict, encode, RECORDS, batch_size=4)
+
+
+def test_every_record_is_counted_once_at_its_own_size(found):
+    areas = [r["full_mask"].sum() for r in RECORDS]
+    for counts in found.values():
+        assert counts.mask_area.tolist() == areas
+
+
+def test_conditions_give_the_model_other_sentences(found):
+    scores = {name: metrics.summarize(counts)["dice_global"] for name, counts in found.items()}
+    assert scores["right"] > 0.7
+    assert scores["missing"] == 0
+    # Two sentences: another image's is always the other side, and so is the mirrored one.
+    assert scores["shuffled"] == scores["mirrored"] == 0
+
+
+def test_a_split_with_one_sentence_has_no_shuffled_condition():
+    same = [{**r, "text": LEFT} for r in RECORDS]
+    assert "shuffled" not in runner.evaluate_conditions(predict, encode, same, batch_size=4)
+
+
+def test_results_report_mirrored_images_that_change_apart():
+    symmetric = {**RECORDS[0], "id": "s", "text": "all left lung and all right lung"}
+    records = [*RECORDS, symmetric]
+    counts = runner.evaluate_conditions(predict, encode, records, batch_size=4)
+    scores = runner.results(counts, records)["conditions"]
+    assert scores["mirrored"]["num_images"] == 12
+    assert scores["mirrored_changed"]["num_images"] == 11
+    assert scores["right_where_mirrored_changes"]["num_images"] == 11
+    low, high = scores["right"]["interval_95"]["dice_mean"]
+    assert low <= scores["right"]["dice_mean"] <= high
+
+
+def test_evaluate_writes_numbers_lines_and_pictures_that_agree(tmp_path):
+    outcome = runner.evaluate(
+        predict,
+        encode,
+        RECORDS,
+        folder=tmp_path / "out",
+        conditions=("right", "missing"),
+        batch_size=4,
+        extra={"split": "test"},
+    )
+    assert json.loads((tmp_path / "out/results.json").read_text()) == outcome
+    assert outcome["split"] == "test"
+    assert set(outcome["conditions"]) == {"right", "missing"}
+    with open(tmp_path / "out/per_image.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["id"] for row in rows] == [r["id"] for r in RECORDS]
+    mean = np.mean([float(row["dice_right"]) for row in rows])
+    assert mean == pytest.approx(outcome["conditions"]["right"]["dice_mean"])
+    assert Image.open(tmp_path / "out/overlays.png").size[0] > 300
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "overlays.png",
+        "per_image.csv",
+        "results.json",
+    ]
+
+
+def test_page_rows_are_the_best_the_middle_and_the_worst(found):
+    rows = runner.page_rows(predict, encode, RECORDS, found["right"])
+    scores = np.sort(np.asarray(metrics.dice(found["right"])))
+    bands = {b: [r["dice"] for r in rows if r["band"] == b] for b in ("best", "median", "worst")}
+    assert bands["best"] == pytest.approx(scores[::-1][:4].tolist())
+    assert bands["worst"] == pytest.approx(scores[:4].tolist())
+    assert scores[5] in bands["median"]
+    for row in rows:
+        source = next(r for r in RECORDS if r["id"] == row["id"])
+        assert row["pred"].shape == source["full_mask"].shape[:2]
+        assert row["image"].shape == (*source["full_mask"].shape[:2], 1)
+
+
+def test_validate_adds_up_over_batches_and_refuses_to_lose_a_record():
+    def eval_fn(batch):
+        return metrics.overlap_sums(predict(batch), batch["mask"], batch["valid"])
+
+    texts = encode([r["text"] for r in RECORDS])
+    scores = runner.validate(eval_fn, RECORDS, texts, batch_size=4)
+    masks = np.stack([r["mask"] for r in RECORDS])
+    probs = predict({"image": np.zeros((11, SIZE, SIZE, 1)), "text_ids": texts["text_ids"]})
+    assert scores == pytest.approx(metrics.summarize(metrics.overlap(probs >= 0.5, masks)))
+
+    def losing(batch):
+        return metrics.overlap_sums(predict(batch), batch["mask"], batch["valid"] & False | True)
+
+    with pytest.raises(AssertionError, match="12 of 11"):
+        runner.validate(losing, RECORDS, texts, batch_size=4)
+
+
+def test_mean_masks_are_means_over_all_and_over_each_sentence():
+    prior, table = baselines.mean_masks(RECORDS)
+    masks = np.stack([r["mask"][..., 0] for r in RECORDS]).astype(float)
+    np.testing.assert_allclose(prior, masks.mean(0))
+    np.testing.assert_allclose(table[RIGHT], masks[1::2].mean(0))
+
+
+def test_image_free_baselines_use_the_sentence_or_nothing():
+    unseen = {**RECORDS[0], "text": "a new sentence"}
+    found = baselines.image_free(RECORDS[:8], RECORDS[8:], [*RECORDS, unseen])
+    blind = metrics.summarize(found["mean_mask"])
+    told = metrics.summarize(found["mean_mask_per_sentence"])
+    assert told["dice_global"] > blind["dice_global"] + 0.1
+    assert found["mean_mask"].intersection[-1] == found["mean_mask_per_sentence"].intersection[-1]

@@ -1,0 +1,98 @@
+"""Layers against lax and linen where those have the same operation."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from biclip_jax.models import layers
+
+RNG = np.random.default_rng(0)
+
+
+def noise(*shape):
+    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+
+
+def test_max_pool_is_linen_s_forwards_and_backwards():
+    x = noise(2, 8, 6, 3)
+
+    def stock(x):
+        return nn.max_pool(x, (2, 2), (2, 2))
+
+    np.testing.assert_array_equal(layers.max_pool_2x2(x), stock(x))
+    weight = noise(2, 4, 3, 3)
+    ours = jax.grad(lambda x: (layers.max_pool_2x2(x) * weight).sum())(x)
+    np.testing.assert_allclose(ours, jax.grad(lambda x: (stock(x) * weight).sum())(x), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("module", "kernel", "padding"),
+    [(layers.UpConv2x2(5), 2, 0), (layers.UpConv4x4(5), 4, 1)],
+)
+def test_transposed_convolutions_are_lax_s_with_a_dilated_input(module, kernel, padding):
+    x, weight, bias = noise(2, 6, 7, 3), noise(kernel, kernel, 3, 5), noise(5)
+    edge = kernel - 1 - padding
+    expected = bias + jax.lax.conv_general_dilated(
+        x,
+        weight[::-1, ::-1],
+        (1, 1),
+        [(edge, edge)] * 2,
+        lhs_dilation=(2, 2),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision="highest",
+    )
+    with jax.default_matmul_precision("highest"):
+        ours = module.apply({"params": {"kernel": weight, "bias": bias}}, x)
+    assert ours.shape == (2, 12, 14, 5)
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_batch_norm_normalises_and_keeps_the_unbiased_variance():
+    x = noise(3, 4, 5, 2) * 4 + 7
+    norm = layers.BatchNorm()
+    variables = norm.init(jax.random.key(0), x, False)
+    y, updates = norm.apply(variables, x, True, mutable=["batch_stats"])
+    np.testing.assert_allclose(y.mean((0, 1, 2)), 0, atol=1e-4)
+    np.testing.assert_allclose(y.std((0, 1, 2)), 1, atol=1e-3)
+    flat = np.asarray(x).reshape(-1, 2)
+    stats = updates["batch_stats"]
+    np.testing.assert_allclose(stats["mean"], 0.1 * flat.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * flat.var(0, ddof=1), rtol=1e-4)
+
+
+def test_batch_norm_outside_training_uses_the_running_statistics():
+    x = noise(1, 2, 2, 1)
+    variables = {
+        "params": {"scale": jnp.array([2.0]), "bias": jnp.array([1.0])},
+        "batch_stats": {"mean": jnp.array([3.0]), "var": jnp.array([4.0])},
+    }
+    y = layers.BatchNorm(epsilon=0.0).apply(variables, x, False)
+    np.testing.assert_allclose(y, (x - 3) / 2 * 2 + 1, rtol=1e-5)
+
+
+def test_batch_norm_over_an_axis_takes_the_whole_batch():
+    x = noise(4, 2, 3, 2)
+    norm = layers.BatchNorm(axis_name="batch")
+    variables = layers.BatchNorm().init(jax.random.key(0), x, False)
+    whole, whole_updates = layers.BatchNorm().apply(variables, x, True, mutable=["batch_stats"])
+
+    def part(x):
+        return norm.apply(variables, x, True, mutable=["batch_stats"])
+
+    halves, updates = jax.vmap(part, axis_name="batch")(x.reshape(2, 2, 2, 3, 2))
+    np.testing.assert_allclose(halves.reshape(x.shape), whole, atol=1e-5)
+    for name, value in whole_updates["batch_stats"].items():
+        np.testing.assert_allclose(updates["batch_stats"][name][0], value, rtol=1e-5)
+
+
+def test_depth_to_space_orders_rows_then_columns():
+    x = jnp.arange(8.0).reshape(1, 1, 1, 8)
+    expected = jnp.array([[[0.0, 1], [2, 3]], [[4, 5], [6, 7]]])[None]
+    np.testing.assert_array_equal(layers.depth_to_space(x), expected)
+
+
+def test_full_precision_widens_only():
+    assert layers.full_precision(jnp.ones(1, jnp.bfloat16)).dtype == jnp.float32
+    assert layers.full_precision(jnp.ones(1, jnp.float32)).dtype == jnp.float32

@@ -1,0 +1,84 @@
+"""Configurations by name, overrides with the nearest name, errors as one sentence."""
+
+import pytest
+
+from biclip_jax import cli
+from biclip_jax.errors import UserError
+
+
+def test_every_configuration_and_its_smoke_variant_resolve():
+    names = cli.config_names()
+    assert {"default", "qata"} <= set(names)
+    for name in names:
+        config = cli.load_config(f"{name}:smoke", [])
+        assert config.is_locked
+        assert config.data.name == "synthetic"
+        assert config.num_steps <= 10
+
+
+def test_found_by_name_by_path_in_the_package_and_by_path_on_disk(tmp_path):
+    by_name = cli.load_config("qata:small", [])
+    assert by_name == cli.load_config("configs/qata.py:small", [])
+    own = tmp_path / "mine.py"
+    own.write_text(
+        "from biclip_jax.configs import qata\n"
+        "def get_config(variant=None):\n    config = qata.get_config(variant)\n"
+        "    config.seed = 7\n    return config\n"
+    )
+    assert cli.load_config(f"{own}:small", []).seed == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("--config.batch_size=8", "batch_size", 8),
+        ("--config.optim.learning_rate=1", "optim.learning_rate", 1.0),
+        ("--config.optim.learning_rate=3e-4", "optim.learning_rate", 3e-4),
+        ("--config.data.in_memory=false", "data.in_memory", False),
+        ("--config.data.source=/a=b", "data.source", "/a=b"),
+        ("--config.data.num_examples.train=5", "data.num_examples.train", 5),
+    ],
+)
+def test_overrides_take_the_field_s_type(override, path, value):
+    fields = dict(cli.leaves(cli.load_config("qata", [override])))
+    assert fields[path] == value
+    assert type(fields[path]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "said"),
+    [
+        ("qata", "--config.batchsize=8", "did you mean batch_size"),
+        ("qata", "--config.optim.lr=1", "no such field"),
+        ("qata", "--config.batch_size=many", "is no int"),
+        ("qata", "--config.batch_size=1.5", "is no int"),
+        ("qata", "--batch_size=8", "--config.FIELD=VALUE"),
+        ("quata", "", "did you mean qata"),
+        ("qata:tiny", "", "small"),
+    ],
+)
+def test_mistakes_are_named_with_the_mend(name, override, said):
+    with pytest.raises(UserError, match=said):
+        cli.load_config(name, [override] if override else [])
+
+
+def test_a_user_s_error_is_one_line_and_status_2(capsys):
+    def main(argv):
+        raise UserError("here.png: found this; expected that; do so")
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(main, [])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: here.png: found this; expected that; do so\n"
+
+
+def test_the_convolution_flag_is_set_once_and_only_where_it_is_known(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
+    monkeypatch.setattr(cli.metadata, "version", lambda _: "0.10.2")
+    for _ in range(2):
+        cli.set_xla_flags()
+        assert cli.os.environ["XLA_FLAGS"] == f"--xla_a=1 {cli.CPU_CONVOLUTION_FLAG}"
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(cli.metadata, "version", lambda _: "0.12.0")
+    cli.set_xla_flags()
+    assert cli.os.environ["XLA_FLAGS"] == ""

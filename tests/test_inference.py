@@ -1,0 +1,90 @@
+"""Loading a run and predicting with it."""
+
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import biclip_jax
+from biclip_jax import inference
+from biclip_jax.errors import BadImageError, UserError
+
+SENTENCE = "unilateral pulmonary infection, one infected area, lower left lung."
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return np.random.default_rng(0).integers(0, 256, (70, 90, 1)).astype(np.uint8)
+
+
+def test_a_work_directory_and_its_model_folder_are_one_model(trained):
+    by_run = biclip_jax.load_model(trained)
+    by_folder = biclip_jax.load_model(trained / "model")
+    assert by_run[0] == by_folder[0]
+    np.testing.assert_array_equal(
+        by_run[1]["params"]["unet"]["head"]["kernel"],
+        by_folder[1]["params"]["unet"]["head"]["kernel"],
+    )
+
+
+def test_the_model_applies_to_what_the_processor_gives(trained, picture):
+    model, variables, processor = biclip_jax.load_model(trained)
+    inputs = processor([picture, picture], [SENTENCE, ""])
+    image = jnp.asarray(inputs["image"], jnp.float32) / 255
+    logits, aux = model.apply(variables, image, inputs["text_ids"], inputs["text_mask"])
+    assert logits.shape == (2, 56, 56, 1)
+    assert set(aux) == {"text", "refined_text", "pseudo_image", "features"}
+    assert inputs["text_mask"].sum(1).tolist()[1] == 1
+
+
+def test_a_prediction_has_the_picture_s_size_and_agrees_with_itself(trained, picture):
+    mask, probability, uncertainty = biclip_jax.load(trained).predict(picture, SENTENCE)
+    assert mask.shape == probability.shape == uncertainty.shape == (70, 90)
+    np.testing.assert_array_equal(mask, probability >= 0.5)
+    expected = -probability * np.log(probability) - (1 - probability) * np.log(1 - probability)
+    np.testing.assert_allclose(uncertainty, expected, atol=1e-5)
+    assert uncertainty.max() <= np.log(2) + 1e-6
+
+
+def test_files_arrays_grey_and_rgb_give_the_same(trained, picture, tmp_path):
+    predictor = biclip_jax.load(trained)
+    Image.fromarray(picture[..., 0]).save(tmp_path / "p.png")
+    expected = predictor.predict(picture, SENTENCE).probability
+    rgb = np.repeat(picture, 3, axis=2)
+    for same in (picture[..., 0], rgb, tmp_path / "p.png", str(tmp_path / "p.png")):
+        np.testing.assert_allclose(
+            predictor.predict(same, SENTENCE).probability, expected, atol=1e-6
+        )
+
+
+def test_bad_pictures_are_named(trained, tmp_path):
+    predictor = biclip_jax.load(trained)
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(BadImageError, match="bad.png"):
+        predictor.predict(tmp_path / "bad.png")
+    with pytest.raises(ValueError, match="float64"):
+        predictor.predict(np.zeros((4, 4)))
+
+
+def test_parameters_of_another_model_are_refused_by_name(trained, tmp_path):
+    shutil.copytree(trained / "model", tmp_path / "model")
+    config, variables = inference.model_folder.read(tmp_path / "model")
+    kernel = variables["params"]["unet"]["head"].pop("kernel")
+    inference.model_folder.write(
+        tmp_path / "model", config=config, variables=variables, scores={}
+    )
+    with pytest.raises(UserError, match="unet/head/kernel"):
+        biclip_jax.load(tmp_path)
+    variables["params"]["unet"]["head"]["kernel"] = kernel[..., :0]
+    inference.model_folder.write(
+        tmp_path / "model", config=config, variables=variables, scores={}
+    )
+    with pytest.raises(UserError, match="unet/head/kernel"):
+        biclip_jax.load(tmp_path)
+
+
+def test_an_empty_folder_says_what_to_give(tmp_path):
+    with pytest.raises(UserError, match="workdir of a run"):
+        biclip_jax.load(tmp_path)

@@ -1,0 +1,97 @@
+"""The prediction door: pictures in, masks out, no mask needed."""
+
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import biclip_jax
+from biclip_jax import predict
+
+SENTENCE = "unilateral pulmonary infection, one infected area, lower left lung."
+
+
+def run(*argv):
+    with pytest.raises(SystemExit) as stopped:
+        predict.main(list(map(str, argv)))
+    return stopped.value.code
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (70, 90)).astype(np.uint8)).save(folder / "a.png")
+    Image.fromarray(rng.integers(0, 256, (64, 48, 3)).astype(np.uint8)).save(folder / "b.jpg")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def test_one_picture_gives_mask_probability_and_overlay_at_its_own_size(
+    trained, pictures, tmp_path
+):
+    out = tmp_path / "out"
+    argv = ("--workdir", trained, "--image", pictures / "a.png", "--text", SENTENCE)
+    assert run(*argv, "--output", out) == 0
+    expected = biclip_jax.load(trained).predict(pictures / "a.png", SENTENCE)
+    mask = np.asarray(Image.open(out / "a_mask.png"))
+    probability = np.asarray(Image.open(out / "a_probability.png"))
+    assert mask.shape == probability.shape == (70, 90)
+    np.testing.assert_array_equal(mask, expected.mask * 255)
+    np.testing.assert_allclose(probability / 65535, expected.probability, atol=1e-5)
+    assert Image.open(out / "a_overlay.png").size == (90, 70)
+
+
+def test_a_folder_with_a_csv_of_sentences(trained, pictures, tmp_path):
+    table = tmp_path / "sentences.csv"
+    table.write_text(f'image,text\na.png,"{SENTENCE}"\nb.jpg,\n')
+    out = tmp_path / "out"
+    argv = ("--workdir", trained, "--image", pictures, "--texts", table, "--output", out)
+    assert run(*argv) == 0
+    with open(out / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["image"], row["text"]) for row in rows] == [("a.png", SENTENCE), ("b.jpg", "")]
+    share = (np.asarray(Image.open(out / "b_mask.png")) == 255).mean()
+    assert float(rows[1]["foreground_share"]) == pytest.approx(share)
+    assert Image.open(out / "b_mask.png").size == (48, 64)
+
+
+def test_a_bad_picture_is_named_and_the_others_are_done(trained, pictures, tmp_path, capsys):
+    (pictures / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    out = tmp_path / "out"
+    assert run("--workdir", trained, "--image", pictures, "--output", out) == 1
+    captured = capsys.readouterr()
+    assert "broken.png" in captured.err
+    assert "2 of 3 pictures" in captured.out
+    assert (out / "a_mask.png").exists()
+    assert not (out / "broken_mask.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("image,text\na.png,x\n", "b.jpg"),
+        ("name,text\na.png,x\n", "expected image and text"),
+        ("", "expected image and text"),
+        (None, "cannot be read"),
+    ],
+)
+def test_sentences_that_do_not_fit_are_named(trained, pictures, tmp_path, capsys, content, said):
+    table = tmp_path / "sentences.csv"
+    if content is not None:
+        table.write_text(content)
+    argv = ("--workdir", trained, "--image", pictures, "--texts", table)
+    assert run(*argv, "--output", tmp_path / "out") == 2
+    assert said in capsys.readouterr().err
+
+
+def test_nothing_to_segment_and_clashing_names_are_errors(trained, pictures, tmp_path, capsys):
+    argv = ("--workdir", trained, "--output", tmp_path / "out", "--image")
+    assert run(*argv, tmp_path / "nowhere") == 2
+    (tmp_path / "empty").mkdir()
+    assert run(*argv, tmp_path / "empty") == 2
+    Image.new("L", (4, 4)).save(pictures / "a.bmp")
+    assert run(*argv, pictures) == 2
+    assert "overwrite" in capsys.readouterr().err

@@ -1,0 +1,101 @@
+"""Steps are pure functions: no effects, the same bits twice, one compilation, any platform."""
+
+from functools import partial
+
+import jax
+import jax.export
+import numpy as np
+import pytest
+
+from biclip_jax import parallel
+from biclip_jax.evaluation import steps as eval_steps
+from biclip_jax.models import biclip
+from tests import tiny
+
+
+def eval_pieces(axis_name=None):
+    model = tiny.model(axis_name)
+    variables = biclip.init(model, jax.random.key(0), tiny.MAX_LENGTH)
+    return partial(eval_steps.eval_step, model=model, axis_name=axis_name), variables
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_train_step_has_no_effects(accumulate):
+    step, state, batch, key = tiny.train_step(accumulate=accumulate)
+    assert jax.make_jaxpr(step)(state, batch, key).effects == set()
+
+
+def test_the_evaluation_and_prediction_steps_have_no_effects():
+    step, variables = eval_pieces()
+    assert jax.make_jaxpr(step)(variables, tiny.batch()).effects == set()
+    predict = partial(eval_steps.predict_step, model=tiny.model())
+    assert jax.make_jaxpr(predict)(variables, tiny.batch()).effects == set()
+
+
+def test_two_calls_give_the_same_bits(tiny_step):
+    step, state, batch, key = tiny_step
+    step = jax.jit(step)
+    first, second = step(state, batch, key), step(state, batch, key)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    other, _ = step(state, batch, jax.random.key(2))
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), first[0].params, other.params)
+    assert not jax.tree.all(same)
+
+
+def test_a_run_compiles_each_step_once():
+    step, state, batch, key = tiny.train_step(parallel.AXIS)
+    traces = []
+
+    def counted(*args):
+        traces.append(1)
+        return step(*args)
+
+    train = parallel.pmap_train_step(counted)
+    state, key = parallel.replicate(state), parallel.replicate(key)
+    with jax.log_compiles(False), count_compilations() as compilations:
+        for seed in range(4):
+            batch = parallel.shard(tiny.batch(seed=seed))
+            state, metrics = jax.block_until_ready(train(state, batch, key))
+    assert len(traces) == 1
+    assert compilations.count("counted") == 1
+    assert int(state.step) == 4
+    assert float(metrics["loss"][1]) == 4
+
+
+class count_compilations:
+    """Names of the functions that XLA compiles inside the block."""
+
+    def __enter__(self):
+        from jax._src import compiler
+
+        self._compiler, self._original = compiler, compiler.compile_or_get_cached
+        names = []
+
+        def counting(backend, computation, *args, **kwargs):
+            names.append(computation.operation.attributes["sym_name"].value)
+            return self._original(backend, computation, *args, **kwargs)
+
+        compiler.compile_or_get_cached = counting
+        return Names(names)
+
+    def __exit__(self, *_):
+        self._compiler.compile_or_get_cached = self._original
+
+
+class Names(list):
+    """Counts by part of a name; shares the list it is made of."""
+
+    def __init__(self, names):
+        self._names = names
+
+    def count(self, part):
+        return sum(part in name for name in self._names)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda", "cpu"])
+def test_the_pmapped_train_step_lowers_for(platform):
+    step, state, batch, key = tiny.train_step(parallel.AXIS)
+    train = parallel.pmap_train_step(step)
+    exported = jax.export.export(train, platforms=[platform])(state, parallel.shard(batch), key)
+    assert exported.platforms == (platform,)
+    assert "stablehlo.convolution" in exported.mlir_module()

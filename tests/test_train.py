@@ -1,0 +1,197 @@
+"""Whole runs: what they leave behind, exact resume, stops, policies, refusals."""
+
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from biclip_jax import cli, train
+from biclip_jax.errors import UserError
+from biclip_jax.training import checkpoint, writers
+
+TIMES = ("images_per_second",)
+
+
+def final_state(config, workdir):
+    """The last checkpoint's state, and how far it came."""
+    program = train.build(config, 32, vocab_size_of(workdir))
+    return checkpoint.restore_latest(workdir / "checkpoints/last", program.initial, print)
+
+
+def vocab_size_of(workdir):
+    return json.loads((workdir / "model/config.json").read_text())["vocab_size"]
+
+
+def metrics_of(workdir):
+    rows = writers.read_metrics(workdir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+class StopAfter(checkpoint.StopSignal):
+    """Stands for a signal that arrives during the n-th step."""
+
+    count = 0
+
+    @property
+    def received(self):
+        type(self).count -= 1
+        return signal.SIGTERM if type(self).count == 0 else None
+
+    @received.setter
+    def received(self, value):
+        pass
+
+
+def test_a_run_leaves_what_it_says(trained):
+    names = {str(p.relative_to(trained)) for p in trained.rglob("*") if p.is_file()}
+    assert names >= {
+        "config.json",
+        "metrics.jsonl",
+        "curves.png",
+        "model/config.json",
+        "model/model.safetensors",
+        "model/tokenizer/tokenizer.json",
+        "model/README.md",
+        "model/metrics.json",
+        "test/results.json",
+        "test/per_image.csv",
+        "test/overlays.png",
+    }
+    assert [p.name for p in (trained / "checkpoints/best").iterdir() if p.is_dir()]
+    results = json.loads((trained / "test/results.json").read_text())
+    assert set(results["conditions"]) == {"right", "missing", "shuffled"}
+    for scores in results["conditions"].values():
+        assert scores["num_images"] == 8
+        for name in ("dice_global", "iou_global", "dice_mean", "iou_mean"):
+            assert 0 <= scores[name] <= 1
+        assert scores["iou_global"] == pytest.approx(
+            scores["dice_global"] / (2 - scores["dice_global"])
+        )
+    rows = metrics_of(trained)
+    assert [r["step"] for r in rows if r["split"] == "val"] == [4, 8]
+    assert all(np.isfinite(r["loss"]) for r in rows if r["split"] == "train")
+
+
+@pytest.mark.parametrize("stops", [(1,), (3,), (4,), (7,), (2, 3)])
+def test_a_stopped_run_goes_on_to_the_same_bits(smoke_config, trained, tmp_path, monkeypatch, stops):
+    """Stopped at step 1, inside and at the edge of an epoch, at the last but one, and twice."""
+    whole, _ = final_state(smoke_config, trained)
+    for steps in stops:
+        monkeypatch.setattr(StopAfter, "count", steps)
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            patch.setattr(checkpoint, "StopSignal", StopAfter)
+            train.train_and_evaluate(smoke_config, tmp_path / "run")
+        assert stopped.value.code == 128 + signal.SIGTERM
+    train.train_and_evaluate(smoke_config, tmp_path / "run")
+    resumed, _ = final_state(smoke_config, tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    ours = [r for r in metrics_of(tmp_path / "run") if r["split"] == "val"]
+    assert ours == [r for r in metrics_of(trained) if r["split"] == "val"]
+
+
+def test_two_runs_are_the_same_to_the_bit(smoke_config, trained, tmp_path):
+    train.train_and_evaluate(smoke_config, tmp_path / "run")
+    first, _ = final_state(smoke_config, trained)
+    second, _ = final_state(smoke_config, tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    assert metrics_of(tmp_path / "run") == metrics_of(trained)
+    for name in ("test/results.json", "test/per_image.csv", "model/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (trained / name).read_bytes()
+
+
+def test_a_finished_run_is_tested_again_without_training(smoke_config, trained, tmp_path, capsys):
+    train.train_and_evaluate(smoke_config, tmp_path / "run")
+    before = metrics_of(tmp_path / "run")
+    train.train_and_evaluate(smoke_config, tmp_path / "run")
+    assert "goes on after step 8 of 8" in capsys.readouterr().out
+    assert metrics_of(tmp_path / "run") == before
+
+
+def test_another_configuration_may_not_go_on_in_the_same_place(smoke_config, tmp_path):
+    train.claim(smoke_config, tmp_path)
+    train.claim(smoke_config, tmp_path)
+    with smoke_config.unlocked():
+        smoke_config.optim.learning_rate = 0.5
+    with pytest.raises(UserError, match=r"optim.learning_rate \(0.002 -> 0.5\)"):
+        train.claim(smoke_config, tmp_path)
+
+
+def broken_objective(*args, **kwargs):
+    """The published objective with a loss that is not a number."""
+    loss, aux = PUBLISHED(*args, **kwargs)
+    return loss * float("nan"), aux
+
+
+PUBLISHED = train.steps.published_objective
+
+
+@pytest.mark.parametrize("policy", ["skip", "abort"])
+def test_a_loss_that_is_not_finite_follows_the_policy(smoke_config, tmp_path, monkeypatch, policy):
+    monkeypatch.setattr(train.steps, "published_objective", broken_objective)
+    smoke_config.optim.non_finite, smoke_config.final_test = policy, False
+    if policy == "abort":
+        with pytest.raises(UserError, match="not finite"):
+            train.train_and_evaluate(smoke_config, tmp_path / "run")
+        assert metrics_of(tmp_path / "run")[0]["skipped"] == 2
+        return
+    train.train_and_evaluate(smoke_config, tmp_path / "run")
+    state, _ = final_state(smoke_config, tmp_path / "run")
+    fresh = train.build(smoke_config, 32, vocab_size_of(tmp_path / "run")).initial
+    assert int(state.skipped) == int(state.step) == 8
+    jax.tree.map(np.testing.assert_array_equal, state.params, fresh.params)
+
+
+def test_early_stopping_ends_after_evaluations_without_improvement(
+    smoke_config, tmp_path, monkeypatch
+):
+    scores = iter([0.5, 0.4, 0.3, 0.9])
+    monkeypatch.setattr(train, "validate", lambda *_: {"dice_global": next(scores)})
+    with smoke_config.unlocked():
+        smoke_config.patience, smoke_config.eval_every, smoke_config.final_test = 2, 1, False
+    train.train_and_evaluate(smoke_config, tmp_path / "run")
+    state, progress = final_state(smoke_config, tmp_path / "run")
+    assert int(state.step) == 3
+    assert (progress["best_step"], progress["stale"]) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.image_size=60", "image_size is 60"),
+        ("batch_size=3", "batch_size is 3"),
+        ("data.name=nothing", "nothing"),
+        ("data.source=/nowhere", "source"),
+    ],
+)
+def test_what_cannot_run_is_said_before_training(tmp_path, override, said):
+    overrides = [f"--config.data.cache_dir={tmp_path}", f"--config.{override}"]
+    overrides += ["--config.optim.accumulate=2"] if "batch" in override else []
+    config = cli.load_config("default:smoke", overrides)
+    with pytest.raises(UserError, match=said):
+        train.train_and_evaluate(config, tmp_path / "run")
+
+
+def test_accumulation_runs_end_to_end(smoke_config, tmp_path):
+    with smoke_config.unlocked():
+        smoke_config.optim.accumulate, smoke_config.num_steps = 2, 2
+        smoke_config.model.dtype = "bfloat16"
+    results = train.train_and_evaluate(smoke_config, tmp_path / "run")
+    assert results["conditions"]["right"]["num_images"] == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["", "no_text"])
+def test_the_demo_needs_its_sentences(tmp_path, variant):
+    """The picture alone does not determine the mask: 0.85 with sentences, below 0.6 without."""
+    overrides = [f"--config.data.cache_dir={tmp_path}"]
+    config = cli.load_config(f"default:{variant}", overrides)
+    conditions = train.train_and_evaluate(config, tmp_path / "run")["conditions"]
+    if variant:
+        assert conditions["right"]["dice_global"] < 0.6
+        assert "shuffled" not in conditions
+    else:
+        assert conditions["right"]["dice_global"] > 0.85
+        assert conditions["shuffled"]["dice_global"] < 0.5
+        assert conditions["missing"]["dice_global"] < 0.6

@@ -1,0 +1,47 @@
+"""Schedules by their formulas, optimisers by one step worked by hand."""
+
+import math
+
+import jax.numpy as jnp
+import pytest
+
+from biclip_jax.training import optim
+
+ADAMW = {"name": "adamw", "weight_decay": 0.01, "clip_norm": 0.0}
+
+
+@pytest.mark.parametrize("step", [0, 1, 37, 99, 100])
+def test_published_schedule_is_one_cosine_to_zero(step):
+    schedule = optim.make_schedule({"learning_rate": 1e-4, "warmup_steps": 0}, 100)
+    expected = 0.5e-4 * (1 + math.cos(math.pi * step / 100))
+    assert float(schedule(step)) == pytest.approx(expected, abs=1e-10)
+
+
+def test_warmup_rises_linearly_then_the_cosine_takes_the_rest():
+    schedule = optim.make_schedule({"learning_rate": 1.0, "warmup_steps": 10}, 110)
+    assert [float(schedule(s)) for s in (0, 5, 10)] == pytest.approx([0, 0.5, 1])
+    assert float(schedule(60)) == pytest.approx(0.5)
+    assert float(schedule(110)) == pytest.approx(0, abs=1e-7)
+
+
+def test_a_warmup_longer_than_the_run_is_cut():
+    schedule = optim.make_schedule({"learning_rate": 1.0, "warmup_steps": 100}, 4)
+    assert float(schedule(3)) == pytest.approx(1.0)
+
+
+def test_first_adamw_step_is_the_sign_of_the_gradient_plus_decay():
+    optimizer = optim.make_optimizer(ADAMW, lambda step: 0.1)
+    params = {"w": jnp.array([2.0, -3.0])}
+    state = optimizer.init(params)
+    updates, _ = optimizer.update({"w": jnp.array([0.3, -0.2])}, state, params)
+    expected = [-0.1 * (1 + 0.01 * 2), -0.1 * (-1 - 0.01 * 3)]
+    assert updates["w"].tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_clipping_scales_to_the_global_norm():
+    optimizer = optim.make_optimizer({"name": "sgd", "clip_norm": 1.0}, lambda step: 1.0)
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    gradient = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    assert float(updates["a"][0]) == pytest.approx(-0.6)
+    assert float(updates["b"][0]) == pytest.approx(-0.8)

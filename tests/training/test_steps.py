@@ -1,0 +1,147 @@
+"""The train step: accumulation, skipped steps, schedules of keys, metrics as (sum, count)."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+
+from biclip_jax.training import state as train_state
+from biclip_jax.training import steps
+from tests import tiny
+
+
+def flat(tree):
+    return {k: np.asarray(v) for k, v in flatten_dict(tree, sep="/").items()}
+
+
+def quadratic(params, batch_stats, batch, keys):
+    """mean((w - x)^2) over the batch: a loss whose gradient is known by hand."""
+    value = jnp.square(params["w"] - batch["x"])
+    stats = {"seen": batch_stats["seen"] + batch["x"].size}
+    return value.mean(), (stats, {"loss": value})
+
+
+def quadratic_state(optimizer):
+    variables = {"params": {"w": jnp.float32(1.0)}, "batch_stats": {"seen": jnp.float32(0)}}
+    return train_state.create(variables, optimizer)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_a_step_is_gradient_descent_on_the_mean_whatever_the_parts(accumulate):
+    sgd = optax.sgd(0.1)
+    batch = {"x": jnp.array([0.0, 1.0, 2.0, 5.0]), "row": jnp.arange(4, dtype=jnp.int32)}
+    state, metrics = steps.train_step(
+        quadratic_state(sgd),
+        batch,
+        jax.random.key(0),
+        objective=quadratic,
+        optimizer=sgd,
+        accumulate=accumulate,
+    )
+    # d/dw mean((w - x)^2) = 2 (w - mean x) = 2 (1 - 2) = -2
+    assert float(state.params["w"]) == pytest.approx(1.2)
+    assert float(state.batch_stats["seen"]) == 4
+    assert int(state.step) == 1
+    total, count = metrics["loss"]
+    assert (float(total), float(count)) == (1 + 0 + 1 + 16, 4)
+    assert float(metrics["grad_norm"][0]) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_leaves_everything_but_the_counters(bad):
+    adam = optax.adam(0.1)
+    before = quadratic_state(adam)
+    batch = {"x": jnp.array([0.0, bad]), "row": jnp.arange(2, dtype=jnp.int32)}
+    after, metrics = steps.train_step(
+        before, batch, jax.random.key(0), objective=quadratic, optimizer=adam
+    )
+    for name in ("params", "batch_stats", "opt_state"):
+        old, new = getattr(before, name), getattr(after, name)
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), old, new)), name
+    assert (int(after.step), int(after.skipped)) == (1, 1)
+    assert float(metrics["skipped"][0]) == 1
+
+
+def test_means_leave_skipped_steps_out():
+    taken = {"loss": (6.0, 3.0), "skipped": (0.0, 1.0)}
+    other = {"loss": (4.0, 2.0), "skipped": (0.0, 1.0)}
+    skipped = {"loss": (float("nan"), 3.0), "skipped": (1.0, 1.0)}
+    assert steps.mean_metrics([taken, skipped, other]) == {"loss": 2.0, "skipped": 1}
+    assert steps.mean_metrics([skipped]) == {"skipped": 1}
+
+
+def test_keys_follow_stream_step_and_global_row_alone():
+    key, rows = jax.random.key(7), jnp.arange(6, dtype=jnp.int32)
+    whole = jax.random.key_data(steps.example_keys(key, jnp.int32(3), rows))
+    parts = [
+        jax.random.key_data(steps.example_keys(key, jnp.int32(3), rows[i : i + 2]))
+        for i in (0, 2, 4)
+    ]
+    np.testing.assert_array_equal(whole, np.concatenate(parts))
+    later = jax.random.key_data(steps.example_keys(key, jnp.int32(4), rows))
+    assert len(np.unique(np.concatenate([whole, later]), axis=0)) == 12
+
+
+def test_the_loss_falls_and_its_parts_add_up(tiny_step):
+    step, state, batch, key = tiny_step
+    step, first = jax.jit(step), None
+    for _ in range(30):
+        state, metrics = step(state, batch, key)
+        first = first or metrics
+    parts = {k: float(v[0] / v[1]) for k, v in metrics.items()}
+    weighted = sum(w * parts[f"loss_{name}"] for name, w in tiny.WEIGHTS.items())
+    assert parts["loss"] == pytest.approx(parts["loss_seg"] + weighted, rel=1e-5)
+    assert parts["loss"] < 0.95 * float(first["loss"][0] / first["loss"][1])
+
+
+def test_no_gradient_enters_through_the_strong_view():
+    """The step's gradient is that of a loss whose strong embedding is a constant."""
+    _, state, batch, key = tiny.train_step()
+    model = tiny.model()
+    objective = partial(
+        steps.published_objective,
+        model=model,
+        weights={"gen": 0.0, "iac": 1.0, "cycle": 0.0},
+        geometry=steps.views.Geometry(),
+    )
+    keys = steps.example_keys(key, state.step, jnp.asarray(batch["row"]))
+
+    def consistency(params):
+        return objective(params, state.batch_stats, batch, keys)[1][1]["loss_iac"].mean()
+
+    through_both = jax.grad(consistency)(state.params)
+    head = flat(through_both)["consistency_head/out/bias"]
+    assert np.abs(head).max() > 0
+    assert not np.any(flat(through_both)["unet/head/kernel"])
+
+
+def test_grey_and_colour_pictures_give_the_same_where_colours_are_equal(tiny_step):
+    step, state, batch, key = tiny_step
+    colour = {**batch, "image": np.repeat(batch["image"], 3, axis=-1)}
+    step = jax.jit(step)
+    grey_state, _ = step(state, batch, key)
+    colour_state, _ = step(state, colour, key)
+    for name, value in flat(grey_state.params).items():
+        np.testing.assert_allclose(value, flat(colour_state.params)[name], atol=1e-6, err_msg=name)
+
+
+def test_bfloat16_computes_narrow_and_keeps_parameters_and_statistics_wide():
+    model = tiny.model(dtype="bfloat16")
+    variables = steps.jax.jit(model.init)(
+        jax.random.key(0),
+        jnp.zeros((1, 56, 56, 3)),
+        jnp.zeros((1, 8), jnp.int32),
+        jnp.ones((1, 8), bool),
+    )
+    assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    image = jnp.asarray(np.random.default_rng(0).random((2, 56, 56, 3)), jnp.float32)
+    ids, mask = jnp.ones((2, 8), jnp.int32), jnp.ones((2, 8), bool)
+    narrow, aux = model.apply(variables, image, ids, mask)
+    wide, _ = tiny.model().apply(variables, image, ids, mask)
+    assert aux["features"].dtype == jnp.bfloat16
+    assert narrow.dtype == jnp.float32
+    assert 0 < np.abs(narrow - wide).max() < 0.1 * float(wide.std()) + 0.05
