@@ -50,6 +50,7 @@ setup(
             "scipy>=1.15,<2",
             "beartype>=0.21,<1",
             "build>=1.2,<2",
+            "tensorboardX>=2.6,<3",
         ],
         "parity": ["torch==2.13.0"],
     },

@@ -18,7 +18,8 @@ def replicate(tree: Any) -> Any:
     A step's output lies so, too: the first call then compiles for all later ones.
     """
     mesh = Mesh(np.array(jax.local_devices()), (AXIS,))
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    # A copy: a step that donates its state must not delete the caller's.
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()), may_alias=False)
 
 
 def pmap_train_step(step: Callable) -> Callable:
@@ -50,7 +51,7 @@ def pmap_predict_step(step: Callable) -> Callable:
     return predict
 
 
-def shard(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def shard(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Rows (B, ...) to (devices, B / devices, ...).
 
     Raises:

@@ -76,6 +76,15 @@ def smoke(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def finish(config: ConfigDict, variant: str | None) -> ConfigDict:
+    """The configuration itself, or its smoke variant; for pages without other variants."""
+    if variant == "smoke":
+        return smoke(config)
+    if variant:
+        raise unknown_variant(variant, ("smoke",))
+    return config
+
+
 def unknown_variant(variant: str, known: tuple[str, ...]) -> ValueError:
     """The error for a variant that a configuration does not have."""
     return ValueError(f"no variant {variant!r}; the variants are {', '.join(known)}")

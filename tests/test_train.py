@@ -75,8 +75,9 @@ def test_a_run_leaves_what_it_says(trained):
 
 
 @pytest.mark.parametrize("stops", [(1,), (3,), (4,), (7,), (2, 3)])
-def test_a_stopped_run_goes_on_to_the_same_bits(smoke_config, trained, tmp_path, monkeypatch, stops):
-    """Stopped at step 1, inside and at the edge of an epoch, at the last but one, and twice."""
+def test_a_stopped_run_goes_on(smoke_config, trained, tmp_path, monkeypatch, stops):
+    """To the same bits: stopped at step 1, in and at the end of an epoch, at the last but one,
+    and twice."""
     whole, _ = final_state(smoke_config, trained)
     for steps in stops:
         monkeypatch.setattr(StopAfter, "count", steps)

@@ -107,8 +107,8 @@ def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
     """Resizes (H, W, 1) {0, 1} to (size, size, 1) uint8 {0, 1}: foreground covers >= half."""
     if mask.shape[:2] == (size, size):
         return mask
-    cover = Image.fromarray(mask[..., 0].astype(np.float32))
-    cover = np.asarray(cover.resize((size, size), Image.Resampling.BOX))
+    picture = Image.fromarray(mask[..., 0].astype(np.float32))
+    cover = np.asarray(picture.resize((size, size), Image.Resampling.BOX))
     # The tolerance keeps an exact half foreground whatever its sum rounds to.
     return (cover >= 0.5 - 1e-6).astype(np.uint8)[..., None]
 
@@ -154,7 +154,7 @@ def _decode(path: str | os.PathLike[str]) -> tuple[np.ndarray, str]:
     try:
         with Image.open(path, formats=FORMATS) as picture:
             _check_header(path, picture)
-            file_format = picture.format
+            file_format = picture.format or "unknown"
             picture.load()
             pixels = _to_array(path, ImageOps.exif_transpose(picture))
     except FileNotFoundError as error:
@@ -225,5 +225,5 @@ def resize_probability(probs: np.ndarray, height: int, width: int) -> np.ndarray
     """
     if probs.shape == (height, width):
         return np.asarray(probs, np.float32)
-    picture = Image.fromarray(np.asarray(probs, np.float32), mode="F")
+    picture = Image.fromarray(np.asarray(probs, np.float32))
     return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))

@@ -95,7 +95,7 @@ def _existing(root: str | os.PathLike[str]) -> Path:
 def _lvit(root: Path) -> Found:
     tables = {s: _table_path(root, s, f"{s.title()}_text.xlsx") for s in SPLITS}
     both = _table_path(root, "train", "Train_Val_text.xlsx")
-    jobs = [((split,), table) for split, table in tables.items()]
+    jobs: list[tuple[tuple[Split, ...], Path]] = [((s,), table) for s, table in tables.items()]
     if both.is_file() and not (tables["train"].is_file() or tables["val"].is_file()):
         jobs = [(("train", "val"), both), (("test",), tables["test"])]
     return join(
@@ -106,7 +106,8 @@ def _lvit(root: Path) -> Found:
 
 def _languide(root: Path) -> Found:
     parts = []
-    for split in ("train", "test"):
+    splits: tuple[Split, Split] = ("train", "test")
+    for split in splits:
         folder = root / split.title()
         places = {split: (list_pictures(folder / "Images"), list_pictures(folder / "GTs"))}
         parts.append(_mask_named(root / f"prompt/{split}.csv", places))

@@ -11,7 +11,7 @@ import numpy as np
 
 from biclip_jax.data import builders
 from biclip_jax.data import text as text_lib
-from biclip_jax.data.schema import SPLITS, Batch, Record
+from biclip_jax.data.schema import SPLITS, Batch, Record, Split
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -40,12 +40,16 @@ def load_splits(config: Mapping[str, Any], image_size: int) -> dict[str, Sequenc
         prompt=config["prompt"] or None,
         num_examples=sizes or None,
     )
-    splits = {split: builders.open_split(prepared, split) for split in SPLITS}
-    if config["in_memory"]:
-        splits = {split: list(records) for split, records in splits.items()}
+    return {split: _open(prepared, split, config) for split in SPLITS}
+
+
+def _open(prepared: Path, split: Split, config: Mapping[str, Any]) -> Sequence[Record]:
+    records: Sequence[Record] = builders.open_split(prepared, split)
+    if config["in_memory"] or config["sentences"] == "missing":
+        records = list(records)
     if config["sentences"] == "missing":
-        splits = {s: [{**r, "text": ""} for r in records] for s, records in splits.items()}
-    return splits
+        records = [Record({**record, "text": ""}) for record in records]
+    return records
 
 
 def default_cache_dir() -> Path:

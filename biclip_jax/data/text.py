@@ -108,6 +108,6 @@ def shuffle(sentences: Sequence[str], seed: int) -> list[str] | None:
 
 def _other(sentences: Sequence[str], sentence: str, rng: np.random.Generator) -> str:
     while True:
-        candidate = sentences[rng.integers(len(sentences))]
+        candidate = sentences[int(rng.integers(len(sentences)))]
         if candidate != sentence:
             return candidate

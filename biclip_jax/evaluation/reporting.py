@@ -114,8 +114,8 @@ def overlay_page(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, tit
 
 
 def _cell(row: Mapping[str, Any]) -> Image.Image:
-    image = _fit(row["image"], Image.LANCZOS)
-    mask, pred = (_fit(row[name], Image.NEAREST) for name in ("mask", "pred"))
+    image = _fit(row["image"], Image.Resampling.LANCZOS)
+    mask, pred = (_fit(row[name], Image.Resampling.NEAREST) for name in ("mask", "pred"))
     square = (PICTURE, PICTURE)
     alone, drawn = (
         ImageOps.pad(Image.fromarray(picture), square, color="#EEEEEE")
@@ -297,5 +297,5 @@ def _table_cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float | np.floating):
-        return f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
+        return f"{value:.2e}" if 0 < abs(float(value)) < 1e-3 else f"{value:.4f}"
     return " ".join(str(value).split())

@@ -16,16 +16,16 @@ from biclip_jax import parallel
 from biclip_jax.data import pipeline
 from biclip_jax.data import text as text_lib
 from biclip_jax.data.image_io import resize_probability
-from biclip_jax.data.schema import Record
+from biclip_jax.data.schema import Batch, Record
 from biclip_jax.evaluation import baselines, metrics, reporting
 from biclip_jax.evaluation.steps import predict_step
 
 THRESHOLD = 0.5
 CONDITIONS = ("right", "missing", "shuffled", "mirrored")
-PAGE_CASES = 4  # in each band of the overlay page
+PAGE_CASES = 3  # in each band of the overlay page
 
 # (batch) -> probabilities (B, S, S, 1), on the host
-Predict = Callable[[Mapping[str, np.ndarray]], np.ndarray]
+Predict = Callable[[Batch], np.ndarray]
 # sentences -> the sentence fields of a batch, for a whole split
 Encode = Callable[[Sequence[str]], dict[str, np.ndarray]]
 
@@ -73,7 +73,7 @@ def evaluate(
 
 
 def validate(
-    eval_fn: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]],
+    eval_fn: Callable[[Batch], Mapping[str, Any]],
     records: Sequence[Record],
     texts: dict[str, np.ndarray],
     batch_size: int,

@@ -111,6 +111,8 @@ class BiCLIP(nn.Module):
     ) -> Fused:
         """The picture refines the sentence, the sentence becomes a pseudo-image."""
         if text_features is None:
+            if self.text_encoder is None:
+                raise ValueError("this model has no text encoder; give text_features")
             text_features = self.text_encoder(text_ids, text_mask)
         text = full_precision(self.text_projection(text_features))
         refined_text = full_precision(self.refiner(text, self.image_encoder(image)))

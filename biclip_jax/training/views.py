@@ -138,11 +138,12 @@ def convolve(image: Float[Array, "h w c"], kernel: Float[Array, "k k"]) -> Float
     height, width, _ = image.shape
     taps = kernel.shape[0]
     padded = jnp.pad(image, ((taps // 2,) * 2, (taps // 2,) * 2, (0, 0)), mode="edge")
-    return sum(
+    shifted = [
         kernel[i, j] * padded[i : i + height, j : j + width]
         for i in range(taps)
         for j in range(taps)
-    )
+    ]
+    return jnp.stack(shifted).sum(0)
 
 
 def _uniform(key, low, high):

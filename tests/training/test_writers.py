@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from biclip_jax.training import writers
 
 
@@ -24,3 +26,11 @@ def test_a_resume_drops_what_came_after_its_checkpoint_and_a_cut_line(tmp_path):
     with writers.Writer(tmp_path, 10, 4) as writer:
         writer.write(6, "train", {"loss": 1.0})
     assert [row["step"] for row in writers.read_metrics(path)] == [2, 4, 6]
+
+
+def test_tensorboard_gets_the_same_points(tmp_path):
+    pytest.importorskip("tensorboardX")
+    with writers.Writer(tmp_path, 10, 0) as writer:
+        writer.write(4, "val", {"dice_global": 0.25})
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"val/dice_global" in events.read_bytes()

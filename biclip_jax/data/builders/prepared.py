@@ -46,7 +46,7 @@ def verify(path: str | os.PathLike[str]) -> None:
 
 
 class PreparedSplit(Sequence[Record]):
-    """The records of one split, read from disk one by one; can be pickled."""
+    """The records of one split, read from disk one by one, by number; can be pickled."""
 
     def __init__(self, source: Any):
         """Wraps a TFDS data source whose pictures are left as PNG bytes."""
@@ -55,7 +55,7 @@ class PreparedSplit(Sequence[Record]):
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> Record:  # type: ignore[override]
         from biclip_jax.data.builders import records
 
         if not -len(self) <= index < len(self):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 from typing import Any
 
-import numpy as np
 import tensorflow_datasets as tfds
 
 from biclip_jax.data.image_io import decode_png, encode_png
@@ -34,10 +33,16 @@ def features(image_size: int, channels: int) -> tfds.features.FeaturesDict:
 
 def encode(record: Record) -> dict[str, Any]:
     """Returns the example that a TFDS generator yields for a record."""
-    return record | {name: io.BytesIO(encode_png(record[name])) for name in PICTURES}
+    example: dict[str, Any] = dict(record)
+    return example | {name: io.BytesIO(encode_png(example[name])) for name in PICTURES}
 
 
 def decode(example: dict[str, Any]) -> Record:
     """Returns the record of an example read with its pictures left as PNG bytes."""
-    pictures: dict[str, np.ndarray] = {name: decode_png(example[name]) for name in PICTURES}
-    return Record(id=example["id"].decode(), text=example["text"].decode(), **pictures)
+    return Record(
+        id=example["id"].decode(),
+        image=decode_png(example["image"]),
+        mask=decode_png(example["mask"]),
+        full_mask=decode_png(example["full_mask"]),
+        text=example["text"].decode(),
+    )
