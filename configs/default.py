@@ -6,8 +6,9 @@ Two minutes on two CPU cores, no download. A model that ignores the sentence
 stays below 0.6 global Dice; see README.md for the figures.
 """
 
-from biclip_jax.configs import common
 from ml_collections import ConfigDict
+
+from biclip_jax.configs import common
 
 
 def get_config(variant: str | None = None) -> ConfigDict:

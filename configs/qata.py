@@ -4,8 +4,9 @@ python -m biclip_jax.train --config qata --config.data.source=DIR
 python -m biclip_jax.train --config qata:small --config.data.source=DIR
 """
 
-from biclip_jax.configs import common
 from ml_collections import ConfigDict
+
+from biclip_jax.configs import common
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
