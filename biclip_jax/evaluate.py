@@ -72,11 +72,13 @@ def _run_config(workdir: Path) -> dict[str, Any]:
     path = workdir / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        return {"data": config["data"], "seed": config["seed"], **config}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"{path}: no configuration of a run ({error}); give the --workdir of a training run"
+            f"{path}: cannot be read ({error}); give the --workdir of a training run"
         ) from error
+    if not isinstance(config, dict) or not {"data", "seed"} <= config.keys():
+        raise UserError(f"{path}: no configuration of a run; give the --workdir of a training run")
+    return config
 
 
 def _best_step(workdir: Path) -> int:

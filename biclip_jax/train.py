@@ -67,7 +67,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """
     claim(config, workdir)
     with checkpoint.lock(workdir):
-        splits = pipeline.load_splits(config.data, config.model.image_size)
+        splits = pipeline.load_splits(config.data.to_dict(), config.model.image_size)
         tokenizer = text.build_tokenizer([record["text"] for record in splits["train"]])
         program = build(config, len(splits["train"]), tokenizer.get_vocab_size())
         state, progress = restore_or_init(workdir, program)
@@ -112,12 +112,12 @@ def build(config: ConfigDict, num_train: int, vocab_size: int) -> Program:
     steps_per_epoch = max(num_train // config.batch_size, 1)
     num_steps = config.num_steps or config.num_epochs * steps_per_epoch
     try:
-        model = biclip.build(config.model, vocab_size=vocab_size, axis_name=parallel.AXIS)
+        model = biclip.build(config.model.to_dict(), vocab_size=vocab_size, axis_name=parallel.AXIS)
         parallel.check_batch_size(config.batch_size, config.optim.accumulate)
     except ValueError as error:
         raise UserError(f"--config: {error}") from error
-    schedule = optim.make_schedule(config.optim, num_steps)
-    optimizer = optim.make_optimizer(config.optim, schedule)
+    schedule = optim.make_schedule(config.optim.to_dict(), num_steps)
+    optimizer = optim.make_optimizer(config.optim.to_dict(), schedule)
     objective = partial(
         steps.published_objective,
         model=model,

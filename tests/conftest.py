@@ -1,6 +1,18 @@
 """Shapes and dtypes of public signatures are checked while the tests run; tiny things to share."""
 
+import os
+import tempfile
+
 import jaxtyping
+
+# Whole runs compile the same programs again and again: once a session, and for both workers,
+# is enough. Set before jax is imported, and inherited by workers and child processes.
+# Unoptimised code compiles in half the time; the numbers are checked all the same.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    CACHE = tempfile.TemporaryDirectory(prefix="biclip-jax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 SHAPED = ["models", "training.losses", "training.views", "training.steps", "evaluation.steps"]
 jaxtyping.install_import_hook([f"biclip_jax.{name}" for name in SHAPED], "beartype.beartype")

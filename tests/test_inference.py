@@ -33,7 +33,8 @@ def test_the_model_applies_to_what_the_processor_gives(trained, picture):
     model, variables, processor = biclip_jax.load_model(trained)
     inputs = processor([picture, picture], [SENTENCE, ""])
     image = jnp.asarray(inputs["image"], jnp.float32) / 255
-    logits, aux = model.apply(variables, image, inputs["text_ids"], inputs["text_mask"])
+    ids, mask = jnp.asarray(inputs["text_ids"]), jnp.asarray(inputs["text_mask"])
+    logits, aux = model.apply(variables, image, ids, mask)
     assert logits.shape == (2, 56, 56, 1)
     assert set(aux) == {"text", "refined_text", "pseudo_image", "features"}
     assert inputs["text_mask"].sum(1).tolist()[1] == 1

@@ -1,5 +1,6 @@
 """Devices: 1, 2 and 4 of them give the same run; batches are cut, padded and put together."""
 
+import os
 import subprocess
 import sys
 
@@ -35,8 +36,8 @@ np.savez(sys.argv[2], losses=losses, **flatten_dict(tree, sep="/"))
 
 def run_on(devices, path):
     environment = {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PATH": "",
+        **os.environ,
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     }
@@ -51,7 +52,7 @@ def one_device(tmp_path_factory):
     return run_on(1, tmp_path_factory.mktemp("one") / "state.npz")
 
 
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_more_devices_give_the_same_run(one_device, devices, tmp_path):
     """With SGD: AdamW would hide a wrong scale of the gradient."""
     many = run_on(devices, tmp_path / "state.npz")

@@ -74,7 +74,13 @@ def test_a_run_leaves_what_it_says(trained):
     assert all(np.isfinite(r["loss"]) for r in rows if r["split"] == "train")
 
 
-@pytest.mark.parametrize("stops", [(1,), (3,), (4,), (7,), (2, 3)])
+LONG = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [(3,), *(pytest.param(stops, marks=LONG) for stops in [(1,), (4,), (7,), (2, 3)])],
+)
 def test_a_stopped_run_goes_on(smoke_config, trained, tmp_path, monkeypatch, stops):
     """To the same bits: stopped at step 1, in and at the end of an epoch, at the last but one,
     and twice."""
@@ -92,6 +98,7 @@ def test_a_stopped_run_goes_on(smoke_config, trained, tmp_path, monkeypatch, sto
     assert ours == [r for r in metrics_of(trained) if r["split"] == "val"]
 
 
+@pytest.mark.slow
 def test_two_runs_are_the_same_to_the_bit(smoke_config, trained, tmp_path):
     train.train_and_evaluate(smoke_config, tmp_path / "run")
     first, _ = final_state(smoke_config, trained)
@@ -174,6 +181,7 @@ def test_what_cannot_run_is_said_before_training(tmp_path, override, said):
         train.train_and_evaluate(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_accumulation_runs_end_to_end(smoke_config, tmp_path):
     with smoke_config.unlocked():
         smoke_config.optim.accumulate, smoke_config.num_steps = 2, 2

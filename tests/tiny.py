@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from biclip_jax.models import biclip
@@ -31,7 +32,7 @@ def batch(size=4, seed=0):
     shape = (size, IMAGE_SIZE, IMAGE_SIZE)
     image = rng.integers(0, 256, (*shape, 1)).astype(np.uint8)
     ids = rng.integers(3, VOCAB_SIZE, (size, MAX_LENGTH)).astype(np.int32)
-    return {
+    fields = {
         "image": image,
         "mask": (image > 127).astype(np.uint8),
         "text_ids": ids,
@@ -40,6 +41,7 @@ def batch(size=4, seed=0):
         "index": np.arange(size, dtype=np.int32),
         "valid": np.ones(size, bool),
     }
+    return {name: jnp.asarray(value) for name, value in fields.items()}
 
 
 def train_step(axis_name=None, optimizer="adamw", accumulate=1, learning_rate=1e-2):

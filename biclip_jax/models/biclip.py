@@ -161,7 +161,7 @@ def to_unit_rgb(image: Array) -> Float[Array, "b h w 3"]:
     return jnp.broadcast_to(image, (*image.shape[:3], 3))
 
 
-def text_inputs(batch: Mapping[str, Array]) -> dict[str, Array]:
+def text_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The sentence as the model takes it: ids and mask, or a frozen tower's features."""
     names = ("text_features",) if "text_features" in batch else ("text_ids", "text_mask")
     return {name: batch[name] for name in names}

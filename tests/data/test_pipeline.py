@@ -99,15 +99,15 @@ def test_evaluation_counts_every_record_once(split, batch_size, count):
 def test_missing_sentences_are_empty_everywhere(smoke_config):
     with smoke_config.unlocked():
         smoke_config.data.sentences = "missing"
-    splits = pipeline.load_splits(smoke_config.data, 56)
+    splits = pipeline.load_splits(smoke_config.data.to_dict(), 56)
     assert {len(records) for records in splits.values()} == {32, 8}
     assert {record["text"] for records in splits.values() for record in records} == {""}
 
 
 def test_reading_from_disk_gives_what_memory_holds(smoke_config):
-    in_memory = pipeline.load_splits(smoke_config.data, 56)["val"]
+    in_memory = pipeline.load_splits(smoke_config.data.to_dict(), 56)["val"]
     smoke_config.data.in_memory = False
-    on_disk = pipeline.load_splits(smoke_config.data, 56)["val"]
+    on_disk = pipeline.load_splits(smoke_config.data.to_dict(), 56)["val"]
     for a, b in zip(in_memory, on_disk, strict=True):
         assert a["text"] == b["text"]
         np.testing.assert_array_equal(a["image"], b["image"])

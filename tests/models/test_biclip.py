@@ -81,7 +81,7 @@ def test_the_sentence_reaches_the_mask_and_the_picture_reaches_the_sentence(init
 def test_padding_does_not_change_the_sentence(initialised):
     model, variables = initialised
     image, sentence = inputs()
-    scrambled = np.where(sentence["text_mask"], sentence["text_ids"], 9)
+    scrambled = jnp.where(sentence["text_mask"], sentence["text_ids"], 9)
     logits, _ = model.apply(variables, image, **sentence)
     again, _ = model.apply(variables, image, scrambled, sentence["text_mask"])
     np.testing.assert_allclose(logits, again, atol=1e-6)
@@ -98,7 +98,7 @@ def test_an_empty_sentence_is_legal(initialised):
 def test_text_features_take_the_place_of_ids():
     model = biclip.BiCLIP(56, (2, 4, 8), (2, 8), (1, 2))
     image, features = jnp.zeros((1, 56, 56, 3)), jnp.ones((1, 24))
-    variables = model.init(jax.random.key(0), image, text_features=features)
+    variables = jax.jit(model.init)(jax.random.key(0), image, text_features=features)
     logits, _ = model.apply(variables, image, text_features=features)
     assert logits.shape == (1, 56, 56, 1)
 

@@ -94,7 +94,12 @@ def inputs(image_size: int, batch: int = 2, seed: int = 0):
     rng = np.random.default_rng(seed)
     image = rng.random((batch, image_size, image_size, 3), np.float32)
     mask = (rng.random((batch, image_size, image_size, 1)) > 0.7).astype(np.float32)
-    return image, rng.standard_normal((batch, 48)).astype(np.float32), mask
+    text = rng.standard_normal((batch, 48)).astype(np.float32)
+    return jnp.asarray(image), jnp.asarray(text), jnp.asarray(mask)
+
+
+def to_torch(x) -> "torch.Tensor":
+    return torch.from_numpy(np.array(x))
 
 
 def nchw(x) -> "torch.Tensor":
@@ -111,7 +116,7 @@ def test_whole_network_matches_the_twin(image_size, levels):
     twin.eval()
     image, text, _ = inputs(image_size)
     with torch.no_grad(), jax.default_matmul_precision("highest"):
-        fused = twin.fuse(nchw(image), torch.from_numpy(text))
+        fused = twin.fuse(nchw(image), to_torch(text))
         logits, features = twin.segment(nchw(image), fused["pseudo_image"])
         ours, aux = model.apply(variables, image, text_features=text)
     scale = float(logits.std())
@@ -128,7 +133,7 @@ def test_whole_network_at_full_size_matches_the_twin():
     twin.eval()
     image, text, _ = inputs(224, batch=1)
     with torch.no_grad(), jax.default_matmul_precision("highest"):
-        logits = twin(nchw(image), torch.from_numpy(text))
+        logits = twin(nchw(image), to_torch(text))
         ours, _ = model.apply(variables, image, text_features=text)
     assert np.abs(nhwc(logits) - ours).max() <= 1e-4 * float(logits.std())
 
@@ -154,14 +159,14 @@ def check_training_step():
     twin = copy.deepcopy(twin).double().train()
     model, variables = model.clone(dtype=jnp.float64), to_flax(twin)
     image, text, mask = (x.astype(np.float64) for x in inputs(112))
-    strong_image = np.clip(image * 0.8 + 0.05, 0, 1)
-    flip = {"weak": image[:, :, ::-1].copy(), "strong": strong_image[:, :, ::-1].copy()}
-    mask_w = mask[:, :, ::-1].copy()
+    strong_image = jnp.clip(image * 0.8 + 0.05, 0, 1)
+    flip = {"weak": image[:, :, ::-1], "strong": strong_image[:, :, ::-1]}
+    mask_w = mask[:, :, ::-1]
 
     total, parts = published_loss(
         twin,
         nchw(image),
-        torch.from_numpy(text),
+        to_torch(text),
         nchw(mask),
         (nchw(flip["weak"]), lambda pseudo: pseudo.flip(-1), nchw(mask_w)),
         (nchw(flip["strong"]), lambda pseudo: pseudo.flip(-1)),
@@ -213,7 +218,8 @@ def check_training_step():
 def test_transposed_convolutions_match_the_twin(module, stock):
     torch.manual_seed(0)
     twin = torch.nn.ConvTranspose2d(3, 5, **stock)
-    x = np.random.default_rng(0).standard_normal((2, 7, 9, 3)).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((2, 7, 9, 3))
+    x = jnp.asarray(x, jnp.float32)
     params = {
         "kernel": twin.weight.detach().numpy().transpose(2, 3, 0, 1),
         "bias": twin.bias.detach().numpy(),
@@ -226,7 +232,8 @@ def test_transposed_convolutions_match_the_twin(module, stock):
 @pytest.mark.parametrize("train", [True, False])
 def test_batch_norm_matches_the_twin_running_statistics_included(train):
     twin = randomize_(torch.nn.BatchNorm2d(4), seed=0).train(train)
-    x = np.random.default_rng(0).standard_normal((3, 5, 6, 4)).astype(np.float32) * 3 + 1
+    x = np.random.default_rng(0).standard_normal((3, 5, 6, 4)) * 3 + 1
+    x = jnp.asarray(x, jnp.float32)
     variables = {
         "params": {"scale": twin.weight.detach().numpy(), "bias": twin.bias.detach().numpy()},
         "batch_stats": {

@@ -113,7 +113,7 @@ def test_no_gradient_enters_through_the_strong_view():
     def consistency(params):
         return objective(params, state.batch_stats, batch, keys)[1][1]["loss_iac"].mean()
 
-    through_both = jax.grad(consistency)(state.params)
+    through_both = jax.jit(jax.grad(consistency))(state.params)
     head = flat(through_both)["consistency_head/out/bias"]
     assert np.abs(head).max() > 0
     assert not np.any(flat(through_both)["unet/head/kernel"])
@@ -131,7 +131,7 @@ def test_grey_and_colour_pictures_give_the_same_where_colours_are_equal(tiny_ste
 
 def test_bfloat16_computes_narrow_and_keeps_parameters_and_statistics_wide():
     model = tiny.model(dtype="bfloat16")
-    variables = steps.jax.jit(model.init)(
+    variables = jax.jit(model.init)(
         jax.random.key(0),
         jnp.zeros((1, 56, 56, 3)),
         jnp.zeros((1, 8), jnp.int32),
