@@ -103,7 +103,7 @@ def to_torch(x) -> "torch.Tensor":
 
 
 def nchw(x) -> "torch.Tensor":
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(x), -1, 1)))
+    return torch.from_numpy(np.moveaxis(np.array(x), -1, 1).copy())
 
 
 def nhwc(x) -> np.ndarray:
