@@ -29,6 +29,7 @@ setup(
         "transformers>=5.0,<6",
         "tokenizers>=0.22,<0.24",
         "tensorflow-datasets>=4.9.10,<5",
+        "importlib_resources>=6,<8",  # tensorflow-datasets needs it and does not say so
         "grain>=0.2.18,<0.3",
         "array_record>=0.8.3,<0.9",
         "safetensors>=0.6,<1",

@@ -24,12 +24,15 @@ CPU_CONVOLUTION_FLAG = "--xla_cpu_experimental_ynn_fusion_type=-individual_convo
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
-    """Runs a command line; a `UserError` becomes one sentence and exit status 2."""
+    """Runs a command line; a `UserError` or a file that cannot be used is exit status 2."""
     set_xla_flags()
     try:
         status = main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         status = 2
     sys.exit(status or 0)
 
@@ -75,24 +78,51 @@ def load_config(name: str, overrides: list[str]) -> ConfigDict:
         raise UserError(f"--config {name}: {error}") from error
     for override in overrides:
         _override(config, override)
+    check(config)
     return config.lock()
+
+
+CHOICES = {
+    "optim.name": ("adamw", "sgd"),
+    "optim.non_finite": ("skip", "abort"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.text.encoder": ("scratch",),
+    "data.sentences": ("right", "missing"),
+}
+POSITIVE = ("batch_size", "num_epochs", "log_every", "optim.accumulate", "model.num_levels")
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError where a field has a value that no code stands for."""
+    fields = dict(leaves(config))
+    for name, legal in CHOICES.items():
+        if fields[name] not in legal:
+            near = _nearest(fields[name], list(legal))
+            raise UserError(
+                f"--config.{name}: {fields[name]!r}; expected one of {', '.join(legal)}{near}"
+            )
+    for name in POSITIVE:
+        if fields[name] < 1:
+            raise UserError(f"--config.{name}: {fields[name]}; expected at least 1")
+    if fields["model.width"] < 2:
+        raise UserError(f"--config.model.width: {fields['model.width']}; expected at least 2")
 
 
 def _config_module(source: str) -> ModuleType:
     path = Path(source)
-    if path.suffix == ".py" and path.is_file():
+    if path.is_file():
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
-    try:
-        return importlib.import_module(f"biclip_jax.configs.{path.stem}")
-    except ModuleNotFoundError as error:
+    names = config_names()
+    if path.stem not in names or source not in (path.stem, f"configs/{path.stem}.py"):
         raise UserError(
             f"--config {source}: no such file, and no configuration of that name; "
-            f"the names are {', '.join(config_names())}{_nearest(path.stem, config_names())}"
-        ) from error
+            f"the names are {', '.join(names)}{_nearest(path.stem, names)}"
+        )
+    return importlib.import_module(f"biclip_jax.configs.{path.stem}")
 
 
 def config_names() -> list[str]:

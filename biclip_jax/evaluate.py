@@ -30,13 +30,16 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     config = _run_config(workdir)
     data = dict(config["data"])
     if args.source:
-        data |= {"source": args.source, "layout": args.layout}
+        empty = dict.fromkeys(data["num_examples"], 0)
+        data |= {"name": "folder", "source": args.source, "layout": args.layout}
+        data |= {"prompt": "", "num_examples": empty}
     model, variables, processor = inference.load_model(workdir)
-    splits = pipeline.load_splits(data, processor.image_size)
+    needed = SPLITS if args.baselines else (args.split,)
+    splits = pipeline.load_splits(data, processor.image_size, needed)
     records = splits[args.split]
     extra = {
         "split": args.split,
-        "data": data["name"],
+        "data": Path(args.source).name if args.source else data["name"],
         "command": f"python -m biclip_jax.evaluate {' '.join(args.argv)}",
         "seed": config["seed"],
         "best_step": _best_step(workdir),
@@ -65,7 +68,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _output(args: argparse.Namespace) -> Path:
-    return Path(args.output or Path(args.workdir) / "evaluation" / args.split)
+    name = f"{Path(args.source).name}-{args.split}" if args.source else args.split
+    return Path(args.output or Path(args.workdir) / "evaluation" / name)
 
 
 def _run_config(workdir: Path) -> dict[str, Any]:
@@ -105,7 +109,7 @@ def _main(argv: list[str]) -> None:
     )
     parser.add_argument("--workdir", required=True, help="of a training run")
     parser.add_argument("--split", default="test", choices=SPLITS)
-    parser.add_argument("--source", default="", help="data set on disk (default: the run's)")
+    parser.add_argument("--source", default="", help="another data set on disk, in any layout")
     parser.add_argument("--layout", default="", help="of --source (default: look and see)")
     parser.add_argument("--conditions", default=",".join(runner.CONDITIONS), metavar="A,B")
     parser.add_argument("--no-baselines", dest="baselines", action="store_false")

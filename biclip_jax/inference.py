@@ -108,6 +108,11 @@ def load_model(path: str | Path) -> tuple[biclip.BiCLIP, dict[str, Any], Process
     path = model_path(path)
     config, variables = model_folder.read(path)
     tokenizer = text_lib.load_tokenizer(path / "tokenizer")
+    if tokenizer.get_vocab_size() != config["vocab_size"]:
+        raise UserError(
+            f"{path / 'tokenizer'}: {tokenizer.get_vocab_size()} words, the model of config.json "
+            f"has {config['vocab_size']}; put the tokenizer of this model there"
+        )
     model = biclip.build(config["model"], vocab_size=config["vocab_size"])
     processor = Processor(
         tokenizer, config["model"]["image_size"], config["model"]["text"]["max_length"]

@@ -66,6 +66,8 @@ def shard(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def check_batch_size(batch_size: int, accumulate: int) -> None:
     """Raises ValueError where a batch cannot be cut for the devices and for accumulation."""
+    if jax.process_count() > 1:
+        raise ValueError(f"{jax.process_count()} processes; this version runs on one host only")
     unit = jax.device_count() * accumulate
     if batch_size % unit:
         raise ValueError(

@@ -23,6 +23,7 @@ import numpy as np
 
 from biclip_jax import cli, inference
 from biclip_jax.data import image_io
+from biclip_jax.data.text import unknown_words
 from biclip_jax.errors import BadImageError, UserError
 from biclip_jax.evaluation import reporting
 
@@ -105,7 +106,12 @@ def predict(args: argparse.Namespace) -> int:
     if args.texts:
         sentences = read_sentences(Path(args.texts), images)
     predictor = inference.load(args.workdir)
+    unknown = unknown_words(predictor.processor.tokenizer, sorted(set(sentences.values())))
+    if unknown:
+        print(f"words that this model never saw: {', '.join(unknown)}", file=sys.stderr)
     output = Path(args.output)
+    if output.resolve() == images[0].parent.resolve():
+        raise UserError(f"{output}: holds the pictures themselves; give another --output")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -30,6 +30,9 @@ from biclip_jax.training import checkpoint, optim, steps, views, writers
 from biclip_jax.training import state as train_state
 from biclip_jax.weights import folder as model_folder
 
+# What may change between two starts of one run: nothing that its numbers depend on.
+FREE_FIELDS = ("data.source", "data.cache_dir", "data.in_memory", "final_test")
+
 
 class Program(NamedTuple):
     """What a configuration compiles to.
@@ -65,8 +68,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
       UserError: a configuration, a data set or a folder that does not fit.
       SystemExit: 143 or 130 after SIGTERM or SIGINT, the state saved.
     """
-    claim(config, workdir)
     with checkpoint.lock(workdir):
+        claim(config, workdir)
         splits = pipeline.load_splits(config.data.to_dict(), config.model.image_size)
         tokenizer = text.build_tokenizer([record["text"] for record in splits["train"]])
         program = build(config, len(splits["train"]), tokenizer.get_vocab_size())
@@ -79,32 +82,30 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def claim(config: ConfigDict, workdir: Path) -> None:
-    """Writes the resolved configuration, or checks that the run there began with the same.
+    """Writes the resolved configuration, after a check that a run there began with the same.
+
+    Fields that do not change a run, such as where its data lies, may differ.
 
     Raises:
-      UserError: another configuration began this run (naming the fields), or
-        the folder cannot be written.
+      UserError: another configuration began this run (naming the fields).
     """
     path = workdir / "config.json"
     resolved = json.loads(config.to_json())
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        began = json.loads(path.read_text()) if path.exists() else None
-        if began is None:
-            runner.write_json(path, resolved)
-            return
-    except OSError as error:
-        raise UserError(
-            f"{workdir}: cannot be written ({error.strerror}); choose another"
-        ) from error
-    here, there = dict(cli.leaves(resolved)), dict(cli.leaves(began))
-    changed = [k for k in sorted(here.keys() | there.keys()) if here.get(k) != there.get(k)]
+    changed: list[str] = []
+    if path.exists() and checkpoint.steps(workdir / "checkpoints/last"):
+        try:
+            here, there = dict(cli.leaves(resolved)), dict(cli.leaves(json.loads(path.read_text())))
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path}: damaged ({error}); give another --workdir") from error
+        names = sorted((here.keys() | there.keys()) - set(FREE_FIELDS))
+        changed = [name for name in names if here.get(name) != there.get(name)]
     if changed:
         listed = ", ".join(f"{k} ({there.get(k)} -> {here.get(k)})" for k in changed[:5])
         raise UserError(
             f"{path}: this run began with another configuration: {listed}; "
             "give another --workdir, or the same fields"
         )
+    runner.write_json(path, resolved)
 
 
 def build(config: ConfigDict, num_train: int, vocab_size: int) -> Program:
@@ -112,8 +113,9 @@ def build(config: ConfigDict, num_train: int, vocab_size: int) -> Program:
     steps_per_epoch = max(num_train // config.batch_size, 1)
     num_steps = config.num_steps or config.num_epochs * steps_per_epoch
     try:
-        model = biclip.build(config.model.to_dict(), vocab_size=vocab_size, axis_name=parallel.AXIS)
         parallel.check_batch_size(config.batch_size, config.optim.accumulate)
+        model = biclip.build(config.model.to_dict(), vocab_size=vocab_size, axis_name=parallel.AXIS)
+        variables = biclip.init(model, stream(config, "params"), config.model.text.max_length)
     except ValueError as error:
         raise UserError(f"--config: {error}") from error
     schedule = optim.make_schedule(config.optim.to_dict(), num_steps)
@@ -133,7 +135,6 @@ def build(config: ConfigDict, num_train: int, vocab_size: int) -> Program:
         axis_name=parallel.AXIS,
     )
     eval_step = partial(eval_steps.eval_step, model=model, axis_name=parallel.AXIS)
-    variables = biclip.init(model, stream(config, "params"), config.model.text.max_length)
     return Program(
         initial=train_state.create(variables, optimizer),
         train_step=parallel.pmap_train_step(train_step),
@@ -201,21 +202,22 @@ def loop(
             writer.advance(step)
             if step % config.log_every == 0 or step == program.num_steps:
                 seconds = time.perf_counter() - since
-                values = window_values(config, program, window, step, seconds)
+                skipped = int(state.skipped)
+                values = window_values(config, program, window, step, skipped, seconds)
                 writer.write(step, "train", values)
                 check_finite(config, values, step, workdir)
                 window, since = [], time.perf_counter()
             paused = time.perf_counter()
             signalled = stop.received
             due = step % program.eval_every == 0 or step == program.num_steps
+            if due or signalled is not None:
+                progress["position"] = batches.get_state()
             if due:
                 scores = validate(config, program, splits["val"], texts["val"], state)
                 writer.write(step, "val", scores)
                 keep_best(config, workdir, tokenizer, state, scores, progress)
             if due or signalled is not None:
-                progress["position"] = batches.get_state()
-                host_state = parallel.to_host(state)
-                checkpoint.save(workdir / "checkpoints/last", host_state, progress)
+                checkpoint.save(workdir / "checkpoints/last", parallel.to_host(state), progress)
             since += time.perf_counter() - paused
             if signalled is not None:
                 print(f"{workdir}: stopped by a signal after step {step}; saved, can go on")
@@ -234,12 +236,18 @@ def announce(config: ConfigDict, program: Program, num_train: int) -> None:
 
 
 def window_values(
-    config: ConfigDict, program: Program, window: Sequence[Any], step: int, seconds: float
+    config: ConfigDict,
+    program: Program,
+    window: Sequence[Any],
+    step: int,
+    skipped: int,
+    seconds: float,
 ) -> dict[str, float | int]:
     """What one log line says of the steps since the last one."""
     return {
         **steps.mean_metrics(jax.device_get(window)),
-        "lr": float(program.schedule(step - 1)),
+        # Skipped steps do not move the optimiser's own count, which the schedule follows.
+        "lr": float(program.schedule(step - 1 - skipped)),
         "images_per_second": len(window) * config.batch_size / seconds,
     }
 

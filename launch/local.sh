@@ -1,19 +1,28 @@
 #!/usr/bin/env bash
-# One run on this machine, on all its devices; runs again after a crash or a preemption.
+# One run on this machine, on all its devices; runs again after a crash.
 #
 #   launch/local.sh runs/qata --config qata --config.data.source=/data/qata
 #
 # The run goes on from its last checkpoint each time. It is given up after MAX_RESTARTS (3)
 # failures, and at once when the configuration or the data does not fit (status 2) or when
-# somebody stopped it (130, 143).
+# somebody stopped it (130, 143). A signal to this script goes to the run, which saves and leaves.
 set -u
 [ $# -ge 1 ] || { echo "usage: $0 WORKDIR [options of biclip_jax.train]" >&2; exit 2; }
 workdir=$1
 shift
+child=
+trap '[ -z "$child" ] || kill -TERM "$child"' TERM INT
 for attempt in $(seq 0 "${MAX_RESTARTS:-3}"); do
   [ "$attempt" = 0 ] || echo "restart $attempt" >&2
-  python -m biclip_jax.train --workdir "$workdir" "$@"
+  python -m biclip_jax.train --workdir "$workdir" "$@" &
+  child=$!
+  wait "$child"
   status=$?
+  # A signal ends `wait` early; the run itself is still saving.
+  while kill -0 "$child" 2>/dev/null; do
+    wait "$child"
+    status=$?
+  done
   case $status in 0 | 2 | 130 | 143) exit $status ;; esac
 done
 exit $status

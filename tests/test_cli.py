@@ -53,7 +53,13 @@ def test_overrides_take_the_field_s_type(override, path, value):
         ("qata", "--config.batch_size=many", "is no int"),
         ("qata", "--config.batch_size=1.5", "is no int"),
         ("qata", "--batch_size=8", "--config.FIELD=VALUE"),
+        ("qata", "--config.optim.name=adam", "did you mean adamw"),
+        ("qata", "--config.model.dtype=float16", "bfloat16"),
+        ("qata", "--config.data.sentences=mising", "did you mean missing"),
+        ("qata", "--config.log_every=0", "at least 1"),
         ("quata", "", "did you mean qata"),
+        ("elsewhere/qata.py", "", "no such file"),
+        ("common", "", "no such file"),
         ("qata:tiny", "", "small"),
     ],
 )

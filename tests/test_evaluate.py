@@ -3,7 +3,9 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from biclip_jax import evaluate
 
@@ -31,6 +33,26 @@ def test_every_condition_baseline_and_file(trained, tmp_path, capsys):
     # The same numbers as the run's own test.
     own = json.loads((trained / "test/results.json").read_text())
     assert results["conditions"]["right"] == own["conditions"]["right"]
+
+
+def test_another_data_set_needs_its_test_split_alone(trained, tmp_path, capsys):
+    source = tmp_path / "other"
+    (source / "images").mkdir(parents=True)
+    (source / "masks").mkdir()
+    rng = np.random.default_rng(0)
+    lines = ["split,image,mask,text"]
+    for i in range(3):
+        pixels = rng.integers(0, 256, (60, 80)).astype(np.uint8)
+        Image.fromarray(pixels).save(source / f"images/{i}.png")
+        Image.fromarray((pixels > 128).astype(np.uint8) * 255).save(source / f"masks/{i}.png")
+        lines.append(f"test,{i}.png,{i}.png,lower left lung {i}")
+    (source / "annotations.csv").write_text("\n".join(lines) + "\n")
+    argv = ("--workdir", str(trained), "--source", str(source), "--no-baselines")
+    assert run(*argv, "--output", str(tmp_path / "out")) == 0
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["data"] == "other"
+    assert results["conditions"]["right"]["num_images"] == 3
+    assert "baselines" not in results
 
 
 def test_mistakes_end_in_a_sentence(trained, tmp_path, capsys):

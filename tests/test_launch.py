@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,19 @@ def test_without_a_work_directory_it_says_how():
     done = subprocess.run([SCRIPT], capture_output=True, text=True)
     assert done.returncode == 2
     assert "usage" in done.stderr
+
+
+def test_a_signal_reaches_the_run_and_waits_for_it(tmp_path):
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
+        f"#!/bin/bash\ntrap 'sleep 0.3; touch {tmp_path}/saved; exit 143' TERM\n"
+        f"touch {tmp_path}/started\nwhile true; do sleep 0.05; done\n"
+    )
+    stand_in.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = subprocess.Popen([SCRIPT, "runs/x"], env=environment)
+    while not (tmp_path / "started").exists():
+        time.sleep(0.02)
+    script.terminate()
+    assert script.wait(timeout=10) == 143
+    assert (tmp_path / "saved").exists()

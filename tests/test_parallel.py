@@ -35,9 +35,10 @@ np.savez(sys.argv[2], losses=losses, **flatten_dict(tree, sep="/"))
 
 
 def run_on(devices, path):
+    flags = f"--xla_force_host_platform_device_count={devices}"
     environment = {
         **os.environ,
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
         "JAX_PLATFORMS": "cpu",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     }

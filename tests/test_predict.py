@@ -92,6 +92,9 @@ def test_nothing_to_segment_and_clashing_names_are_errors(trained, pictures, tmp
     assert run(*argv, tmp_path / "nowhere") == 2
     (tmp_path / "empty").mkdir()
     assert run(*argv, tmp_path / "empty") == 2
+    inside = ("--workdir", trained, "--image", pictures, "--output", pictures)
+    assert run(*inside) == 2
+    assert "holds the pictures" in capsys.readouterr().err
     Image.new("L", (4, 4)).save(pictures / "a.bmp")
     assert run(*argv, pictures) == 2
     assert "overwrite" in capsys.readouterr().err

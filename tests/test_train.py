@@ -2,6 +2,9 @@
 
 import json
 import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -16,8 +19,13 @@ TIMES = ("images_per_second",)
 
 def final_state(config, workdir):
     """The last checkpoint's state, and how far it came."""
+    return checkpoint_of(config, workdir, "last")
+
+
+def checkpoint_of(config, workdir, kind):
+    """State and progress of the newest checkpoint of a kind."""
     program = train.build(config, 32, vocab_size_of(workdir))
-    return checkpoint.restore_latest(workdir / "checkpoints/last", program.initial, print)
+    return checkpoint.restore_latest(workdir / "checkpoints" / kind, program.initial, print)
 
 
 def vocab_size_of(workdir):
@@ -119,11 +127,53 @@ def test_a_finished_run_is_tested_again_without_training(smoke_config, trained, 
 
 def test_another_configuration_may_not_go_on_in_the_same_place(smoke_config, tmp_path):
     train.claim(smoke_config, tmp_path)
-    train.claim(smoke_config, tmp_path)
+    (tmp_path / "checkpoints/last/4").mkdir(parents=True)
+    (tmp_path / "checkpoints/last/4.sha256.json").write_text("{}")
     with smoke_config.unlocked():
+        smoke_config.data.source = "/moved"
+        train.claim(smoke_config, tmp_path)
         smoke_config.optim.learning_rate = 0.5
     with pytest.raises(UserError, match=r"optim.learning_rate \(0.002 -> 0.5\)"):
         train.claim(smoke_config, tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json: damaged"):
+        train.claim(smoke_config, tmp_path)
+
+
+def test_a_start_that_failed_does_not_hold_its_place(smoke_config, tmp_path):
+    with smoke_config.unlocked():
+        smoke_config.batch_size, smoke_config.final_test = 3, False
+        smoke_config.optim.accumulate = 2
+    with pytest.raises(UserError, match="batch_size"):
+        train.train_and_evaluate(smoke_config, tmp_path / "run")
+    smoke_config.batch_size, smoke_config.optim.accumulate = 8, 1
+    train.train_and_evaluate(smoke_config, tmp_path / "run")
+    _, best = checkpoint_of(smoke_config, tmp_path / "run", "best")
+    _, last = checkpoint_of(smoke_config, tmp_path / "run", "last")
+    assert last["position"] == {"next_index": 8}
+    assert best["position"] == {"next_index": best["best_step"]}
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_to_the_same_bits(smoke_config, trained, tmp_path):
+    """SIGKILL after the first checkpoint, wherever that finds the process."""
+    cache = f"--config.data.cache_dir={smoke_config.data.cache_dir}"
+    command = [sys.executable, "-m", "biclip_jax.train", "--config", "default:smoke", cache]
+    process = subprocess.Popen([*command, "--workdir", str(tmp_path / "run")])
+    while not list((tmp_path / "run/checkpoints/last").glob("*.sha256.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = subprocess.run([*command, "--workdir", str(tmp_path / "run")], capture_output=True)
+    assert b"goes on after step" in done.stdout
+    assert done.returncode == 0
+    # The command line uses faster convolutions than the run here: equal to rounding.
+    first, _ = final_state(smoke_config, trained)
+    second, _ = final_state(smoke_config, tmp_path / "run")
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0.05, atol=0.05)
+    assert int(second.step) == 8
 
 
 def broken_objective(*args, **kwargs):

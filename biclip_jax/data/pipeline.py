@@ -17,15 +17,18 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-def load_splits(config: Mapping[str, Any], image_size: int) -> dict[str, Sequence[Record]]:
+def load_splits(
+    config: Mapping[str, Any], image_size: int, names: Sequence[Split] = SPLITS
+) -> dict[str, Sequence[Record]]:
     """Prepares the data set where needed and opens its splits.
 
     Args:
       config: the fields of `data` in `configs/common.py`.
       image_size: of the prepared pictures, in pixels.
+      names: of the splits that are wanted.
 
     Returns:
-      {"train": records, "val": records, "test": records}.
+      {split: records}.
 
     Raises:
       DataError: the data set does not hold together, or a split is empty.
@@ -40,7 +43,7 @@ def load_splits(config: Mapping[str, Any], image_size: int) -> dict[str, Sequenc
         prompt=config["prompt"] or None,
         num_examples=sizes or None,
     )
-    return {split: _open(prepared, split, config) for split in SPLITS}
+    return {split: _open(prepared, split, config) for split in names}
 
 
 def _open(prepared: Path, split: Split, config: Mapping[str, Any]) -> Sequence[Record]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,16 +71,33 @@ def encode(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids (N, max_length) int32, padded with 0, and the mask (N, max_length) bool.
 
-    Each distinct sentence is tokenized once; longer ones are cut.
+    Each distinct sentence is tokenized once; longer ones are cut, with a warning.
     """
     distinct = sorted(set(sentences))
     ids = np.zeros((len(distinct), max_length), np.int32)
     mask = np.zeros((len(distinct), max_length), bool)
-    for row, encoding in enumerate(tokenizer.encode_batch(distinct)):
+    encodings = tokenizer.encode_batch(distinct)
+    too_long = sum(len(encoding.ids) > max_length for encoding in encodings)
+    if too_long:
+        warnings.warn(
+            f"{too_long} of {len(distinct)} sentences are longer than {max_length} tokens and "
+            "were cut; raise model.text.max_length",
+            stacklevel=2,
+        )
+    for row, encoding in enumerate(encodings):
         tokens = encoding.ids[:max_length]
         ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
     rows = np.searchsorted(np.array(distinct), np.array(sentences))
     return ids[rows], mask[rows]
+
+
+def unknown_words(tokenizer: Tokenizer, sentences: Sequence[str]) -> list[str]:
+    """The distinct words that are not in the vocabulary, in alphabetical order."""
+    found = set()
+    for sentence, encoding in zip(sentences, tokenizer.encode_batch(list(sentences)), strict=True):
+        spans = zip(encoding.tokens, encoding.offsets, strict=True)
+        found |= {sentence[start:end] for token, (start, end) in spans if token == UNKNOWN}
+    return sorted(found)
 
 
 def mirror(sentence: str) -> str:

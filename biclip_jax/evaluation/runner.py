@@ -67,7 +67,7 @@ def evaluate(
     outcome = {**(extra or {}), **results(found, records)}
     write_json(folder / "results.json", outcome)
     reporting.write_csv(folder / "per_image.csv", per_image_rows(found, records))
-    rows = page_rows(predict, encode, records, found["right"])
+    rows = page_rows(predict, encode, records, found["right"], batch_size)
     reporting.overlay_page(rows, folder / "overlays.png", f"{len(records)} pictures, by Dice")
     return outcome
 
@@ -195,7 +195,11 @@ def per_image_rows(
 
 
 def page_rows(
-    predict: Predict, encode: Encode, records: Sequence[Record], counts: metrics.Overlap
+    predict: Predict,
+    encode: Encode,
+    records: Sequence[Record],
+    counts: metrics.Overlap,
+    batch_size: int,
 ) -> list[dict[str, Any]]:
     """The best, median and worst cases by Dice, as `reporting.overlay_page` takes them."""
     scores = np.asarray(metrics.dice(counts))
@@ -207,14 +211,16 @@ def page_rows(
         "worst": order[:PAGE_CASES],
     }
     return [
-        _page_row(band, predict, encode, records[int(i)], float(scores[i]))
+        _page_row(band, predict, encode, records[int(i)], float(scores[i]), batch_size)
         for band, rows in bands.items()
         for i in rows
     ]
 
 
-def _page_row(band, predict, encode, record, score) -> dict[str, Any]:
-    batch = next(pipeline.eval_batches([record], encode([record["text"]]), batch_size=1))
+def _page_row(band, predict, encode, record, score, batch_size) -> dict[str, Any]:
+    # A whole batch, of which one row counts: another size would compile again.
+    texts = encode([record["text"]])
+    batch = next(pipeline.eval_batches([record], texts, batch_size=batch_size))
     height, width = record["full_mask"].shape[:2]
     probs = resize_probability(predict(batch)[0, ..., 0], height, width)
     grey = [

@@ -61,5 +61,5 @@ class UNet(nn.Module):
             x = UpConv2x2(width, dtype=self.dtype, name=f"up_{level}")(x)
             x = jnp.concatenate([skips[level], x], axis=-1)
             x = DoubleConv(width, **block, name=f"decoder_{level}")(x, train)
-        logits = nn.Conv(1, (1, 1), dtype=self.dtype, name="head")(x)
-        return full_precision(logits), x
+        logits = nn.Conv(1, (1, 1), dtype=full_precision(x).dtype, name="head")(x)
+        return logits, x

@@ -64,7 +64,7 @@ def save(folder: Path, state: TrainState, meta: dict[str, Any], keep: int = KEEP
             f"{step}: could not be written ({error.strerror or error}); free space on the disk or "
             "make the folder writable, then run the same command again"
         ) from error
-    for old in _steps(folder)[:-keep]:
+    for old in steps(folder)[:-keep]:
         _discard(old)
     return step
 
@@ -82,13 +82,15 @@ def restore_latest(
     Raises:
       UserError: steps exist but none is intact, or its shapes are another model's.
     """
-    steps = _steps(folder)
-    for step in reversed(steps):
+    found = steps(folder)
+    for step in reversed(found):
         problem = damage(step)
         if problem is None:
             return _restore(step, template)
-        say(f"{step}: damaged ({problem}); falling back to an older checkpoint")
-    if steps:
+        # Set aside, so that it takes no intact step's place among those that are kept.
+        _manifest_path(step).rename(_manifest_path(step).with_suffix(".damaged"))
+        say(f"{step}: damaged ({problem}); set aside, falling back to an older checkpoint")
+    if found:
         raise UserError(f"{folder}: no intact checkpoint; delete the folder to start again")
     return None
 
@@ -110,7 +112,7 @@ def clean(folder: Path) -> None:
     """Removes what an interrupted save left: folders without a manifest, manifests without one."""
     if not folder.is_dir():
         return
-    complete = {step.name for step in _steps(folder)}
+    complete = {step.name for step in steps(folder)}
     for path in folder.iterdir():
         if path.name.split(".")[0] not in complete or ".tmp" in path.name:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -124,7 +126,14 @@ def lock(workdir: Path) -> Iterator[None]:
       UserError: another job holds it (naming host, process and start).
     """
     path = workdir / "lock"
-    with open(path, "a+") as file:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(
+            f"{workdir}: cannot be written ({error.strerror}); choose another"
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -156,11 +165,16 @@ class StopSignal:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _receive(self, number: int, _frame: types.FrameType | None) -> None:
         self.received = number
+        print("stopping after this step; the same signal again stops at once", flush=True)
+        self._restore_handlers()
 
 
 def _restore(step: Path, template: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -190,7 +204,7 @@ def _require_same_kind(expected: np.ndarray, found: np.ndarray) -> None:
         )
 
 
-def _steps(folder: Path) -> list[Path]:
+def steps(folder: Path) -> list[Path]:
     """Complete steps, oldest first."""
     if not folder.is_dir():
         return []

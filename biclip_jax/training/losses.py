@@ -69,8 +69,9 @@ def consistency_loss(
     """L_IAC: 1 - cos(p_w, p_s), the gradient only into p_w. 0 to 2."""
     strong_embedding = jax.lax.stop_gradient(strong_embedding)
     dot = (weak_embedding * strong_embedding).sum(-1)
-    norms = jnp.linalg.norm(weak_embedding, axis=-1) * jnp.linalg.norm(strong_embedding, axis=-1)
-    return 1 - dot / jnp.maximum(norms, 1e-8)
+    squares = jnp.square(weak_embedding).sum(-1) * jnp.square(strong_embedding).sum(-1)
+    # Under the root, so that the gradient of an embedding of zeros is finite.
+    return 1 - dot * jax.lax.rsqrt(jnp.maximum(squares, 1e-16))
 
 
 def cycle_loss(text: Float[Array, "b t"], cycle_text: Float[Array, "b t"]) -> Float[Array, " b"]:

@@ -16,8 +16,9 @@ class TrainState:
     """A pytree that a step maps to the next one.
 
     Attributes:
-      step: () int32, steps taken; the schedule and the random keys follow it.
-      skipped: () int32, steps whose loss or gradient was not finite.
+      step: () int32, steps taken, skipped ones included; the random keys follow it.
+      skipped: () int32, steps whose loss or gradient was not finite; the
+        schedule follows the optimiser's own count, step - skipped.
       params, batch_stats: of the model, float32.
       opt_state: of the optimiser.
     """

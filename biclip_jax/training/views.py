@@ -110,8 +110,7 @@ def change_light(key: Key[Array, ""], image: Float[Array, "h w 3"]) -> Float[Arr
     contrast x.7-1.3 p .5; motion blur p .2; clipped to [0, 1] after each.
     """
     keys = jax.random.split(key, 8)
-    # The power of 0 has no finite gradient; nothing is lost below half a grey level.
-    image = jnp.maximum(image, 1e-3) ** _uniform(keys[0], 0.9, 1.1)
+    image = image ** _uniform(keys[0], 0.9, 1.1)
     noise = 0.01 * jax.random.normal(keys[1], image.shape)
     image = _maybe(keys[2], 0.5, image, image + noise)
     image = _maybe(keys[3], 0.5, image, image + _uniform(keys[4], -0.3, 0.3))

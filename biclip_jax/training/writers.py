@@ -22,7 +22,7 @@ class Writer:
         self._lines: TextIO = open(  # noqa: SIM115
             _trimmed(workdir / "metrics.jsonl", first_step), "a"
         )
-        self._tensorboard = _tensorboard(workdir / "tensorboard")
+        self._tensorboard = _tensorboard(workdir / "tensorboard", first_step)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -78,12 +78,12 @@ def _trimmed(path: Path, first_step: int) -> Path:
     return path
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard(folder: Path, first_step: int) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=first_step + 1)
 
 
 def _short(value: float) -> str:

@@ -36,9 +36,16 @@ def test_encode_puts_cls_first_pads_and_masks():
 
 
 def test_encode_cuts_what_is_too_long():
-    ids, mask = text.encode(text.build_tokenizer(SENTENCES), SENTENCES, 5)
+    with pytest.warns(UserWarning, match="2 of 2 sentences"):
+        ids, mask = text.encode(text.build_tokenizer(SENTENCES), SENTENCES, 5)
     assert ids.shape == (2, 5)
     assert mask.all()
+
+
+def test_unknown_words_are_found_as_they_stand_in_the_sentence():
+    tokenizer = text.build_tokenizer(SENTENCES)
+    sentences = ["Lower left lung", "a Zebra in the lower lung"]
+    assert text.unknown_words(tokenizer, sentences) == ["Zebra", "a", "in", "the"]
 
 
 def test_save_and_load_give_the_same_ids(tmp_path):

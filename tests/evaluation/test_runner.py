@@ -107,7 +107,7 @@ def test_evaluate_writes_numbers_lines_and_pictures_that_agree(tmp_path):
 
 
 def test_page_rows_are_the_best_the_middle_and_the_worst(found):
-    rows = runner.page_rows(predict, encode, RECORDS, found["right"])
+    rows = runner.page_rows(predict, encode, RECORDS, found["right"], batch_size=4)
     scores = np.sort(np.asarray(metrics.dice(found["right"])))
     bands = {b: [r["dice"] for r in rows if r["band"] == b] for b in ("best", "median", "worst")}
     assert bands["best"] == pytest.approx(scores[::-1][:3].tolist())

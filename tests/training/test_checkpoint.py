@@ -83,6 +83,9 @@ def test_damage_is_found_and_the_older_step_taken(folder, fault):
     assert meta == {"note": 2}
     assert len(said) == 1
     assert str(folder / "3") in said[0]
+    # The damaged step takes no place among those that are kept.
+    checkpoint.save(folder, make_state(4), {"note": 4})
+    assert [step.name for step in checkpoint.steps(folder)] == ["2", "4"]
 
 
 def test_no_intact_step_is_an_error_that_names_the_folder(folder):

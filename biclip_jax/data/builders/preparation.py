@@ -37,8 +37,8 @@ def prepare(
 ) -> Path:
     """Writes a data set as array_record files, or finds it written and undamaged.
 
-    The folder's name holds `name`, `image_size` and a hash of the source: the names and sizes
-    of its files, and the sentences. A file changed in place at equal size is not noticed.
+    The folder's name holds `name`, `image_size` and a hash of the source: the names, sizes and
+    times of its files, and the sentences.
 
     Args:
       name: "synthetic", or a config of `builders.layout`: "qata_cov19", "mosmed_plus",
@@ -132,18 +132,21 @@ def _from_folder(
 
 
 def _identity(root: Path, examples: list[Example]) -> list:
-    """Names relative to the root and sizes of all files, with the sentences, in order."""
+    """Names relative to the root, sizes and times of all files, with the sentences, in order."""
     return [
         [
             example.split,
-            os.path.relpath(example.image_path, root),
-            os.path.getsize(example.image_path),
-            os.path.relpath(example.mask_path, root),
-            os.path.getsize(example.mask_path),
+            *_stamp(root, example.image_path),
+            *_stamp(root, example.mask_path),
             example.text,
         ]
         for example in examples
     ]
+
+
+def _stamp(root: Path, path: str) -> tuple[str, int, int]:
+    status = os.stat(path)
+    return os.path.relpath(path, root), status.st_size, status.st_mtime_ns
 
 
 def _write(make: Callable, folder: Path) -> None:
