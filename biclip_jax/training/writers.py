@@ -55,7 +55,10 @@ class Writer:
         for name, value in values.items():
             if self._tensorboard:
                 self._tensorboard.add_scalar(f"{split}/{name}", value, step)
-        if split != "train" or not self.console.is_terminal:
+        if split == "train" and self.console.is_terminal:
+            loss = f"loss {values['loss']:.4f}" if "loss" in values else "steps skipped"
+            self._progress.update(self._task, description=loss)
+        else:
             shown = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
             self.console.print(f"step {step:>6}  {split:<5}  {shown}", soft_wrap=True)
 
