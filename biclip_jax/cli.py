@@ -32,7 +32,8 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
         print(f"error: {error}", file=sys.stderr)
         status = 2
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        mend = "check that it exists, is yours to use, and that the disk has room"
+        print(f"error: {error.filename}: {error.strerror}; {mend}", file=sys.stderr)
         status = 2
     sys.exit(status or 0)
 

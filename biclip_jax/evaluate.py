@@ -86,7 +86,8 @@ def _run_config(workdir: Path) -> dict[str, Any]:
 
 
 def _best_step(workdir: Path) -> int:
-    return model_folder.read(inference.model_path(workdir))[0]["step"]
+    # The config alone: loading the model has read and checked the weights already.
+    return json.loads((inference.model_path(workdir) / model_folder.CONFIG).read_text())["step"]
 
 
 def _conditions(text: str) -> tuple[str, ...]:
@@ -116,6 +117,8 @@ def _main(argv: list[str]) -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--output", help="folder (default: WORKDIR/evaluation/SPLIT)")
     args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}: expected at least 1 picture at a time")
     args.conditions, args.argv = _conditions(args.conditions), argv
     evaluate(args)
 

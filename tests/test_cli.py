@@ -78,6 +78,13 @@ def test_a_user_s_error_is_one_line_and_status_2(capsys):
     assert capsys.readouterr().err == "error: here.png: found this; expected that; do so\n"
 
 
+def test_a_file_that_cannot_be_used_is_one_line_too(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda _: (tmp_path / "gone").read_text() and None, [])
+    assert stopped.value.code == 2
+    assert str(tmp_path / "gone") in capsys.readouterr().err
+
+
 def test_the_convolution_flag_is_set_once_and_only_where_it_is_known(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
     monkeypatch.setattr(cli.metadata, "version", lambda _: "0.10.2")

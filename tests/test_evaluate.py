@@ -60,6 +60,8 @@ def test_mistakes_end_in_a_sentence(trained, tmp_path, capsys):
     assert str(tmp_path) in capsys.readouterr().err
     assert run("--workdir", str(trained), "--conditions", "wrong") == 2
     assert "mirrored" in capsys.readouterr().err
+    assert run("--workdir", str(trained), "--batch-size", "0") == 2
+    assert "at least 1" in capsys.readouterr().err
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run/config.json").write_text("{}")
     assert run("--workdir", str(tmp_path / "run")) == 2
