@@ -85,11 +85,14 @@ def jax_step(config):
     """One call is one step of the training program itself."""
     import jax
 
-    from biclip_jax import parallel, train
+    from biclip_jax import parallel, sentences, train
+    from biclip_jax.data import text
 
-    program = train.build(config, num_train=config.batch_size, vocab_size=30)
     image, mask = noise(config)
     rows, length = config.batch_size, config.model.text.max_length
+    tokenizer = text.build_tokenizer([" ".join(f"word{i}" for i in range(27))])
+    one = text.encode_fields(tokenizer, ["word0"], length)
+    program = train.build(config, rows, sentences.Sentences(tokenizer, {"train": one}))
     batch = parallel.shard(
         {
             "image": image,

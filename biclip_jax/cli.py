@@ -87,7 +87,8 @@ CHOICES = {
     "optim.name": ("adamw", "sgd"),
     "optim.non_finite": ("skip", "abort"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.text.encoder": ("scratch",),
+    "model.text.encoder": ("scratch", "bert", "clip"),
+    "model.text.pooling": ("all_tokens", "masked", "embedding"),
     "data.sentences": ("right", "missing"),
 }
 POSITIVE = ("batch_size", "num_epochs", "log_every", "optim.accumulate", "model.num_levels")

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from biclip_jax import __version__, cli, inference
+from biclip_jax import __version__, cli, inference, sentences
 from biclip_jax.data import pipeline
 from biclip_jax.data.schema import SPLITS
 from biclip_jax.errors import UserError
@@ -35,7 +35,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         data |= {"prompt": "", "num_examples": empty}
     model, variables, processor = inference.load_model(workdir)
     needed = SPLITS if args.baselines else (args.split,)
-    splits = pipeline.load_splits(data, processor.image_size, needed)
+    prepared = pipeline.prepare(data, processor.image_size)
+    splits = pipeline.open_splits(prepared, data, needed)
     records = splits[args.split]
     extra = {
         "split": args.split,
@@ -51,8 +52,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         train, val = splits["train"], splits["val"]
         extra["baselines"] = runner.image_free_results(train, val, records)
     outcome = runner.evaluate(
-        runner.make_predict(model, variables),
-        processor.encode,
+        runner.make_predict(model, sentences.without_tower(model, variables)),
+        sentences.encoder(model, variables, processor),
         records,
         folder=_output(args),
         conditions=args.conditions,

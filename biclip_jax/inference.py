@@ -8,19 +8,25 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 
-from biclip_jax.data import image_io
+from biclip_jax import sentences
+from biclip_jax.data import image_io, tokenizers
 from biclip_jax.data import text as text_lib
 from biclip_jax.errors import UserError
 from biclip_jax.evaluation.steps import predict_step
-from biclip_jax.models import biclip
+from biclip_jax.models import bert, biclip, clip
+from biclip_jax.weights import architectures
 from biclip_jax.weights import folder as model_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+
+TEXT_ENCODER = "text_encoder"  # the frozen tower's own folder, inside a model folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Processor:
 
     Attributes:
       tokenizer: of the model folder.
-      image_size: S, in pixels.
+      image_size: S, in pixels; 0 for a text tower alone.
       max_length: L, in tokens.
       threshold: probability from which a pixel is foreground.
     """
@@ -39,21 +45,28 @@ class Processor:
     max_length: int
     threshold: float = 0.5
 
-    def __call__(self, images: Sequence[np.ndarray], sentences: Sequence[str]) -> dict[str, Any]:
+    def __call__(self, images: Sequence[np.ndarray], texts: Sequence[str]) -> dict[str, Any]:
         """uint8 pictures (H, W, 1 or 3) of any size, one sentence each, to a `Batch`'s fields.
 
         Returns:
           image (B, S, S, 3) uint8, text_ids (B, L) int32, text_mask (B, L) bool.
+
+        Raises:
+          ValueError: the processor of a text tower, which takes no pictures.
         """
+        return {"image": self.resize(images), **self.encode(texts)}
+
+    def resize(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Pictures alone: (B, S, S, 3) uint8; Raises as `__call__`."""
+        if not self.image_size:
+            raise ValueError("this is a text tower; it takes sentences alone: processor.encode")
         resized = [image_io.resize_image(image, self.image_size) for image in images]
         shape = (self.image_size, self.image_size, 3)
-        image = np.stack([np.broadcast_to(image, shape) for image in resized])
-        return {"image": image, **self.encode(sentences)}
+        return np.stack([np.broadcast_to(image, shape) for image in resized])
 
-    def encode(self, sentences: Sequence[str]) -> dict[str, np.ndarray]:
+    def encode(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """Sentences alone: text_ids (B, L) int32, text_mask (B, L) bool."""
-        ids, mask = text_lib.encode(self.tokenizer, sentences, self.max_length)
-        return {"text_ids": ids, "text_mask": mask}
+        return text_lib.encode_fields(self.tokenizer, texts, self.max_length)
 
 
 class Prediction(NamedTuple):
@@ -77,7 +90,8 @@ class Predictor:
 
     def __init__(self, model: biclip.BiCLIP, variables: Mapping[str, Any], processor: Processor):
         self.processor = processor
-        self._variables = jax.device_put(variables)
+        self._encode = sentences.encoder(model, variables, processor)
+        self._variables = jax.device_put(sentences.without_tower(model, variables))
         self._predict = jax.jit(partial(predict_step, model=model))
 
     def predict(self, image: np.ndarray | str | Path, sentence: str = "") -> Prediction:
@@ -88,7 +102,7 @@ class Predictor:
           ValueError: an array of another shape or dtype.
         """
         pixels = image_io.read_image(image) if isinstance(image, str | Path) else _checked(image)
-        batch = self.processor([pixels], [sentence])
+        batch = {"image": self.processor.resize([pixels]), **self._encode([sentence])}
         probs = np.asarray(self._predict(self._variables, batch))[0, ..., 0]
         probs = image_io.resize_probability(probs, pixels.shape[0], pixels.shape[1])
         inside = np.clip(probs, 1e-7, 1 - 1e-7)
@@ -96,53 +110,87 @@ class Predictor:
         return Prediction(probs >= self.processor.threshold, probs, entropy.astype(np.float32))
 
 
-def load_model(path: str | Path) -> tuple[biclip.BiCLIP, dict[str, Any], Processor]:
-    """Opens a run's work directory (its best model) or a model folder.
+def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], Processor]:
+    """Opens a run's work directory (its best model), a model folder, or a converted tower.
 
     Returns:
-      The model, its variables (numpy) for `model.apply`, and the processor.
+      The model (`BiCLIP`, `CLIP` or `Bert`), its variables (numpy) for
+      `model.apply`, and the processor.
 
     Raises:
       UserError: nothing to open, a damaged file, or parameters that are not the model's.
     """
     path = model_path(path)
     config, variables = model_folder.read(path)
-    tokenizer = text_lib.load_tokenizer(path / "tokenizer")
+    opened = {"bert": _open_bert, "clip": _open_clip, "biclip": _open_biclip}
+    kind = config.get("kind", "biclip")
+    if kind not in opened:
+        raise UserError(
+            f"{path / model_folder.CONFIG}: kind {kind!r}; expected one of {', '.join(opened)}; "
+            "write the folder anew"
+        )
+    tokenizer = tokenizers.load_tokenizer(path / "tokenizer")
+    return opened[kind](path, config, variables, tokenizer)
+
+
+def _open_bert(path, config, variables, tokenizer):
+    model = bert.build(config["model"])
+    sentences.check_vocabulary(path, tokenizer, config["model"]["vocab_size"])
+    ids = jnp.zeros((1, 1), jnp.int32)
+    model_folder.check_shapes(path, variables, architectures.shapes_of(model, ids, ids > 0))
+    return model, variables, Processor(tokenizer, 0, config["model"]["max_length"])
+
+
+def _open_clip(path, config, variables, tokenizer):
+    image, text = config["model"]["image"], config["model"]["text"]
+    model, size = clip.build(config["model"]), image["image_size"]
+    sentences.check_vocabulary(path, tokenizer, text["vocab_size"])
+    ids = jnp.zeros((1, text["max_length"]), jnp.int32)
+    expected = architectures.shapes_of(model, jnp.zeros((1, size, size, 3)), ids)
+    model_folder.check_shapes(path, variables, expected)
+    return model, variables, Processor(tokenizer, size, text["max_length"])
+
+
+def _open_biclip(path, config, variables, tokenizer):
     if tokenizer.get_vocab_size() != config["vocab_size"]:
         raise UserError(
             f"{path / 'tokenizer'}: {tokenizer.get_vocab_size()} words, the model of config.json "
             f"has {config['vocab_size']}; put the tokenizer of this model there"
         )
-    model = biclip.build(config["model"], vocab_size=config["vocab_size"])
-    processor = Processor(
-        tokenizer, config["model"]["image_size"], config["model"]["text"]["max_length"]
+    text, tower = config["model"]["text"], None
+    if text["encoder"] != "scratch":
+        tower = sentences.open_tower(path / TEXT_ENCODER, text["encoder"], config["model"]["dtype"])
+        if not text["trainable"]:
+            variables["params"]["text_encoder"] = {"tower": tower.params}
+    model = biclip.build(
+        config["model"], vocab_size=config["vocab_size"], tower=tower and tower.module
     )
-    _check_variables(path, model, variables, processor)
-    return model, variables, processor
+    size, length = config["model"]["image_size"], text["max_length"]
+    image, ids = jnp.zeros((1, size, size, 3)), jnp.zeros((1, length), jnp.int32)
+    expected = architectures.shapes_of(model, image, ids, ids > 0)
+    model_folder.check_shapes(path, variables, expected)
+    return model, variables, Processor(tokenizer, size, length)
 
 
 def load(path: str | Path) -> Predictor:
-    """A `Predictor` from a run's work directory or a model folder; errors as `load_model`."""
-    return Predictor(*load_model(path))
+    """A `Predictor` from a run's work directory or a model folder; errors as `load_model`.
+
+    Raises:
+      UserError: also for a converted tower, which does not segment.
+    """
+    model, variables, processor = load_model(path)
+    if not isinstance(model, biclip.BiCLIP):
+        raise UserError(
+            f"{path}: holds {type(model).__name__}, which does not segment pictures; give the "
+            "workdir of a run, or open it with biclip_jax.load_model"
+        )
+    return Predictor(model, variables, processor)
 
 
 def model_path(path: str | Path) -> Path:
     """The model folder of a work directory, or the path itself."""
     inside = Path(path) / "model"
     return inside if inside.is_dir() else Path(path)
-
-
-def _check_variables(path, model, variables, processor) -> None:
-    init = partial(biclip.init, model, max_length=processor.max_length)
-    expected = jax.eval_shape(init, jax.random.key(0))
-    want = {k: v.shape for k, v in flatten_dict(expected, sep="/").items()}
-    have = {k: v.shape for k, v in flatten_dict(variables, sep="/").items()}
-    for name in sorted(want.keys() | have.keys()):
-        if want.get(name) != have.get(name):
-            raise UserError(
-                f"{path / model_folder.WEIGHTS}: {name} has shape {have.get(name, 'none')}, the "
-                f"model of config.json expects {want.get(name, 'none')}; write the folder anew"
-            )
 
 
 def _checked(image: np.ndarray) -> np.ndarray:

@@ -17,21 +17,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from biclip_jax import cli, inference, parallel
-from biclip_jax.data import pipeline, text
+from biclip_jax import cli, inference, parallel, sentences
+from biclip_jax.data import pipeline, tokenizers
 from biclip_jax.errors import UserError
 from biclip_jax.evaluation import reporting, runner
 from biclip_jax.evaluation import steps as eval_steps
 from biclip_jax.models import biclip
+from biclip_jax.models.text import PooledTower
 from biclip_jax.training import checkpoint, optim, steps, views, writers
 from biclip_jax.training import state as train_state
 from biclip_jax.weights import folder as model_folder
 
 # What may change between two starts of one run: nothing that its numbers depend on.
-FREE_FIELDS = ("data.source", "data.cache_dir", "data.in_memory", "final_test")
+FREE_FIELDS = (
+    "data.source",
+    "data.cache_dir",
+    "data.in_memory",
+    "model.text.weights",
+    "final_test",
+)
 
 
 class Program(NamedTuple):
@@ -69,28 +77,36 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
       SystemExit: 143 or 130 after SIGTERM or SIGINT, the state saved.
     """
     with checkpoint.lock(workdir):
-        claim(config, workdir)
-        splits = pipeline.load_splits(config.data.to_dict(), config.model.image_size)
-        tokenizer = text.build_tokenizer([record["text"] for record in splits["train"]])
-        program = build(config, len(splits["train"]), tokenizer.get_vocab_size())
+        text, data = config.model.text.to_dict(), config.data.to_dict()
+        tower = None
+        if text["encoder"] != "scratch":
+            tower = sentences.open_tower(text["weights"], text["encoder"], config.model.dtype)
+        claim(config, workdir, tower)
+        prepared = pipeline.prepare(data, config.model.image_size)
+        splits = pipeline.open_splits(prepared, data)
+        texts = {split: [record["text"] for record in splits[split]] for split in ("train", "val")}
+        spoken = sentences.read(text, texts, tower, prepared)
+        program = build(config, len(splits["train"]), spoken, tower)
         state, progress = restore_or_init(workdir, program)
-        state = loop(config, workdir, program, splits, tokenizer, state, progress)
+        state = loop(config, workdir, program, splits, spoken, state, progress)
         reporting.plot_curves(
             writers.read_metrics(workdir / "metrics.jsonl"), workdir / "curves.png"
         )
         return test(workdir, config, splits["test"]) if config.final_test else {}
 
 
-def claim(config: ConfigDict, workdir: Path) -> None:
+def claim(config: ConfigDict, workdir: Path, tower: sentences.TextTower | None) -> None:
     """Writes the resolved configuration, after a check that a run there began with the same.
 
-    Fields that do not change a run, such as where its data lies, may differ.
+    Fields that do not change a run, such as where its data lies, may differ; a
+    tower is known by the SHA-256 of its weights.
 
     Raises:
       UserError: another configuration began this run (naming the fields).
     """
     path = workdir / "config.json"
     resolved = json.loads(config.to_json())
+    resolved["model"]["text"]["sha256"] = tower.sha256 if tower else ""
     changed: list[str] = []
     if path.exists() and checkpoint.steps(workdir / "checkpoints/last"):
         try:
@@ -108,14 +124,18 @@ def claim(config: ConfigDict, workdir: Path) -> None:
     runner.write_json(path, resolved)
 
 
-def build(config: ConfigDict, num_train: int, vocab_size: int) -> Program:
+def build(
+    config: ConfigDict,
+    num_train: int,
+    spoken: sentences.Sentences,
+    tower: sentences.TextTower | None = None,
+) -> Program:
     """Model, optimiser and steps, and the state they begin with."""
     steps_per_epoch = max(num_train // config.batch_size, 1)
     num_steps = config.num_steps or config.num_epochs * steps_per_epoch
     try:
         parallel.check_batch_size(config.batch_size, config.optim.accumulate)
-        model = biclip.build(config.model.to_dict(), vocab_size=vocab_size, axis_name=parallel.AXIS)
-        variables = biclip.init(model, stream(config, "params"), config.model.text.max_length)
+        model, variables = build_model(config, spoken, tower)
     except ValueError as error:
         raise UserError(f"--config: {error}") from error
     schedule = optim.make_schedule(config.optim.to_dict(), num_steps)
@@ -145,6 +165,30 @@ def build(config: ConfigDict, num_train: int, vocab_size: int) -> Program:
     )
 
 
+def build_model(
+    config: ConfigDict, spoken: sentences.Sentences, tower: sentences.TextTower | None
+) -> tuple[biclip.BiCLIP, dict[str, Any]]:
+    """The model as it is trained, and its first variables; a trainable tower begins as converted.
+
+    Raises:
+      ValueError: sizes that do not go together.
+    """
+    make = partial(
+        biclip.build,
+        config.model.to_dict(),
+        vocab_size=spoken.tokenizer.get_vocab_size(),
+        axis_name=parallel.AXIS,
+    )
+    bare, key = make(), stream(config, "params")
+    if tower is None or not config.model.text.trainable:
+        one = {k: jnp.asarray(v[:1]) for k, v in spoken.fields["train"].items()}
+        return bare, biclip.init(bare, key, biclip.text_inputs(one))
+    num_features = PooledTower(tower.module, config.model.text.pooling).num_features
+    variables = biclip.init(bare, key, {"text_features": jnp.zeros((1, num_features))})
+    variables["params"]["text_encoder"] = {"tower": tower.params}
+    return make(tower=tower.module), variables
+
+
 def stream(config: ConfigDict, name: str) -> jax.Array:
     """The key of a named random stream: derived from the seed, never stored."""
     names = ("params", "augment")
@@ -170,16 +214,14 @@ def loop(
     workdir: Path,
     program: Program,
     splits: Mapping[str, Sequence[Any]],
-    tokenizer: Any,
+    spoken: sentences.Sentences,
     state: train_state.TrainState,
     progress: dict[str, Any],
 ) -> train_state.TrainState:
     """Steps, logs, evaluates and saves until the end, a signal, or no more improvement."""
-    encode = partial(pipeline.encode_sentences, tokenizer, max_length=config.model.text.max_length)
-    texts = {s: encode([r["text"] for r in splits[s]]) for s in ("train", "val")}
     batches = pipeline.train_batches(
         splits["train"],
-        texts["train"],
+        spoken.fields["train"],
         batch_size=config.batch_size,
         seed=config.seed,
         position=progress["position"],
@@ -213,9 +255,9 @@ def loop(
             if due or signalled is not None:
                 progress["position"] = batches.get_state()
             if due:
-                scores = validate(config, program, splits["val"], texts["val"], state)
+                scores = validate(config, program, splits["val"], spoken.fields["val"], state)
                 writer.write(step, "val", scores)
-                keep_best(config, workdir, tokenizer, state, scores, progress)
+                keep_best(config, workdir, spoken.tokenizer, state, scores, progress)
             if due or signalled is not None:
                 checkpoint.save(workdir / "checkpoints/last", parallel.to_host(state), progress)
             since += time.perf_counter() - paused
@@ -296,8 +338,13 @@ def keep_best(
     progress.update(best_score=scores["dice_global"], best_step=step, stale=0)
     host_state = parallel.to_host(state)
     checkpoint.save(workdir / "checkpoints/best", host_state, progress, keep=1)
-    text.save_tokenizer(tokenizer, workdir / "model/tokenizer")
+    tokenizers.save_tokenizer(tokenizer, workdir / "model/tokenizer")
+    if config.model.text.encoder != "scratch":
+        model_folder.link(
+            Path(config.model.text.weights), workdir / "model" / inference.TEXT_ENCODER
+        )
     described = {
+        "kind": "biclip",
         "model": config.model.to_dict(),
         "vocab_size": tokenizer.get_vocab_size(),
         "name": config.name,
@@ -308,6 +355,7 @@ def keep_best(
         workdir / "model",
         config=described,
         variables=train_state.variables_of(host_state),
+        card=model_folder.model_card(described, {"validation": scores}),
         scores={"validation": scores},
     )
 
@@ -316,8 +364,8 @@ def test(workdir: Path, config: ConfigDict, records: Sequence[Any]) -> dict[str,
     """The best model on the test split, with right, missing and shuffled sentences."""
     model, variables, processor = inference.load_model(workdir)
     outcome = runner.evaluate(
-        runner.make_predict(model, variables),
-        processor.encode,
+        runner.make_predict(model, sentences.without_tower(model, variables)),
+        sentences.encoder(model, variables, processor),
         records,
         folder=workdir / "test",
         conditions=("right", "missing", "shuffled"),

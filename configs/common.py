@@ -28,8 +28,13 @@ def base() -> ConfigDict:
     config.model.num_levels = 5  # of the U-Net, the bottleneck included
     config.model.dtype = "float32"  # of the computation: float32 or bfloat16
     config.model.text = ConfigDict()
-    config.model.text.encoder = "scratch"  # a transformer trained on the captions' own words
-    config.model.text.width = 128
+    config.model.text.encoder = "scratch"  # trained on the captions' own words; bert, clip: a tower
+    config.model.text.weights = ""  # of bert and clip: a folder that biclip_jax.convert wrote
+    config.model.text.trainable = False  # bert, clip: false computes each sentence's vector once
+    config.model.text.pooling = (
+        "all_tokens"  # bert, clip: all_tokens (published), masked, embedding
+    )
+    config.model.text.width = 128  # this and the next two: of the scratch encoder
     config.model.text.num_layers = 2
     config.model.text.num_heads = 4
     config.model.text.max_length = 32  # tokens

@@ -10,7 +10,7 @@ from biclip_jax.configs import common
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    """Variants: none (`published`, 224 px), `small` (a CPU, under an hour), `smoke`."""
+    """Variants: none (scratch text encoder, 224 px), `cxr_bert`, `small` (a CPU), `smoke`."""
     config = common.base()
     config.name = "qata"
     config.data.name = "qata_cov19"
@@ -18,8 +18,21 @@ def get_config(variant: str | None = None) -> ConfigDict:
         return common.smoke(config)
     if variant == "small":
         return _small(config)
+    if variant == "cxr_bert":
+        return _cxr_bert(config)
     if variant:
-        raise common.unknown_variant(variant, ("small", "smoke"))
+        raise common.unknown_variant(variant, ("cxr_bert", "small", "smoke"))
+    return config
+
+
+def _cxr_bert(config: ConfigDict) -> ConfigDict:
+    """`published` with its own text encoder; make the folder first:
+
+    python -m biclip_jax.convert bert FOLDER_OF_CXR_BERT weights/cxr_bert
+    """
+    config.name = "qata_cxr_bert"
+    config.model.text.encoder = "bert"
+    config.model.text.weights = "weights/cxr_bert"
     return config
 
 

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "biclip_jax"
 CONFIGS = PACKAGE.parent / "configs"
-DOORS = {"train", "evaluate", "predict"}
+DOORS = {"train", "evaluate", "predict", "convert"}
 SHARED = {"biclip_jax.errors"}
 MODELS, DATA, TRAINING = "biclip_jax.models", "biclip_jax.data", "biclip_jax.training"
 EVALUATION, WEIGHTS = "biclip_jax.evaluation", "biclip_jax.weights"
@@ -22,7 +22,8 @@ ALLOWED = {
     "weights": {WEIGHTS, MODELS},
     "training": {TRAINING, MODELS, PARALLEL, METRICS},
     "evaluation": {EVALUATION, MODELS, PARALLEL},
-    "inference.py": {WEIGHTS, MODELS, DATA, EVALUATION},
+    "sentences.py": {WEIGHTS, MODELS, DATA},
+    "inference.py": {WEIGHTS, MODELS, DATA, EVALUATION, "biclip_jax.sentences"},
     "parallel.py": set(),
     "errors.py": set(),
     "cli.py": {"biclip_jax.configs"},
@@ -33,6 +34,10 @@ RUNNER_ALSO = {"evaluation/runner.py", "evaluation/baselines.py"}
 OWNERS = {
     "orbax": {"training/checkpoint.py"},
     "safetensors": {"weights/"},
+    "msgpack": {"weights/"},
+    "transformers": {"data/tokenizers.py"},
+    "tokenizers": {"data/", "sentences.py", "inference.py"},
+    "huggingface_hub": {"convert.py"},
     "grain": {"data/"},
     "tensorflow_datasets": {"data/"},
     "tensorboardX": {"training/writers.py"},

@@ -73,11 +73,11 @@ def test_parameters_of_another_model_are_refused_by_name(trained, tmp_path):
     shutil.copytree(trained / "model", tmp_path / "model")
     config, variables = inference.model_folder.read(tmp_path / "model")
     kernel = variables["params"]["unet"]["head"].pop("kernel")
-    inference.model_folder.write(tmp_path / "model", config=config, variables=variables, scores={})
+    inference.model_folder.write(tmp_path / "model", config=config, variables=variables, card="")
     with pytest.raises(UserError, match="unet/head/kernel"):
         biclip_jax.load(tmp_path)
     variables["params"]["unet"]["head"]["kernel"] = kernel[..., :0]
-    inference.model_folder.write(tmp_path / "model", config=config, variables=variables, scores={})
+    inference.model_folder.write(tmp_path / "model", config=config, variables=variables, card="")
     with pytest.raises(UserError, match="unet/head/kernel"):
         biclip_jax.load(tmp_path)
 

@@ -20,7 +20,7 @@ from biclip_jax import parallel
 from tests import tiny
 
 assert jax.local_device_count() == int(sys.argv[1])
-step, state, batch, key = tiny.train_step(parallel.AXIS, optimizer="sgd", learning_rate=0.1)
+step, state, batch, key = tiny.train_step(parallel.AXIS, optimizer="sgd", learning_rate=0.03)
 train = parallel.pmap_train_step(step)
 state, key = parallel.replicate(state), parallel.replicate(key)
 losses = []

@@ -10,13 +10,12 @@ import pytest
 
 from biclip_jax import parallel
 from biclip_jax.evaluation import steps as eval_steps
-from biclip_jax.models import biclip
 from tests import tiny
 
 
 def eval_pieces(axis_name=None):
     model = tiny.model(axis_name)
-    variables = biclip.init(model, jax.random.key(0), tiny.MAX_LENGTH)
+    variables = tiny.init(model)
     return partial(eval_steps.eval_step, model=model, axis_name=axis_name), variables
 
 

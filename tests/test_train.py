@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from biclip_jax import cli, train
+from biclip_jax import cli, sentences, train
+from biclip_jax.data import text, tokenizers
 from biclip_jax.errors import UserError
 from biclip_jax.training import checkpoint, writers
 
@@ -24,12 +25,15 @@ def final_state(config, workdir):
 
 def checkpoint_of(config, workdir, kind):
     """State and progress of the newest checkpoint of a kind."""
-    program = train.build(config, 32, vocab_size_of(workdir))
+    program = train.build(config, 32, sentences_of(config, workdir))
     return checkpoint.restore_latest(workdir / "checkpoints" / kind, program.initial, print)
 
 
-def vocab_size_of(workdir):
-    return json.loads((workdir / "model/config.json").read_text())["vocab_size"]
+def sentences_of(config, workdir):
+    """The run's tokenizer, and one sentence."""
+    tokenizer = tokenizers.load_tokenizer(workdir / "model/tokenizer")
+    one = text.encode_fields(tokenizer, [""], config.model.text.max_length)
+    return sentences.Sentences(tokenizer, {"train": one})
 
 
 def metrics_of(workdir):
@@ -126,18 +130,18 @@ def test_a_finished_run_is_tested_again_without_training(smoke_config, trained, 
 
 
 def test_another_configuration_may_not_go_on_in_the_same_place(smoke_config, tmp_path):
-    train.claim(smoke_config, tmp_path)
+    train.claim(smoke_config, tmp_path, None)
     (tmp_path / "checkpoints/last/4").mkdir(parents=True)
     (tmp_path / "checkpoints/last/4.sha256.json").write_text("{}")
     with smoke_config.unlocked():
         smoke_config.data.source = "/moved"
-        train.claim(smoke_config, tmp_path)
+        train.claim(smoke_config, tmp_path, None)
         smoke_config.optim.learning_rate = 0.5
     with pytest.raises(UserError, match=r"optim.learning_rate \(0.002 -> 0.5\)"):
-        train.claim(smoke_config, tmp_path)
+        train.claim(smoke_config, tmp_path, None)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json: damaged"):
-        train.claim(smoke_config, tmp_path)
+        train.claim(smoke_config, tmp_path, None)
 
 
 def test_a_start_that_failed_does_not_hold_its_place(smoke_config, tmp_path):
@@ -196,7 +200,8 @@ def test_a_loss_that_is_not_finite_follows_the_policy(smoke_config, tmp_path, mo
         return
     train.train_and_evaluate(smoke_config, tmp_path / "run")
     state, _ = final_state(smoke_config, tmp_path / "run")
-    fresh = train.build(smoke_config, 32, vocab_size_of(tmp_path / "run")).initial
+    spoken = sentences_of(smoke_config, tmp_path / "run")
+    fresh = train.build(smoke_config, 32, spoken).initial
     assert int(state.skipped) == int(state.step) == 8
     jax.tree.map(np.testing.assert_array_equal, state.params, fresh.params)
 

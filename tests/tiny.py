@@ -26,6 +26,12 @@ def model(axis_name=None, **changes):
     return biclip.build(model_config(**changes), vocab_size=VOCAB_SIZE, axis_name=axis_name)
 
 
+def init(model, seed=0):
+    """Fresh variables of a model that takes ids."""
+    ids = jnp.zeros((1, MAX_LENGTH), jnp.int32)
+    return biclip.init(model, jax.random.key(seed), {"text_ids": ids, "text_mask": ids == 0})
+
+
 def batch(size=4, seed=0):
     """A `Batch` of noise; the mask is where the picture is bright."""
     rng = np.random.default_rng(seed)
@@ -59,5 +65,5 @@ def train_step(axis_name=None, optimizer="adamw", accumulate=1, learning_rate=1e
         accumulate=accumulate,
         axis_name=axis_name,
     )
-    variables = biclip.init(tiny, jax.random.key(0), MAX_LENGTH)
+    variables = init(tiny)
     return step, state.create(variables, tx), batch(), jax.random.key(1)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,28 +13,19 @@ from biclip_jax.data import builders
 from biclip_jax.data import text as text_lib
 from biclip_jax.data.schema import SPLITS, Batch, Record, Split
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
-
-def load_splits(
-    config: Mapping[str, Any], image_size: int, names: Sequence[Split] = SPLITS
-) -> dict[str, Sequence[Record]]:
-    """Prepares the data set where needed and opens its splits.
+def prepare(config: Mapping[str, Any], image_size: int) -> Path:
+    """Prepares the data set where needed; returns its folder.
 
     Args:
       config: the fields of `data` in `configs/common.py`.
       image_size: of the prepared pictures, in pixels.
-      names: of the splits that are wanted.
-
-    Returns:
-      {split: records}.
 
     Raises:
-      DataError: the data set does not hold together, or a split is empty.
+      DataError: the data set does not hold together.
     """
     sizes = {split: n for split, n in config["num_examples"].items() if n}
-    prepared = builders.prepare(
+    return builders.prepare(
         config["name"],
         data_dir=config["cache_dir"] or default_cache_dir(),
         image_size=image_size,
@@ -43,6 +34,21 @@ def load_splits(
         prompt=config["prompt"] or None,
         num_examples=sizes or None,
     )
+
+
+def open_splits(
+    prepared: Path, config: Mapping[str, Any], names: Sequence[Split] = SPLITS
+) -> dict[str, Sequence[Record]]:
+    """The splits of a prepared folder, {split: records}.
+
+    Args:
+      prepared: what `prepare` returned.
+      config: the fields of `data` in `configs/common.py`.
+      names: of the splits that are wanted.
+
+    Raises:
+      DataError: a split is missing.
+    """
     return {split: _open(prepared, split, config) for split in names}
 
 
@@ -60,19 +66,17 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "biclip_jax"
 
 
-def encode_sentences(
-    tokenizer: Tokenizer, sentences: Sequence[str], max_length: int
+def sentence_fields(
+    encode: Callable[[Sequence[str]], dict[str, np.ndarray]], sentences: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """The sentence fields of a `Batch`, for a whole split: (N, L) each, mirrored ones included."""
-    ids, mask = text_lib.encode(tokenizer, sentences, max_length)
-    mirrored = [text_lib.mirror(sentence) for sentence in sentences]
-    mirrored_ids, mirrored_mask = text_lib.encode(tokenizer, mirrored, max_length)
-    return {
-        "text_ids": ids,
-        "text_mask": mask,
-        "mirrored_text_ids": mirrored_ids,
-        "mirrored_text_mask": mirrored_mask,
-    }
+    """The sentence fields of a `Batch`, for a whole split; the mirrored sentences' included.
+
+    Args:
+      encode: sentences -> text_ids and text_mask, or text_features, (N, ...) each.
+      sentences: of the split.
+    """
+    mirrored = encode([text_lib.mirror(sentence) for sentence in sentences])
+    return encode(sentences) | {f"mirrored_{name}": values for name, values in mirrored.items()}
 
 
 def train_batches(
@@ -93,7 +97,7 @@ def train_batches(
 
     Args:
       records: of the split.
-      texts: `encode_sentences` of the same rows.
+      texts: `sentence_fields` of the same rows.
       batch_size: global, divisible by `process_count`.
       seed: of the order.
       position: what `get_state()` of an earlier iterator gave; goes on there.

@@ -54,7 +54,9 @@ class Batch(TypedDict, total=False):
       mask: (B, S, S, 1) uint8 in {0, 1}.
       text_ids: (B, L) int32, padded.
       text_mask: (B, L) bool, true where a token is.
-      mirrored_text_ids, mirrored_text_mask: the mirrored sentence, likewise.
+      text_features: (B, D) float32, a frozen tower's vector, in place of ids and mask.
+      mirrored_text_ids, mirrored_text_mask, mirrored_text_features: the mirrored
+        sentence, likewise.
       row: (B,) int32, the row in the global batch; random keys fold it in.
       index: (B,) int32, the row in the split.
       valid: (B,) bool, false where the row only fills the batch.
@@ -64,8 +66,10 @@ class Batch(TypedDict, total=False):
     mask: np.ndarray
     text_ids: np.ndarray
     text_mask: np.ndarray
+    text_features: np.ndarray
     mirrored_text_ids: np.ndarray
     mirrored_text_mask: np.ndarray
+    mirrored_text_features: np.ndarray
     row: np.ndarray
     index: np.ndarray
     valid: np.ndarray

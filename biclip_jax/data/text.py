@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PAD, UNKNOWN, CLS = "[PAD]", "[UNK]", "[CLS]"
-TOKENIZER_FILE = "tokenizer.json"
 
 _SIDES = {"left": "right", "right": "left"}
 _PLACE = r"(?:the )?(?:(?:all|upper|middle|lower|top|bottom|center|centre),? )*"
@@ -47,37 +45,26 @@ def build_tokenizer(sentences: Sequence[str]) -> Tokenizer:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes tokenizer.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / TOKENIZER_FILE))
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """Reads tokenizer.json; raises UserError where it is missing or damaged."""
-    from tokenizers import Tokenizer
-
-    path = folder / TOKENIZER_FILE
-    try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(
-            f"{path}: no readable tokenizer ({error}); write the folder anew"
-        ) from error
-
-
 def encode(
     tokenizer: Tokenizer, sentences: Sequence[str], max_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids (N, max_length) int32, padded with 0, and the mask (N, max_length) bool.
 
-    Each distinct sentence is tokenized once; longer ones are cut, with a warning.
+    Each distinct sentence is tokenized once; longer ones are cut, with a warning, and keep the
+    special tokens around them. Raises UserError where max_length leaves no room for those.
     """
+    special = tokenizer.num_special_tokens_to_add(False)
+    if max_length < special:
+        raise UserError(
+            f"model.text.max_length: found {max_length}; expected at least {special}, the special "
+            "tokens around each sentence; raise it"
+        )
     distinct = sorted(set(sentences))
     ids = np.zeros((len(distinct), max_length), np.int32)
     mask = np.zeros((len(distinct), max_length), bool)
-    encodings = tokenizer.encode_batch(distinct)
-    too_long = sum(len(encoding.ids) > max_length for encoding in encodings)
+    encodings = tokenizer.encode_batch(distinct, add_special_tokens=False)
+    room = max_length - special
+    too_long = sum(len(encoding.ids) > room for encoding in encodings)
     if too_long:
         warnings.warn(
             f"{too_long} of {len(distinct)} sentences are longer than {max_length} tokens and "
@@ -85,7 +72,8 @@ def encode(
             stacklevel=2,
         )
     for row, encoding in enumerate(encodings):
-        tokens = encoding.ids[:max_length]
+        encoding.truncate(room)
+        tokens = tokenizer.post_process(encoding).ids
         ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
     rows = np.searchsorted(np.array(distinct), np.array(sentences))
     return ids[rows], mask[rows]
@@ -129,3 +117,18 @@ def _other(sentences: Sequence[str], sentence: str, rng: np.random.Generator) ->
         candidate = sentences[int(rng.integers(len(sentences)))]
         if candidate != sentence:
             return candidate
+
+
+def encode_fields(
+    tokenizer: Tokenizer, sentences: Sequence[str], max_length: int
+) -> dict[str, np.ndarray]:
+    """`encode` as the fields text_ids and text_mask of a `Batch`."""
+    ids, mask = encode(tokenizer, sentences, max_length)
+    return {"text_ids": ids, "text_mask": mask}
+
+
+def feature_fields(
+    features: Mapping[str, np.ndarray], sentences: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """A frozen tower's vectors {sentence: (D,)} as the field text_features of a `Batch`."""
+    return {"text_features": np.stack([features[sentence] for sentence in sentences])}

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from biclip_jax.models import fusion
 from biclip_jax.models.layers import full_precision
-from biclip_jax.models.text import TextEncoder
+from biclip_jax.models.text import PooledTower, TextEncoder
 from biclip_jax.models.unet import UNet
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -167,26 +167,33 @@ def text_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: batch[name] for name in names}
 
 
-def init(model: BiCLIP, key: Key[Array, ""], max_length: int) -> dict[str, Any]:
+def init(model: BiCLIP, key: Key[Array, ""], text: Mapping[str, Array]) -> dict[str, Any]:
     """Fresh variables (params, batch_stats), training heads included; float32.
 
     Args:
-      model: with a text encoder.
+      model: with a text encoder where `text` holds ids.
       key: of the parameters.
-      max_length: of the text ids, in tokens.
+      text: of one sentence, as the model takes it; see `text_inputs`.
     """
     size = model.image_size
-    ids = jnp.zeros((1, max_length), jnp.int32)
-    return jax.jit(model.init)(key, jnp.zeros((1, size, size, 3)), ids, jnp.ones_like(ids, bool))
+    return jax.jit(model.init)(key, jnp.zeros((1, size, size, 3)), **text)
 
 
-def build(config: Mapping[str, Any], *, vocab_size: int, axis_name: str | None = None) -> BiCLIP:
+def build(
+    config: Mapping[str, Any],
+    *,
+    vocab_size: int = 0,
+    tower: nn.Module | None = None,
+    axis_name: str | None = None,
+) -> BiCLIP:
     """The model that a resolved `model` configuration describes.
 
     Args:
       config: fields image_size, width, num_levels, dtype and text.{encoder,
-        width, num_layers, num_heads, max_length}; see `configs/common.py`.
+        pooling, width, num_layers, num_heads, max_length}; see `configs/common.py`.
       vocab_size: of the tokenizer, for the scratch text encoder.
+      tower: pretrained, for the other text encoders; None: the model takes
+        text_features alone.
       axis_name: device axis of training; None for inference.
 
     Raises:
@@ -199,16 +206,22 @@ def build(config: Mapping[str, Any], *, vocab_size: int, axis_name: str | None =
             f"image_size is {size}; {levels} levels need a multiple of {2 ** (levels - 1)}"
         )
     dtype = jnp.dtype(config["dtype"])
-    text = config["text"]
-    encoder = TextEncoder(
-        vocab_size, text["max_length"], text["width"], text["num_layers"], text["num_heads"], dtype
-    )
     return BiCLIP(
         image_size=size,
         widths=tuple(width * 2**i for i in range(levels)),
         encoder_widths=(width, 4 * width),
         cycle_widths=(width // 2, width),
-        text_encoder=encoder if text["encoder"] == "scratch" else None,
+        text_encoder=_text_encoder(config["text"], vocab_size, tower, dtype),
         axis_name=axis_name,
         dtype=dtype,
+    )
+
+
+def _text_encoder(
+    text: Mapping[str, Any], vocab_size: int, tower: nn.Module | None, dtype: Any
+) -> nn.Module | None:
+    if text["encoder"] != "scratch":
+        return None if tower is None else PooledTower(tower, text["pooling"])
+    return TextEncoder(
+        vocab_size, text["max_length"], text["width"], text["num_layers"], text["num_heads"], dtype
     )

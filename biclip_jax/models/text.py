@@ -1,4 +1,4 @@
-"""The scratch text encoder: a small transformer over the captions' own words."""
+"""Sentences as one vector: the scratch encoder, and a pretrained tower with its states pooled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from biclip_jax.models.layers import full_precision, gelu
+from biclip_jax.models.layers import full_precision
+from biclip_jax.models.transformer import Block
+
+POOLINGS = ("all_tokens", "masked", "embedding")
 
 
 class TextEncoder(nn.Module):
@@ -36,26 +39,43 @@ class TextEncoder(nn.Module):
         x = x + self.param("positions", table, (self.max_length, self.width))[: x.shape[1]]
         x = x.astype(self.dtype)
         for i in range(self.num_layers):
-            x = TransformerBlock(self.num_heads, self.dtype, name=f"block_{i}")(x, text_mask)
+            block = Block(self.num_heads, 4 * self.width, dtype=self.dtype, name=f"block_{i}")
+            x = block(x, text_mask[:, None, None, :])
         x = nn.LayerNorm(epsilon=1e-5, name="norm")(full_precision(x))
         weight = text_mask[..., None].astype(x.dtype)
         return (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1.0)
 
 
-class TransformerBlock(nn.Module):
-    """Self-attention over the unmasked tokens, then a GELU MLP, both residual and pre-norm."""
+class PooledTower(nn.Module):
+    """A pretrained text tower as one vector a sentence.
 
-    num_heads: int
-    dtype: Any = jnp.float32
+    Attributes:
+      tower: maps (ids, mask) to (embedding, {"hidden_states": ...}), see
+        `models.bert.Bert` and `models.clip.TextTransformer`.
+      pooling: all_tokens: the mean of the hidden states 1, 2 and last over ALL
+        positions, as published; masked: the same over the tokens alone;
+        embedding: the tower's own projected embedding.
+    """
+
+    tower: nn.Module
+    pooling: str = "all_tokens"
+
+    @property
+    def num_features(self) -> int:
+        """Length of the vector."""
+        return self.tower.embedding_size if self.pooling == "embedding" else self.tower.width
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b l d"], text_mask: Bool[Array, "b l"]
-    ) -> Float[Array, "b l d"]:
-        width = x.shape[-1]
-        h = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm_0")(x)
-        attend = nn.MultiHeadDotProductAttention(self.num_heads, dtype=self.dtype, name="attention")
-        x = x + attend(h, mask=text_mask[:, None, None, :])
-        h = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm_1")(x)
-        h = gelu(nn.Dense(4 * width, dtype=self.dtype, name="mlp_in")(h))
-        return x + nn.Dense(width, dtype=self.dtype, name="mlp_out")(h)
+        self, text_ids: Int[Array, "b l"], text_mask: Bool[Array, "b l"]
+    ) -> Float[Array, "b d"]:
+        embedding, aux = self.tower(text_ids, text_mask)
+        if self.pooling == "embedding":
+            return full_precision(embedding)
+        states = aux["hidden_states"]
+        chosen = jnp.stack([full_precision(state) for state in (states[1], states[2], states[-1])])
+        mean = chosen.mean(axis=0)
+        if self.pooling == "all_tokens":
+            return mean.mean(axis=1)
+        weight = text_mask[..., None].astype(mean.dtype)
+        return (mean * weight).sum(1) / jnp.maximum(weight.sum(1), 1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from biclip_jax.errors import UserError
+from biclip_jax.weights import readers
 
 FORMAT = "biclip_jax.model/1"
 CONFIG, WEIGHTS, CARD, METRICS = "config.json", "model.safetensors", "README.md", "metrics.json"
@@ -23,30 +25,35 @@ def write(
     *,
     config: Mapping[str, Any],
     variables: Mapping[str, Any],
-    scores: Mapping[str, Any],
+    card: str,
+    scores: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a model folder; the weights first, then the config that names their SHA-256.
 
     Args:
       folder: made if missing; the tokenizer is the caller's to write.
-      config: {"model": ..., "vocab_size": ..., "name": ..., "data": ..., "step": ...}.
-      variables: as `model.apply` takes them, host arrays.
-      scores: {split: {name: value}}, for metrics.json and the model card.
+      config: {"kind": "biclip", "clip" or "bert", "model": ...} and what else
+        the kind needs to be opened.
+      variables: as `model.apply` takes them, or flat by "/"; host arrays.
+      card: README.md, Markdown.
+      scores: {split: {name: value}}, for metrics.json.
     """
-    from safetensors.numpy import save
+    from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     flat = {name: np.asarray(value) for name, value in flatten_dict(variables, sep="/").items()}
-    data = save(flat)
-    _replace(folder / WEIGHTS, data)
-    _replace(folder / CARD, model_card(config, scores).encode())
-    _replace(folder / METRICS, _json(scores))
-    described = {**config, "format": FORMAT, "sha256": hashlib.sha256(data).hexdigest()}
-    _replace(folder / CONFIG, _json(described))
+    temporary = folder / f"{WEIGHTS}.tmp"
+    save_file(flat, temporary)
+    digest = _sha256(temporary)
+    os.replace(temporary, folder / WEIGHTS)
+    _replace(folder / CARD, card.encode())
+    if scores is not None:
+        _replace(folder / METRICS, _json(scores))
+    _replace(folder / CONFIG, _json({**config, "format": FORMAT, "sha256": digest}))
 
 
 def model_card(config: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
-    """What the model is, what it reached, and what it is not for; Markdown."""
+    """What a trained model is, what it reached, and what it is not for; Markdown."""
     reached = "\n".join(
         f"- {split} {name}: {value:.4f}"
         for split, values in scores.items()
@@ -69,18 +76,37 @@ outside the pictures and the wording it was trained on.
 """
 
 
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The config and the variables (nested dicts of numpy arrays) of a model folder.
+def link(source: Path, folder: Path) -> None:
+    """Puts another model folder inside this one, by hard links where the disk allows them.
+
+    A folder there with the same weights stays as it is.
 
     Raises:
-      UserError: a file is missing, damaged, or of another format.
+      OSError: it cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
+    if (folder / CONFIG).is_file() and _digest_of(folder) == _digest_of(source):
+        return
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    for copy in (os.link, shutil.copy2):
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            shutil.copytree(source, temporary, copy_function=copy)
+            break
+        except OSError:  # shutil.Error is one: the disk has no links, or no room
+            if copy is shutil.copy2:
+                raise
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
 
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of a model folder, without its weights.
+
+    Raises:
+      UserError: it is missing, damaged, or of another format.
+    """
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        data = (folder / WEIGHTS).read_bytes()
     except (OSError, ValueError) as error:
         raise UserError(
             f"{folder}: no model folder ({error}); expected {CONFIG} and {WEIGHTS}; "
@@ -88,16 +114,55 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ) from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise UserError(f"{folder / CONFIG}: not of the format {FORMAT}; write the folder anew")
-    if hashlib.sha256(data).hexdigest() != config.get("sha256"):
+    return config
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config and the variables (nested dicts of numpy arrays) of a model folder.
+
+    Raises:
+      UserError: a file is missing, damaged, or of another format.
+    """
+    config, path = read_config(folder), folder / WEIGHTS
+    try:
+        digest = _sha256(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}); write the folder anew") from error
+    if digest != config.get("sha256"):
         raise UserError(
-            f"{folder / WEIGHTS}: its SHA-256 is not the one in {CONFIG}; the file was damaged or "
+            f"{path}: its SHA-256 is not the one in {CONFIG}; the file was damaged or "
             "exchanged; copy the folder again"
         )
-    try:
-        flat = load(data)
-    except SafetensorError as error:
-        raise UserError(f"{folder / WEIGHTS}: no safetensors file ({error})") from error
-    return config, unflatten_dict(flat, sep="/")
+    tensors = readers.open_checkpoint(path).tensors
+    return config, unflatten_dict({name: t.read() for name, t in tensors.items()}, sep="/")
+
+
+def check_shapes(
+    folder: Path, variables: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raises UserError, naming the parameter, where the variables are not the model's.
+
+    Args:
+      folder: that they were read from.
+      variables: nested.
+      expected: {"params/...": shape}, see `architectures.shapes_of`.
+    """
+    found = {k: v.shape for k, v in flatten_dict(variables, sep="/").items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise UserError(
+                f"{folder / WEIGHTS}: {name} has shape {found.get(name, 'none')}, the model of "
+                f"{CONFIG} expects {expected.get(name, 'none')}; write the folder anew"
+            )
+
+
+def _digest_of(folder: Path) -> str:
+    return read_config(folder)["sha256"]
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -1,5 +1,7 @@
 """Batches: every record once an epoch, order by seed, resume, process shares, padding."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -21,7 +23,14 @@ def split():
     ]
     sentences = [record["text"] for record in records]
     tokenizer = text.build_tokenizer(sentences)
-    return records, pipeline.encode_sentences(tokenizer, sentences, 6)
+    return records, pipeline.sentence_fields(
+        partial(text.encode_fields, tokenizer, max_length=6), sentences
+    )
+
+
+def splits_of(config):
+    data = config.data.to_dict()
+    return pipeline.open_splits(pipeline.prepare(data, 56), data)
 
 
 def indices(iterator, count):
@@ -99,15 +108,15 @@ def test_evaluation_counts_every_record_once(split, batch_size, count):
 def test_missing_sentences_are_empty_everywhere(smoke_config):
     with smoke_config.unlocked():
         smoke_config.data.sentences = "missing"
-    splits = pipeline.load_splits(smoke_config.data.to_dict(), 56)
+    splits = splits_of(smoke_config)
     assert {len(records) for records in splits.values()} == {32, 8}
     assert {record["text"] for records in splits.values() for record in records} == {""}
 
 
 def test_reading_from_disk_gives_what_memory_holds(smoke_config):
-    in_memory = pipeline.load_splits(smoke_config.data.to_dict(), 56)["val"]
+    in_memory = splits_of(smoke_config)["val"]
     smoke_config.data.in_memory = False
-    on_disk = pipeline.load_splits(smoke_config.data.to_dict(), 56)["val"]
+    on_disk = splits_of(smoke_config)["val"]
     for a, b in zip(in_memory, on_disk, strict=True):
         assert a["text"] == b["text"]
         np.testing.assert_array_equal(a["image"], b["image"])

@@ -1,9 +1,11 @@
 """Sentences: vocabulary, ids, mirroring, shuffling."""
 
+import warnings
+
 import numpy as np
 import pytest
 
-from biclip_jax.data import text
+from biclip_jax.data import text, tokenizers
 from biclip_jax.errors import UserError
 
 SENTENCES = [
@@ -42,6 +44,29 @@ def test_encode_cuts_what_is_too_long():
     assert mask.all()
 
 
+def test_a_cut_sentence_is_the_beginning_of_the_whole_one():
+    tokenizer = text.build_tokenizer(SENTENCES)
+    whole, _ = text.encode(tokenizer, SENTENCES, 40)
+    for length in (1, 2, 5, 39):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ids, _ = text.encode(tokenizer, SENTENCES, length)
+        np.testing.assert_array_equal(ids, whole[:, :length])
+
+
+def test_a_sentence_that_just_fits_is_whole_without_a_warning():
+    tokenizer = text.build_tokenizer(SENTENCES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, mask = text.encode(tokenizer, ["lower left lung"] * 2, 4)
+    assert mask.all()
+
+
+def test_a_length_without_room_for_the_special_tokens_is_refused():
+    with pytest.raises(UserError, match="max_length: found 0; expected at least 1"):
+        text.encode(text.build_tokenizer(SENTENCES), SENTENCES, 0)
+
+
 def test_unknown_words_are_found_as_they_stand_in_the_sentence():
     tokenizer = text.build_tokenizer(SENTENCES)
     sentences = ["Lower left lung", "a Zebra in the lower lung"]
@@ -50,8 +75,8 @@ def test_unknown_words_are_found_as_they_stand_in_the_sentence():
 
 def test_save_and_load_give_the_same_ids(tmp_path):
     tokenizer = text.build_tokenizer(SENTENCES)
-    text.save_tokenizer(tokenizer, tmp_path / "tokenizer")
-    loaded = text.load_tokenizer(tmp_path / "tokenizer")
+    tokenizers.save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    loaded = tokenizers.load_tokenizer(tmp_path / "tokenizer")
     for a, b in zip(
         text.encode(tokenizer, SENTENCES, 32), text.encode(loaded, SENTENCES, 32), strict=True
     ):
@@ -61,9 +86,9 @@ def test_save_and_load_give_the_same_ids(tmp_path):
 @pytest.mark.parametrize("content", [None, "", "{}", "not json"])
 def test_a_missing_or_damaged_tokenizer_names_its_file(tmp_path, content):
     if content is not None:
-        (tmp_path / text.TOKENIZER_FILE).write_text(content)
-    with pytest.raises(UserError, match=text.TOKENIZER_FILE):
-        text.load_tokenizer(tmp_path)
+        (tmp_path / tokenizers.TOKENIZER_FILE).write_text(content)
+    with pytest.raises(UserError, match=tokenizers.TOKENIZER_FILE):
+        tokenizers.load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ PUBLISHED = {
 @pytest.fixture(scope="module")
 def initialised():
     model = tiny.model()
-    return model, biclip.init(model, jax.random.key(0), tiny.MAX_LENGTH)
+    return model, tiny.init(model)
 
 
 def inputs(size=2):

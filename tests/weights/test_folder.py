@@ -12,6 +12,7 @@ VARIABLES = {
     "params": {"a": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}, "b": np.float32(2)},
     "batch_stats": {"a": {"mean": np.zeros(3, np.float32)}},
 }
+SCORES = {"validation": {"dice_global": 0.875, "num_images": 4}}
 CONFIG = {"model": {"image_size": 56}, "vocab_size": 5, "name": "demo", "data": "synthetic"}
 
 
@@ -21,7 +22,8 @@ def written(tmp_path):
         tmp_path / "model",
         config={**CONFIG, "step": 3},
         variables=VARIABLES,
-        scores={"validation": {"dice_global": 0.875, "num_images": 4}},
+        card=folder.model_card({**CONFIG, "step": 3}, SCORES),
+        scores=SCORES,
     )
     return tmp_path / "model"
 
@@ -53,7 +55,7 @@ def flip_a_byte(path):
     ("harm", "said"),
     [
         (lambda p: flip_a_byte(p / "model.safetensors"), "SHA-256"),
-        (lambda p: (p / "model.safetensors").unlink(), "no model folder"),
+        (lambda p: (p / "model.safetensors").unlink(), "cannot be read"),
         (lambda p: (p / "config.json").unlink(), "no model folder"),
         (lambda p: (p / "config.json").write_text("{"), "no model folder"),
         (lambda p: (p / "config.json").write_text("[]"), "not of the format"),
@@ -72,5 +74,5 @@ def test_a_file_that_is_no_safetensors_is_named(written):
     config = json.loads((written / "config.json").read_text())
     config["sha256"] = folder.hashlib.sha256(junk).hexdigest()
     (written / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="no safetensors"):
+    with pytest.raises(UserError, match="expected a safetensors file"):
         folder.read(written)

@@ -1,0 +1,271 @@
+"""Tokenizers to and from files, distrusting every file."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from biclip_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TOKENIZER_FILE = "tokenizer.json"  # in a model folder
+MAX_BYTES = 16 * 2**20
+CLIP_MERGES = 49152 - 256 - 2
+
+CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+ENDS = {"clip": CLIP_SPECIAL, "bert": ("[CLS]", "[SEP]")}
+
+# Options of tokenizer_config.json -> what BertWordPieceTokenizer calls them, values it may have.
+_BERT_OPTIONS: dict[str, tuple[str, tuple[bool | None, ...]]] = {
+    "do_lower_case": ("lowercase", (True, False)),
+    "strip_accents": ("strip_accents", (True, False, None)),
+    "tokenize_chinese_chars": ("handle_chinese_chars", (True, False)),
+}
+
+
+def read_tokenizer(kind: str, path: str | os.PathLike[str]) -> Tokenizer:
+    """Reads the tokenizer of a pretrained text tower; nothing is downloaded, no code is run.
+
+    It puts <|startoftext|> and <|endoftext|> (clip) or [CLS] and [SEP] (bert) around each
+    sentence, and neither pads nor cuts: `text.encode` does. Of a folder the first of these is
+    read; the files themselves may be given, too, whatever their names begin with:
+
+    - tokenizer.json, taken as it stands;
+    - clip: vocab.json and merges.txt; else bpe_simple_vocab_16e6.txt.gz, OpenAI's file;
+    - bert: vocab.txt. A tokenizer_config.json beside it is asked for do_lower_case,
+      strip_accents and tokenize_chinese_chars, and for nothing else: remote code that it
+      names is not loaded.
+
+    CLIP's text is normalized (NFC), put in lower case and its white space collapsed, as
+    transformers does it; OpenAI's mending of broken Unicode (ftfy) and of HTML entities is left
+    out. The literal text of a special token in a sentence, such as [SEP] or <|endoftext|>,
+    becomes that token, as it does in transformers: it is not escaped.
+
+    Args:
+      kind: "clip" or "bert".
+      path: a folder in the layout of Hugging Face, or one of the files above.
+
+    Raises:
+      UserError: a file is missing, damaged, too large, or of another kind of tower.
+      ValueError: another kind.
+    """
+    if kind not in ENDS:
+        raise ValueError(f"kind: found {kind!r}, expected 'clip' or 'bert'")
+    path = Path(path)
+    tokenizer, ends = _guarded(
+        path, f"the tokenizer files of a {kind} text tower", partial(_read, kind)
+    )
+    if ends != ENDS[kind]:
+        raise _bad(
+            path,
+            f"a tokenizer that puts {' '.join(ends) or 'nothing'} around a sentence",
+            f"{' '.join(ENDS[kind])}, as {kind} has it",
+            "give the files of that tower, or the other kind",
+        )
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes tokenizer.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / TOKENIZER_FILE))
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Reads tokenizer.json; raises UserError where it is missing or damaged."""
+    path = folder / TOKENIZER_FILE
+    return _guarded(path, "a tokenizer.json of this package", _load)[0]
+
+
+def _guarded(
+    path: Path, expected: str, read: Callable[[Path], Tokenizer]
+) -> tuple[Tokenizer, tuple[str, ...]]:
+    """What `read` gives, and the tokens that it puts around a sentence."""
+    try:
+        tokenizer = read(path)
+        return tokenizer, tuple(tokenizer.encode("").tokens)
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and panics are not even one
+        found = f"no usable tokenizer ({type(error).__name__}: {error})"
+        raise _bad(path, found, expected, "download or write it again") from error
+
+
+def _load(path: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(_from_tokenizer_json(path))
+
+
+def _read(kind: str, path: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    file, read = _find(kind, path)
+    # By way of JSON, so that what is stored later is what has been checked here.
+    tokenizer = Tokenizer.from_str(read(file))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _find(kind: str, path: Path) -> tuple[Path, Callable[[Path], str]]:
+    """The file to read, and what turns it into the text of a tokenizer.json."""
+    for ending, read in _READERS[kind].items():
+        if path.is_dir():
+            # Only OpenAI's file is known under other names, such as clip_bpe_simple_vocab...
+            found = sorted(path.glob(f"*{ending}" if ending.endswith(".gz") else ending))
+        else:
+            found = [path] if path.name.endswith(ending) else []
+        if found:
+            return found[0], read
+    if not path.exists():
+        raise _bad(path, "no such file or folder", "a tokenizer", "check the name")
+    raise _bad(
+        path,
+        "none of its files" if path.is_dir() else "a file of another name",
+        f"one of {', '.join(_READERS[kind])}",
+        f"download the tokenizer files of the {kind} text tower",
+    )
+
+
+def _from_tokenizer_json(path: Path) -> str:
+    tokenizer = _json_object(path)
+    model = tokenizer.get("model")
+    # The library cuts the prefix off by bytes, and where it cuts a character the process dies.
+    if isinstance(model, dict) and model.get("merges") and model.get("continuing_subword_prefix"):
+        raise _bad(
+            path,
+            "merges with a continuing_subword_prefix",
+            "none, as CLIP and BERT have it",
+            "download the file again",
+        )
+    return json.dumps(tokenizer)
+
+
+def _from_clip_pair(path: Path) -> str:
+    merges = path.with_name(path.name.removesuffix("vocab.json") + "merges.txt")
+    return _clip_json(path, _json_object(path), _merges(merges))
+
+
+def _from_clip_archive(path: Path) -> str:
+    from tokenizers import pre_tokenizers
+
+    merges = _merges(path)[:CLIP_MERGES]
+    # Ids follow the order of the bytes' stand-in characters, which is that of their code points.
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ended = [f"{symbol}</w>" for symbol in symbols]
+    words = [*symbols, *ended, *(left + right for left, right in merges), *CLIP_SPECIAL]
+    return _clip_json(path, {word: i for i, word in enumerate(words)}, merges)
+
+
+def _from_bert_vocabulary(path: Path) -> str:
+    from tokenizers.implementations import BertWordPieceTokenizer
+
+    vocabulary = {word: i for i, word in enumerate(_lines(path))}
+    _require(path, vocabulary, BERT_SPECIAL)
+    config = path.with_name(path.name.removesuffix("vocab.txt") + "tokenizer_config.json")
+    options = _bert_options(config) if config.exists() else {}
+    return BertWordPieceTokenizer(vocabulary, **options).to_str()
+
+
+_READERS: dict[str, dict[str, Callable[[Path], str]]] = {
+    "clip": {
+        "tokenizer.json": _from_tokenizer_json,
+        "vocab.json": _from_clip_pair,
+        "bpe_simple_vocab_16e6.txt.gz": _from_clip_archive,
+    },
+    "bert": {"tokenizer.json": _from_tokenizer_json, "vocab.txt": _from_bert_vocabulary},
+}
+
+
+def _clip_json(path: Path, vocabulary: dict[str, int], merges: list[Any]) -> str:
+    from transformers import CLIPTokenizer
+
+    _require(path, vocabulary, CLIP_SPECIAL)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges).backend_tokenizer.to_str()
+
+
+def _bert_options(path: Path) -> dict[str, Any]:
+    config = _json_object(path)
+    for name, (_, allowed) in _BERT_OPTIONS.items():
+        value = config.get(name, True)
+        if not any(value is choice for choice in allowed):
+            raise _bad(
+                path,
+                f"{name} = {value!r}",
+                f"one of {', '.join(json.dumps(choice) for choice in allowed)}",
+                "mend that line",
+            )
+    return {option: config[name] for name, (option, _) in _BERT_OPTIONS.items() if name in config}
+
+
+def _merges(path: Path) -> list[tuple[str, str]]:
+    """The pairs of a file of merges, one a line, after a header with its version."""
+    lines = _lines(path)
+    if lines and "#version" in lines[0]:
+        lines = lines[1:]
+    merges = []
+    for line in lines:
+        left, _, right = line.partition(" ")
+        if not left or not right or " " in right:
+            raise _bad(path, f"the line {line[:40]!r}", "two symbols", "download the file again")
+        merges.append((left, right))
+    return merges
+
+
+def _require(path: Path, vocabulary: dict[str, int], tokens: tuple[str, ...]) -> None:
+    # A tokenizer adds what is missing at the end, past the rows of the tower's embedding.
+    missing = [token for token in tokens if token not in vocabulary]
+    if missing:
+        raise _bad(
+            path,
+            f"a vocabulary of {len(vocabulary)} entries without {', '.join(missing)}",
+            "the special tokens among them",
+            "download the file again",
+        )
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise _bad(path, f"no JSON ({error})", "a JSON object", "download it again") from error
+    if not isinstance(value, dict):
+        raise _bad(path, f"a JSON {type(value).__name__}", "a JSON object", "download it again")
+    return value
+
+
+def _lines(path: Path) -> list[str]:
+    # Not splitlines: vocabularies hold characters that it takes for the end of a line.
+    return _text(path).replace("\r\n", "\n").removesuffix("\n").split("\n")
+
+
+def _text(path: Path) -> str:
+    """The whole file, unpacked where it is gzip, as text."""
+    if not path.is_file():
+        raise _bad(path, "no such file", "a file of the tokenizer", "download it, too")
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise _bad(path, f"{error}", "a whole, readable file", "download it again") from error
+    if len(data) > MAX_BYTES:
+        raise _bad(path, f"more than {MAX_BYTES} bytes", "at most that", "download it again")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _bad(path, f"no text ({error})", "UTF-8", "download it again") from error
+
+
+def _bad(path: Path, found: str, expected: str, mend: str) -> UserError:
+    return UserError(f"{path}: found {found}; expected {expected}; {mend}.")

@@ -1,0 +1,279 @@
+"""CLIP (Radford et al., arXiv 2103.00020): ViT image tower, text tower, and both together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from biclip_jax.models.layers import full_precision
+from biclip_jax.models.resnet import ModifiedResNet
+from biclip_jax.models.transformer import Block, interpolate_positions
+
+# Of the pictures CLIP was trained on; RGB in [0, 1].
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+VIT_B16 = {
+    "kind": "vit",
+    "image_size": 224,
+    "patch_size": 16,
+    "width": 768,
+    "num_layers": 12,
+    "num_heads": 12,
+    "mlp_width": 3072,
+    "embedding_size": 512,
+}
+VIT_B32 = VIT_B16 | {"patch_size": 32}
+RN50 = {
+    "kind": "resnet",
+    "image_size": 224,
+    "width": 64,
+    "stages": (3, 4, 6, 3),
+    "num_heads": 32,
+    "embedding_size": 1024,
+}
+TEXT = {
+    "vocab_size": 49408,
+    "max_length": 77,
+    "width": 512,
+    "num_layers": 12,
+    "num_heads": 8,
+    "mlp_width": 2048,
+    "embedding_size": 512,
+}
+
+
+class VisionTransformer(nn.Module):
+    """CLIP's ViT: patches and a class token, pre-norm blocks, a projection.
+
+    Attributes:
+      image_size: side of the pictures of the position table; others are
+        possible, the table is interpolated.
+      patch_size: in pixels; the picture's sides are multiples of it.
+      width, num_layers, num_heads, mlp_width: of the transformer.
+      embedding_size: E, of the joint space.
+      activation, epsilon: of the blocks.
+      dtype: of the computation.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    mlp_width: int = 3072
+    embedding_size: int = 512
+    activation: str = "quick_gelu"
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        table = nn.initializers.normal(self.width**-0.5)
+        num_positions = (self.image_size // self.patch_size) ** 2 + 1
+        self.patches = nn.Dense(self.width, use_bias=False, dtype=self.dtype)
+        self.class_token = self.param("class_token", table, (self.width,))
+        self.positions = self.param("positions", table, (num_positions, self.width))
+        self.norm_pre = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype)
+        self.blocks = _blocks(self)
+        self.norm_post = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype)
+        self.projection = nn.Dense(self.embedding_size, use_bias=False, dtype=self.dtype)
+
+    def __call__(
+        self, image: Float[Array, "b h w 3"]
+    ) -> tuple[Float[Array, "b e"], dict[str, Any]]:
+        """Normalised pictures (see `MEAN`, `STD`) to embeddings.
+
+        Returns:
+          The projected class token (B, E); and hidden_states, num_layers + 1 of
+          (B, 1 + patches, width), the stem's first; pooled (B, width), the class
+          token before the projection; tokens (B, 1 + patches, E), all of them
+          projected.
+        """
+        x = self.embed(image)
+        hidden_states = [x]
+        for block in self.blocks:
+            x = block(x)
+            hidden_states.append(x)
+        pooled = self.norm_post(x[:, 0])
+        return self.projection(pooled), {
+            "hidden_states": tuple(hidden_states),
+            "pooled": pooled,
+            "tokens": self.project(x),
+        }
+
+    def embed(self, image: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
+        """The stem: patches in rows after the class token, positions, LayerNorm."""
+        b, height, width, channels = image.shape
+        size = self.patch_size
+        if height % size or width % size:
+            raise ValueError(f"a picture of {height} x {width}; patches are {size} x {size}")
+        grid = (height // size, width // size)
+        # A convolution whose windows do not overlap is one matrix product.
+        x = image.reshape(b, grid[0], size, grid[1], size, channels).transpose(0, 1, 3, 2, 4, 5)
+        x = self.patches(x.reshape(b, grid[0] * grid[1], size * size * channels))
+        first = jnp.broadcast_to(self.class_token.astype(x.dtype), (b, 1, self.width))
+        x = jnp.concatenate([first, x], axis=1) + interpolate_positions(self.positions, grid)
+        return self.norm_pre(x)
+
+    def project(self, x: Float[Array, "b n d"]) -> Float[Array, "b n e"]:
+        """States of the last block into the joint space, token by token."""
+        return self.projection(self.norm_post(x))
+
+
+class TextTransformer(nn.Module):
+    """CLIP's text tower: causal, pre-norm, pooled at the end token.
+
+    Attributes:
+      vocab_size, max_length: rows of the embedding tables.
+      width, num_layers, num_heads, mlp_width, embedding_size, activation,
+        epsilon, dtype: as in `VisionTransformer`.
+    """
+
+    vocab_size: int = 49408
+    max_length: int = 77
+    width: int = 512
+    num_layers: int = 12
+    num_heads: int = 8
+    mlp_width: int = 2048
+    embedding_size: int = 512
+    activation: str = "quick_gelu"
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        words, positions = nn.initializers.normal(0.02), nn.initializers.normal(0.01)
+        self.words = nn.Embed(self.vocab_size, self.width, embedding_init=words)
+        self.positions = self.param("positions", positions, (self.max_length, self.width))
+        self.blocks = _blocks(self)
+        self.norm_post = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype)
+        self.projection = nn.Dense(self.embedding_size, use_bias=False, dtype=self.dtype)
+
+    def __call__(
+        self, text_ids: Int[Array, "b l"], text_mask: Bool[Array, "b l"] | None = None
+    ) -> tuple[Float[Array, "b e"], dict[str, Any]]:
+        """Sentences to embeddings.
+
+        Args:
+          text_ids: the end token has the largest id; at most `max_length` tokens.
+          text_mask: false at padding. It changes the states of the padding
+            alone, since no token sees a later one; None: padding sees all.
+
+        Returns:
+          The projected state of the end token (B, E); and hidden_states,
+          num_layers + 1 of (B, L, width), the embeddings first; pooled (B,
+          width); tokens (B, L, E), all of them projected.
+        """
+        x = self.embed(text_ids)
+        mask = self.causal_mask(text_ids.shape[1])
+        if text_mask is not None:
+            mask = mask & text_mask[:, None, None, :]
+        hidden_states = [x]
+        for block in self.blocks:
+            x = block(x, mask)
+            hidden_states.append(x)
+        pooled = self.norm_post(x[jnp.arange(len(x)), text_ids.argmax(axis=-1)])
+        return self.projection(pooled), {
+            "hidden_states": tuple(hidden_states),
+            "pooled": pooled,
+            "tokens": self.projection(self.norm_post(x)),
+        }
+
+    def embed(self, text_ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+        """Words plus positions."""
+        length = text_ids.shape[1]
+        if length > self.max_length:
+            raise ValueError(f"{length} tokens; the tower has {self.max_length} positions")
+        return (self.words(text_ids) + self.positions[:length]).astype(self.dtype)
+
+    def causal_mask(self, length: int) -> Bool[Array, "1 1 l l"]:
+        """True where a key is not later than its query."""
+        return jnp.tril(jnp.ones((1, 1, length, length), bool))
+
+
+def _blocks(tower: VisionTransformer | TextTransformer) -> list[Block]:
+    return [
+        Block(tower.num_heads, tower.mlp_width, tower.activation, tower.epsilon, dtype=tower.dtype)
+        for _ in range(tower.num_layers)
+    ]
+
+
+class CLIP(nn.Module):
+    """Both towers and the temperature between them.
+
+    Attributes:
+      image_encoder: a `VisionTransformer` or `ModifiedResNet`.
+      text_encoder: a `TextTransformer`.
+    """
+
+    image_encoder: nn.Module
+    text_encoder: nn.Module
+
+    def setup(self):
+        initial = nn.initializers.constant(np.log(1 / 0.07))
+        self.logit_scale = self.param("logit_scale", initial, ())
+
+    def __call__(
+        self, image: Float[Array, "i h w 3"], text_ids: Int[Array, "t l"]
+    ) -> tuple[Float[Array, "i t"], dict[str, Any]]:
+        """Similarity logits of every picture with every sentence.
+
+        Args:
+          image: normalised, see `MEAN` and `STD`.
+          text_ids: see `TextTransformer`.
+
+        Returns:
+          exp(logit_scale) times the cosines (pictures, sentences); and
+          image_embedding (I, E), text_embedding (T, E), both of length 1, and
+          image and text, the towers' own intermediates.
+        """
+        image_embedding, image_aux = self.encode_image(image)
+        text_embedding, text_aux = self.encode_text(text_ids)
+        logits = jnp.exp(self.logit_scale) * image_embedding @ text_embedding.T
+        return logits, {
+            "image_embedding": image_embedding,
+            "text_embedding": text_embedding,
+            "image": image_aux,
+            "text": text_aux,
+        }
+
+    def encode_image(self, image: Float[Array, "i h w 3"]):
+        """Embeddings of length 1 (I, E), and the tower's intermediates."""
+        embedding, aux = self.image_encoder(image)
+        return _unit(embedding), aux
+
+    def encode_text(self, text_ids: Int[Array, "t l"], text_mask=None):
+        """Embeddings of length 1 (T, E), and the tower's intermediates."""
+        embedding, aux = self.text_encoder(text_ids, text_mask)
+        return _unit(embedding), aux
+
+
+def _unit(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
+    x = full_precision(x)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def build_image_encoder(
+    config: Mapping[str, Any], dtype: str = "float32"
+) -> VisionTransformer | ModifiedResNet:
+    """The image tower that the `image` part of a converted folder's `config.json` describes."""
+    fields = {name: value for name, value in config.items() if name != "kind"}
+    if config["kind"] == "resnet":
+        return ModifiedResNet(**fields, dtype=jnp.dtype(dtype))
+    return VisionTransformer(**fields, dtype=jnp.dtype(dtype))
+
+
+def build_text_encoder(config: Mapping[str, Any], dtype: str = "float32") -> TextTransformer:
+    """The text tower that the `text` part of a converted folder's `config.json` describes."""
+    return TextTransformer(**config, dtype=jnp.dtype(dtype))
+
+
+def build(config: Mapping[str, Any], dtype: str = "float32") -> CLIP:
+    """Both towers, from the fields image and text; see `VIT_B16`, `VIT_B32`, `RN50`, `TEXT`."""
+    return CLIP(
+        build_image_encoder(config["image"], dtype), build_text_encoder(config["text"], dtype)
+    )

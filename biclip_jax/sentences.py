@@ -1,0 +1,200 @@
+"""Sentences for training and inference: token ids, or the vectors of a frozen text tower."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from biclip_jax.data import pipeline, tokenizers
+from biclip_jax.data import text as text_lib
+from biclip_jax.errors import UserError
+from biclip_jax.models import bert, clip
+from biclip_jax.models.text import PooledTower
+from biclip_jax.weights import architectures, text_features
+from biclip_jax.weights import folder as model_folder
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# sentences -> the sentence fields of a batch, (N, ...) each
+Encode = Callable[[Sequence[str]], dict[str, np.ndarray]]
+# sentences -> ids (N, L) and mask (N, L)
+Tokenize = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
+
+
+class TextTower(NamedTuple):
+    """The text part of a converted folder.
+
+    Attributes:
+      folder: where it lies.
+      sha256: of its weights.
+      module: the tower.
+      params: of the tower, host arrays.
+      tokenizer: of the tower.
+    """
+
+    folder: Path
+    sha256: str
+    module: nn.Module
+    params: dict[str, Any]
+    tokenizer: Tokenizer
+
+
+class Sentences(NamedTuple):
+    """The sentences of a run.
+
+    Attributes:
+      tokenizer: of the text encoder.
+      fields: {split: {field of a `Batch`: (N, ...) of the whole split}}.
+    """
+
+    tokenizer: Tokenizer
+    fields: dict[str, dict[str, np.ndarray]]
+
+
+def open_tower(path: str | Path, kind: str, dtype: str = "float32") -> TextTower:
+    """The text tower of a folder that `python -m biclip_jax.convert` wrote.
+
+    Args:
+      path: of the folder.
+      kind: "bert" or "clip".
+      dtype: of the computation.
+
+    Raises:
+      UserError: no such folder (with the command that makes one), another kind, a damaged file.
+    """
+    folder = Path(path)
+    if not path or not (folder / model_folder.CONFIG).is_file():
+        raise UserError(
+            f"--config.model.text.weights: no converted {kind} tower in {str(path)!r}; make one: "
+            f"python -m biclip_jax.convert {kind} SOURCE {path or 'FOLDER'}"
+        )
+    config, variables = model_folder.read(folder)
+    found = config.get("kind", "biclip")
+    if found != kind:
+        raise UserError(
+            f"{folder}: holds a {found}, model.text.encoder is {kind!r}; "
+            "give another folder or another encoder"
+        )
+    params, fields = variables["params"], config["model"]
+    if kind == "clip":
+        params, fields = params.get("text_encoder", {}), fields["text"]
+    build = {"bert": bert.build, "clip": clip.build_text_encoder}[kind]
+    module: nn.Module = build(fields, dtype)
+    ids = jnp.zeros((1, 1), jnp.int32)
+    expected = architectures.shapes_of(module, ids, ids > 0)
+    model_folder.check_shapes(folder, {"params": params}, expected)
+    tokenizer = tokenizers.load_tokenizer(folder / "tokenizer")
+    check_vocabulary(folder, tokenizer, fields["vocab_size"])
+    return TextTower(folder, config["sha256"], module, params, tokenizer)
+
+
+def check_vocabulary(folder: Path, tokenizer: Tokenizer, rows: int) -> None:
+    """Raises UserError where an id lies past the tower's embedding, which jax would not say."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise UserError(
+            f"{folder / 'tokenizer'}: its largest id is {largest}, the tower has {rows} words; "
+            "put the tokenizer of this tower there"
+        )
+
+
+def read(
+    config: Mapping[str, Any],
+    texts: Mapping[str, Sequence[str]],
+    tower: TextTower | None,
+    folder: Path | None = None,
+) -> Sentences:
+    """The sentences of a run and their mirror images, as its model takes them.
+
+    Args:
+      config: the fields of `model.text` in `configs/common.py`.
+      texts: {split: sentences}; without a tower, the words are those of "train".
+      tower: pretrained; where it is not to be trained it sees each distinct
+        sentence once, and its vectors take the place of the ids.
+      folder: where those vectors are kept, see `weights.text_features`.
+    """
+    tokenizer = tower.tokenizer if tower else text_lib.build_tokenizer(texts["train"])
+    max_length = config["max_length"]
+    encode: Encode = partial(text_lib.encode_fields, tokenizer, max_length=max_length)
+    if tower and not config["trainable"]:
+        distinct = {sentence for split in texts.values() for sentence in split}
+        distinct |= {text_lib.mirror(sentence) for sentence in distinct}
+        features = tower_features(tower, config, sorted(distinct), folder)
+        encode = partial(text_lib.feature_fields, features)
+    fields = {split: pipeline.sentence_fields(encode, texts[split]) for split in texts}
+    return Sentences(tokenizer, fields)
+
+
+def tower_features(
+    tower: TextTower, config: Mapping[str, Any], texts: Sequence[str], folder: Path | None = None
+) -> dict[str, np.ndarray]:
+    """The frozen tower's vector of every distinct sentence, {sentence: (D,)}.
+
+    Args:
+      tower: see `open_tower`.
+      config: the fields pooling and max_length of `model.text`.
+      texts: any number.
+      folder: where vectors are kept from run to run; None: nowhere.
+    """
+    identity = {
+        "weights": tower.sha256,
+        "tokenizer": hashlib.sha256(tower.tokenizer.to_str().encode()).hexdigest(),
+        "module": str(tower.module),
+        "pooling": config["pooling"],
+        "max_length": config["max_length"],
+    }
+    tokenize = partial(text_lib.encode, tower.tokenizer, max_length=config["max_length"])
+    apply = _vectors(PooledTower(tower.module, config["pooling"]), tower.params, tokenize)
+    return text_features.of_sentences(texts, apply, identity=identity, folder=folder)
+
+
+def encoder(model: nn.Module, variables: Mapping[str, Any], processor: Any) -> Encode:
+    """Sentences to what the model takes of them, for inference.
+
+    A pretrained tower sees each distinct sentence once, as long as the encoder
+    lives; the scratch encoder is part of every pass and gets ids.
+
+    Args:
+      model, variables, processor: what `inference.load_model` gives.
+    """
+    if not isinstance(model.text_encoder, PooledTower):
+        return processor.encode
+    tokenize = partial(text_lib.encode, processor.tokenizer, max_length=processor.max_length)
+    params = variables["params"]["text_encoder"]["tower"]
+    apply = _vectors(model.text_encoder, params, tokenize)
+    known: dict[str, np.ndarray] = {}
+
+    def encode(texts: Sequence[str]) -> dict[str, np.ndarray]:
+        known.update(text_features.of_sentences(set(texts) - known.keys(), apply))
+        return text_lib.feature_fields(known, texts)
+
+    return encode
+
+
+def without_tower(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables that a pass over `encoder`'s vectors needs."""
+    if not isinstance(model.text_encoder, PooledTower):
+        return dict(variables)
+    params = {name: part for name, part in variables["params"].items() if name != "text_encoder"}
+    return {**variables, "params": params}
+
+
+def _vectors(pooled: PooledTower, params: Any, tokenize: Tokenize) -> text_features.Encode:
+    variables, apply = jax.device_put({"params": {"tower": params}}), jax.jit(pooled.apply)
+
+    def encode(texts: list[str]) -> np.ndarray:
+        # Every size would compile again: powers of two are few.
+        size = 1 << (len(texts) - 1).bit_length()
+        filled = texts + texts[-1:] * (size - len(texts))
+        return np.asarray(apply(variables, *tokenize(filled)))[: len(texts)]
+
+    return encode

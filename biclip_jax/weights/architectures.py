@@ -1,0 +1,275 @@
+"""What a foreign checkpoint is, read from the shapes of its arrays, and its conversion."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
+from biclip_jax.errors import UserError
+from biclip_jax.models import bert, biclip, clip, fusion
+from biclip_jax.models.transformer import ACTIVATIONS
+from biclip_jax.weights import convert, keys
+from biclip_jax.weights.convert import Converted, Tensor
+from biclip_jax.weights.readers import Checkpoint
+
+HEAD_SIZE = 64  # of every CLIP and BERT that there is
+
+
+def convert_clip(checkpoint: Checkpoint, hf_config: Mapping[str, Any] | None = None) -> Converted:
+    """A CLIP of Hugging Face, OpenAI or open_clip, ViT or ModifiedResNet.
+
+    Args:
+      checkpoint: opened; its arrays are read one by one.
+      hf_config: Hugging Face's config.json, where there is one; it tells the
+        activation, which the arrays do not.
+
+    Raises:
+      UserError: no CLIP, or arrays missing, too many, or misshapen.
+    """
+    path, tensors = checkpoint.path, convert.standard_names(checkpoint)
+    if "text.token_embedding.weight" in tensors:  # open_clip's CustomTextCLIP
+        tensors = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}
+    dialect = _clip_dialect(path, tensors)
+    describe = _hf_clip if dialect == "hf" else _openai_clip
+    config = describe(_Shapes(path, tensors), hf_config or {})
+    table = keys.clip(config["image"], config["text"], dialect)
+    size = config["image"]["image_size"]
+    model, ids = clip.build(config), jnp.zeros((1, config["text"]["max_length"]), jnp.int32)
+    expected = shapes_of(model, jnp.zeros((1, size, size, 3)), ids)
+    variables, report = convert.load(path, tensors, table, expected, keys.CLIP_UNUSED)
+    return Converted(config, variables, report)
+
+
+def convert_bert(checkpoint: Checkpoint, hf_config: Mapping[str, Any] | None = None) -> Converted:
+    """A BERT of Hugging Face: plain, with a language head, or CXR-BERT with its projection.
+
+    Args, Raises: as `convert_clip`.
+    """
+    path, tensors = checkpoint.path, convert.standard_names(checkpoint)
+    prefix = "bert." if any(name.startswith("bert.") for name in tensors) else ""
+    config = _bert_config(_Shapes(path, tensors), prefix, hf_config or {})
+    table = keys.bert(config, prefix)
+    ids = jnp.zeros((1, 1), jnp.int32)
+    expected = shapes_of(bert.build(config), ids, ids.astype(bool))
+    variables, report = convert.load(path, tensors, table, expected, keys.BERT_UNUSED)
+    return Converted(config, variables, report)
+
+
+def convert_biclip(checkpoint: Checkpoint, max_length: int = 32) -> tuple[Converted, Converted]:
+    """The published BiCLIP's Lightning checkpoint: the network, and its frozen CXR-BERT.
+
+    Args:
+      checkpoint: opened; its arrays are read one by one.
+      max_length: of its sentences, in tokens.
+
+    Raises:
+      UserError: as `convert_clip`.
+    """
+    path = checkpoint.path
+    tensors = {
+        name.removeprefix("model."): tensor
+        for name, tensor in convert.standard_names(checkpoint).items()
+    }
+    tower_prefix = "text_encoder.model."
+    inside = {
+        name.removeprefix(tower_prefix): tensors.pop(name)
+        for name in list(tensors)
+        if name.startswith(tower_prefix)
+    }
+    tower = convert_bert(Checkpoint(path, checkpoint.format, inside))
+    config = _biclip_config(_Shapes(path, tensors), max_length)
+    features = jnp.zeros((1, tower.config["width"]))
+    size = config["image_size"]
+    model = biclip.build(config)
+    expected = shapes_of(model, jnp.zeros((1, size, size, 3)), text_features=features)
+    doublings = len(fusion.generator_widths(size)) + 1
+    table = keys.biclip(config["num_levels"], doublings)
+    variables, report = convert.load(path, tensors, table, expected, keys.BICLIP_UNUSED)
+    return Converted(config, variables, report), tower
+
+
+def shapes_of(model: nn.Module, *inputs: Any, **named: Any) -> dict[str, tuple[int, ...]]:
+    """{"params/...": shape} of a model, without computing anything."""
+    variables = jax.eval_shape(partial(model.init, **named), jax.random.key(0), *inputs)
+    return {name: leaf.shape for name, leaf in flatten_dict(variables, sep="/").items()}
+
+
+class _Shapes:
+    """Shapes by name; a missing one is an error that names it."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor]):
+        self.path, self.names, self._tensors = path, list(tensors), tensors
+
+    def of(self, name: str, rank: int) -> tuple[int, ...]:
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            raise UserError(f"{self.path}: {name} is missing; give the whole checkpoint")
+        if len(tensor.shape) != rank:
+            raise UserError(
+                f"{self.path}: {name} has shape {tensor.shape}; expected {rank} axes; "
+                "the file belongs to another model"
+            )
+        return tensor.shape
+
+    def count(self, pattern: str) -> int:
+        """One more than the largest number that stands in the pattern's group; 0 for none."""
+        found = (re.match(pattern, name) for name in self.names)
+        return max((int(match.group(1)) + 1 for match in found if match), default=0)
+
+
+def _clip_dialect(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    if any(name.startswith("vision_model.") for name in tensors):
+        return "hf"
+    if any(name.startswith("visual.") for name in tensors):
+        return "openai"
+    some = ", ".join(sorted(tensors)[:3])
+    raise UserError(
+        f"{path}: no CLIP: its arrays are {some} ...; expected vision_model.* (Hugging Face) or "
+        "visual.* (OpenAI, open_clip); give another kind or file"
+    )
+
+
+def _hf_clip(shapes: _Shapes, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    image_config = hf_config.get("vision_config") or {}
+    text_config = hf_config.get("text_config") or {}
+    image, text = "vision_model.", "text_model."
+    width, _, patch, _ = shapes.of(f"{image}embeddings.patch_embedding.weight", 4)
+    positions = shapes.of(f"{image}embeddings.position_embedding.weight", 2)[0]
+    vocab_size, text_width = shapes.of(f"{text}embeddings.token_embedding.weight", 2)
+    return {
+        "image": {
+            "kind": "vit",
+            "image_size": math.isqrt(positions - 1) * patch,
+            "patch_size": patch,
+            "width": width,
+            "num_layers": shapes.count(rf"{image}encoder\.layers\.(\d+)\."),
+            "num_heads": _heads(image_config, width),
+            "mlp_width": shapes.of(f"{image}encoder.layers.0.mlp.fc1.weight", 2)[0],
+            "embedding_size": shapes.of("visual_projection.weight", 2)[0],
+            "activation": _activation(shapes.path, image_config, "quick_gelu"),
+            "epsilon": image_config.get("layer_norm_eps", 1e-5),
+        },
+        "text": {
+            "vocab_size": vocab_size,
+            "max_length": shapes.of(f"{text}embeddings.position_embedding.weight", 2)[0],
+            "width": text_width,
+            "num_layers": shapes.count(rf"{text}encoder\.layers\.(\d+)\."),
+            "num_heads": _heads(text_config, text_width),
+            "mlp_width": shapes.of(f"{text}encoder.layers.0.mlp.fc1.weight", 2)[0],
+            "embedding_size": shapes.of("text_projection.weight", 2)[0],
+            "activation": _activation(shapes.path, text_config, "quick_gelu"),
+            "epsilon": text_config.get("layer_norm_eps", 1e-5),
+        },
+    }
+
+
+def _openai_clip(shapes: _Shapes, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    vocab_size, text_width = shapes.of("token_embedding.weight", 2)
+    is_resnet = "visual.attnpool.positional_embedding" in shapes.names
+    activation = _activation(shapes.path, hf_config, "quick_gelu")
+    image = _openai_resnet(shapes) if is_resnet else _openai_vit(shapes, activation)
+    return {
+        "image": image,
+        "text": {
+            "vocab_size": vocab_size,
+            "max_length": shapes.of("positional_embedding", 2)[0],
+            "width": text_width,
+            "num_layers": shapes.count(r"transformer\.resblocks\.(\d+)\."),
+            "num_heads": _heads({}, text_width),
+            "mlp_width": shapes.of("transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
+            "embedding_size": shapes.of("text_projection", 2)[1],
+            "activation": activation,
+        },
+    }
+
+
+def _openai_vit(shapes: _Shapes, activation: str) -> dict[str, Any]:
+    width, _, patch, _ = shapes.of("visual.conv1.weight", 4)
+    positions = shapes.of("visual.positional_embedding", 2)[0]
+    return {
+        "kind": "vit",
+        "image_size": math.isqrt(positions - 1) * patch,
+        "patch_size": patch,
+        "width": width,
+        "num_layers": shapes.count(r"visual\.transformer\.resblocks\.(\d+)\."),
+        "num_heads": _heads({}, width),
+        "mlp_width": shapes.of("visual.transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
+        "embedding_size": shapes.of("visual.proj", 2)[1],
+        "activation": activation,
+    }
+
+
+def _openai_resnet(shapes: _Shapes) -> dict[str, Any]:
+    width = shapes.of("visual.layer1.0.conv1.weight", 4)[0]
+    positions = shapes.of("visual.attnpool.positional_embedding", 2)[0]
+    return {
+        "kind": "resnet",
+        "image_size": math.isqrt(positions - 1) * 32,
+        "width": width,
+        "stages": [shapes.count(rf"visual\.layer{i}\.(\d+)\.") for i in range(1, 5)],
+        "num_heads": _heads({}, 32 * width),
+        "embedding_size": shapes.of("visual.attnpool.c_proj.weight", 2)[0],
+    }
+
+
+def _bert_config(shapes: _Shapes, prefix: str, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    vocab_size, width = shapes.of(f"{prefix}embeddings.word_embeddings.weight", 2)
+    positions = hf_config.get("position_embedding_type", "absolute")
+    if positions != "absolute":
+        raise UserError(
+            f"{shapes.path}: config.json says position_embedding_type {positions}; expected "
+            "absolute; convert a BERT with learned positions"
+        )
+    head = "cls_projection_head.dense_to_output.weight"
+    return {
+        "vocab_size": vocab_size,
+        "max_length": shapes.of(f"{prefix}embeddings.position_embeddings.weight", 2)[0],
+        "num_segments": shapes.of(f"{prefix}embeddings.token_type_embeddings.weight", 2)[0],
+        "width": width,
+        "num_layers": shapes.count(rf"{re.escape(prefix)}encoder\.layer\.(\d+)\."),
+        "num_heads": _heads(hf_config, width),
+        "mlp_width": shapes.of(f"{prefix}encoder.layer.0.intermediate.dense.weight", 2)[0],
+        "projection_size": shapes.of(head, 2)[0] if head in shapes.names else 0,
+        "activation": _activation(shapes.path, hf_config, "gelu"),
+        "epsilon": hf_config.get("layer_norm_eps", 1e-12),
+    }
+
+
+def _biclip_config(shapes: _Shapes, max_length: int) -> dict[str, Any]:
+    width = shapes.of("inc.double_conv.0.weight", 4)[0]
+    doublings = (shapes.count(r"generator\.(\d+)\.") + 1) // 2
+    return {
+        "image_size": fusion.SEED_SIZE * 2**doublings,
+        "width": width,
+        "num_levels": shapes.count(r"down(\d+)\."),
+        "dtype": "float32",
+        "text": {
+            "encoder": "bert",
+            "trainable": False,
+            "pooling": "all_tokens",
+            "max_length": max_length,
+        },
+    }
+
+
+def _heads(config: Mapping[str, Any], width: int) -> int:
+    return config.get("num_attention_heads") or max(width // HEAD_SIZE, 1)
+
+
+def _activation(path: Path, config: Mapping[str, Any], default: str) -> str:
+    name = config.get("hidden_act", default)
+    if name not in ACTIVATIONS:
+        raise UserError(
+            f"{path}: config.json says hidden_act {name!r}; expected {', '.join(ACTIVATIONS)}; "
+            "this activation is not built"
+        )
+    return name

@@ -1,0 +1,89 @@
+"""Frozen text towers over distinct sentences: each is encoded once, and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from biclip_jax.errors import UserError
+from biclip_jax.weights import readers
+
+# Part of every name: raise it whenever the same tower would give other features.
+FORMAT = 1
+BATCH_SIZE = 32  # sentences at a time
+
+# Sentences to their vectors (N, D), float32; N is at most BATCH_SIZE.
+Encode = Callable[[list[str]], np.ndarray]
+
+
+def of_sentences(
+    sentences: Iterable[str],
+    encode: Encode,
+    *,
+    identity: Any = None,
+    folder: Path | None = None,
+) -> dict[str, np.ndarray]:
+    """The vector of every distinct sentence, {sentence: (D,) float32}.
+
+    Args:
+      sentences: each distinct one is encoded once, whatever its number.
+      encode: the tower; sees batches of BATCH_SIZE, the last one smaller.
+      identity: JSON of what the vectors depend on: hashes of weights and
+        tokenizer, pooling, length.
+      folder: where the vectors are kept, under a name that holds a hash of
+        `identity` and the sentences; None: nowhere.
+
+    Raises:
+      OSError: the folder cannot be written.
+    """
+    distinct = sorted(set(sentences))
+    path = None if folder is None else folder / _name(identity, distinct)
+    features = None if path is None else _stored(path, len(distinct))
+    if features is None:
+        parts = [
+            encode(distinct[start : start + BATCH_SIZE])
+            for start in range(0, len(distinct), BATCH_SIZE)
+        ]
+        features = np.concatenate(parts).astype(np.float32)
+        if path is not None:
+            _store(path, features)
+    return dict(zip(distinct, features, strict=True))
+
+
+def _name(identity: Any, sentences: list[str]) -> str:
+    described = json.dumps([FORMAT, identity, sentences], sort_keys=True)
+    return f"text_features-{hashlib.sha256(described.encode()).hexdigest()[:16]}.safetensors"
+
+
+def _store(path: Path, features: np.ndarray) -> None:
+    from safetensors.numpy import save_file
+
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    save_file({"features": features}, temporary, {"sha256": _sha256(features)})
+    os.replace(temporary, path)
+
+
+def _stored(path: Path, num_sentences: int) -> np.ndarray | None:
+    """What an earlier run left; None where there is nothing, or it is damaged."""
+    from safetensors import safe_open
+
+    if not path.is_file():
+        return None
+    try:
+        features = readers.open_checkpoint(path).tensors["features"].read()
+        with safe_open(path, "np") as file:
+            digest = file.metadata()["sha256"]
+    except (UserError, KeyError, TypeError):
+        return None
+    intact = len(features) == num_sentences and _sha256(features) == digest
+    return features if intact else None
+
+
+def _sha256(features: np.ndarray) -> str:
+    return hashlib.sha256(features.tobytes()).hexdigest()

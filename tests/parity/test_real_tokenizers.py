@@ -1,0 +1,92 @@
+"""The tokenizers of CXR-BERT and CLIP on their own vocabularies, with the sentences of data sets.
+
+Set BICLIP_TOKENIZERS to a folder that holds *vocab.txt and *bpe_simple_vocab_16e6.txt.gz, and
+BICLIP_SENTENCES to text files with a sentence on each line (separated as in PATH).
+"""
+
+import gzip
+import os
+from pathlib import Path
+
+import pytest
+
+from biclip_jax.data import text, tokenizers
+from biclip_jax.data.tokenizers import read_tokenizer
+from tests.data.test_tokenizers import plain_bpe
+
+FOLDER, FILES = os.environ.get("BICLIP_TOKENIZERS"), os.environ.get("BICLIP_SENTENCES")
+
+pytestmark = pytest.mark.skipif(
+    not (FOLDER and FILES), reason="BICLIP_TOKENIZERS and BICLIP_SENTENCES are not set"
+)
+
+
+@pytest.fixture(scope="module")
+def sentences():
+    """The distinct sentences of all files, in order."""
+    files = [Path(name) for name in FILES.split(os.pathsep)]
+    lines = [line for file in files for line in file.read_text("utf-8").split("\n")]
+    return sorted({line for line in lines if line.strip()})
+
+
+def vocabulary_file(ending):
+    (found,) = Path(FOLDER).glob(f"*{ending}")
+    return found
+
+
+def clip_merges():
+    with gzip.open(vocabulary_file("bpe_simple_vocab_16e6.txt.gz"), "rt", encoding="utf-8") as file:
+        return file.read().split("\n")[1 : 49152 - 256 - 2 + 1]
+
+
+def differing(tokenizer, sentences, reference):
+    """The sentences whose ids differ; says how many were compared."""
+    encodings = tokenizer.encode_batch(sentences)
+    pairs = zip(sentences, encodings, strict=True)
+    different = [sentence for sentence, ours in pairs if ours.ids != reference(sentence)]
+    print(f"{len(sentences)} distinct sentences compared, {len(different)} differ")
+    return different
+
+
+def test_cxr_bert(sentences):
+    from transformers import BertTokenizer
+
+    file = vocabulary_file("vocab.txt")
+    tokenizer = read_tokenizer("bert", file)
+    assert tokenizer.get_vocab_size() == 30522
+    ids = [tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]")]
+    assert ids == [2, 3, 0]
+    words = file.read_text("utf-8").removesuffix("\n").split("\n")
+    reference = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+    assert differing(tokenizer, sentences, lambda s: reference(s)["input_ids"]) == []
+
+
+def test_clip_against_plain_python(sentences):
+    tokenizer = read_tokenizer("clip", FOLDER)
+    assert tokenizer.get_vocab_size() == 49408
+    ids = [tokenizer.token_to_id(token) for token in ("<|startoftext|>", "<|endoftext|>")]
+    assert ids == [49406, 49407]
+    encode, vocabulary = plain_bpe(clip_merges())
+    assert tokenizer.get_vocab() == vocabulary
+    assert differing(tokenizer, sentences, encode) == []
+
+
+def test_clip_against_transformers(sentences):
+    from transformers import CLIPTokenizer
+
+    merges = [tuple(line.split()) for line in clip_merges()]
+    vocabulary = plain_bpe(clip_merges())[1]
+    reference = CLIPTokenizer(vocab=vocabulary, merges=merges)
+    tokenizer = read_tokenizer("clip", FOLDER)
+    assert differing(tokenizer, sentences, lambda s: reference(s)["input_ids"]) == []
+
+
+@pytest.mark.parametrize("kind", ["bert", "clip"])
+def test_stored_and_loaded_it_encodes_the_same(sentences, kind, tmp_path):
+    tokenizer = read_tokenizer(kind, vocabulary_file("vocab.txt") if kind == "bert" else FOLDER)
+    tokenizers.save_tokenizer(tokenizer, tmp_path)
+    loaded = tokenizers.load_tokenizer(tmp_path)
+    for ours, stored in zip(
+        text.encode(tokenizer, sentences, 77), text.encode(loaded, sentences, 77), strict=True
+    ):
+        assert (ours == stored).all()

@@ -1,0 +1,156 @@
+"""Pickles that make a marker file when they are executed, and the containers torch gives them."""
+
+import io
+import pickle
+import struct
+import zipfile
+from typing import NamedTuple
+
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+SYS_INFO = {"protocol_version": PROTOCOL, "little_endian": True, "type_sizes": {}}
+
+
+class Payload(NamedTuple):
+    """The pickle's body between PROTO and STOP, and what the refusal must name."""
+
+    body: bytes
+    named: str
+    is_live: bool = True
+
+
+def text(value):
+    data = str(value).encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def named(name):
+    module, _, attribute = name.rpartition(".")
+    return f"c{module}\n{attribute}\n".encode()
+
+
+def call(function, *arguments):
+    """REDUCE of two pieces of pickle."""
+    return function + b"(" + b"".join(arguments) + b"tR"
+
+
+def payloads(marker, script):
+    """{name: Payload}; `script` is a Python file beside the marker that makes the marker."""
+    touch, made = text(f"touch {marker}"), text(f"open({str(marker)!r}, 'w')")
+    system = named("os.system")
+    imported = call(named("builtins.__import__"), text("os"))
+    by_getattr = call(named("builtins.getattr"), imported, text("system"))
+    in_dict = b"](" + text("a") + call(system, touch) + b"ta"
+    encode, rebuild = named("_codecs.encode"), named("torch._utils._rebuild_tensor_v2")
+    state = b"}" + text("__code__") + b"Ns"
+    ordered = named("collections.OrderedDict")
+    object_dtype = call(named("numpy.dtype"), text("O8"))
+    return {
+        "os.system": Payload(call(system, touch), "os.system"),
+        "posix.system": Payload(call(named("posix.system"), touch), "posix.system"),
+        "Popen": Payload(
+            call(named("subprocess.Popen"), b"]" + text("touch") + b"a" + text(marker) + b"a"),
+            "subprocess.Popen",
+        ),
+        "eval": Payload(call(named("builtins.eval"), made), "builtins.eval"),
+        "exec": Payload(call(named("builtins.exec"), made), "builtins.exec"),
+        "python 2 eval": Payload(call(named("__builtin__.eval"), made), "__builtin__.eval"),
+        "getattr": Payload(call(by_getattr, touch), "builtins.getattr"),
+        "import": Payload(
+            call(named("builtins.__import__"), text(script.stem)), "builtins.__import__"
+        ),
+        "partial": Payload(
+            call(call(named("functools.partial"), system, touch)), "functools.partial"
+        ),
+        "runpy": Payload(call(named("runpy.run_path"), text(script)), "runpy.run_path"),
+        "STACK_GLOBAL": Payload(call(text("os") + text("system") + b"\x93", touch), "os.system"),
+        "INST": Payload(b"(" + touch + b"ios\nsystem\n", "os.system"),
+        "OBJ": Payload(b"(" + system + touch + b"o", "os.system"),
+        "inside an OrderedDict": Payload(call(ordered, in_dict), "os.system"),
+        "beside a good entry": Payload(
+            b"}(" + text("a") + b"K\x01" + text("b") + call(system, touch) + b"u", "os.system"
+        ),
+        "NEWOBJ": Payload(ordered + b")\x81", "makes an object", False),
+        "torch.hub.load": Payload(
+            call(named("torch.hub.load"), text("a/b"), text("c")), "torch.hub.load", False
+        ),
+        "object dtype": Payload(
+            call(named("numpy._core.multiarray.scalar"), object_dtype, touch), "'O8'", False
+        ),
+        "codec": Payload(call(encode, touch, text("rot13")), "_codecs.encode", False),
+        "codec lookup": Payload(
+            call(named("_codecs.lookup"), text("zip")), "_codecs.lookup", False
+        ),
+        "BUILD on a function": Payload(rebuild + state + b"b", "sets attributes", False),
+        "BUILD on a class": Payload(ordered + state + b"b", "sets attributes", False),
+        "call of a storage type": Payload(
+            call(named("torch.FloatStorage"), b"K\x01"), "calls a", False
+        ),
+        "EXT1": Payload(b"\x82\x01", "EXT1", False),
+        "persistent id of a word": Payload(text("storage") + b"Q", "persistent id", False),
+        "persistent id of a module": Payload(
+            b"(" + text("module") + ordered + b"NNtQ", "persistent id", False
+        ),
+        "storage of a view": Payload(
+            b"("
+            + text("storage")
+            + named("torch.FloatStorage")
+            + text("0")
+            + text("cpu")
+            + b"K\x01(K\x00tt"
+            + b"Q",
+            "persistent id",
+            False,
+        ),
+    }
+
+
+def pickled(body):
+    return b"\x80\x02" + body + b"."
+
+
+def in_zip(body, marker, extra=()):
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled(body))
+        archive.writestr("archive/version", "3\n")
+        for name, content in extra:
+            archive.writestr(f"archive/{name}", content)
+    return data.getvalue()
+
+
+def in_torchscript(body, marker):
+    code = f"open({str(marker)!r}, 'w')"
+    extra = [("code/__torch__.py", code), ("constants.pkl", pickled(body))]
+    return in_zip(body, marker, extra)
+
+
+def in_legacy(body, marker):
+    head = [pickle.dumps(value, protocol=2) for value in (MAGIC, PROTOCOL, SYS_INFO)]
+    return b"".join(head) + pickled(body) + pickle.dumps([], protocol=2)
+
+
+def bare(body, marker):
+    return pickled(body)
+
+
+CONTAINERS = {
+    "zip": in_zip,
+    "torchscript": in_torchscript,
+    "legacy": in_legacy,
+    "bare": bare,
+}
+SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".npz", ".msgpack", ".safetensors")
+
+
+def damaged(data, seed, num_flips):
+    """Truncations at many lengths, then copies with one flipped bit each, reproducibly."""
+    import numpy as np
+
+    random = np.random.default_rng(seed)
+    lengths = sorted({*range(0, 40), *random.integers(0, len(data), 80).tolist(), len(data) - 1})
+    for length in lengths:
+        yield data[:length]
+    for position in random.integers(0, len(data), num_flips).tolist():
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << int(random.integers(8))
+        yield bytes(flipped)
