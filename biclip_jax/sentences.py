@@ -112,6 +112,7 @@ def read(
     texts: Mapping[str, Sequence[str]],
     tower: TextTower | None,
     folder: Path | None = None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> Sentences:
     """The sentences of a run and their mirror images, as its model takes them.
 
@@ -121,6 +122,7 @@ def read(
       tower: pretrained; where it is not to be trained it sees each distinct
         sentence once, and its vectors take the place of the ids.
       folder: where those vectors are kept, see `weights.text_features`.
+      log: takes a line on what the tower is given.
     """
     tokenizer = tower.tokenizer if tower else text_lib.build_tokenizer(texts["train"])
     max_length = config["max_length"]
@@ -128,6 +130,7 @@ def read(
     if tower and not config["trainable"]:
         distinct = {sentence for split in texts.values() for sentence in split}
         distinct |= {text_lib.mirror(sentence) for sentence in distinct}
+        log(f"{tower.folder}: {len(distinct)} distinct sentences, mirrored ones included")
         features = tower_features(tower, config, sorted(distinct), folder)
         encode = partial(text_lib.feature_fields, features)
     fields = {split: pipeline.sentence_fields(encode, texts[split]) for split in texts}

@@ -85,7 +85,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         prepared = pipeline.prepare(data, config.model.image_size)
         splits = pipeline.open_splits(prepared, data)
         texts = {split: [record["text"] for record in splits[split]] for split in ("train", "val")}
-        spoken = sentences.read(text, texts, tower, prepared)
+        spoken = sentences.read(text, texts, tower, prepared, print)
         program = build(config, len(splits["train"]), spoken, tower)
         state, progress = restore_or_init(workdir, program)
         state = loop(config, workdir, program, splits, spoken, state, progress)

@@ -38,18 +38,35 @@ def write(
       card: README.md, Markdown.
       scores: {split: {name: value}}, for metrics.json.
     """
-    from safetensors.numpy import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     flat = {name: np.asarray(value) for name, value in flatten_dict(variables, sep="/").items()}
-    temporary = folder / f"{WEIGHTS}.tmp"
-    save_file(flat, temporary)
-    digest = _sha256(temporary)
-    os.replace(temporary, folder / WEIGHTS)
+    digest = write_tensors(folder / WEIGHTS, flat)
     _replace(folder / CARD, card.encode())
     if scores is not None:
         _replace(folder / METRICS, _json(scores))
     _replace(folder / CONFIG, _json({**config, "format": FORMAT, "sha256": digest}))
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> str:
+    """Writes a safetensors file whole or not at all; returns its SHA-256.
+
+    Args:
+      path: in a folder that exists.
+      tensors: by name; nothing is copied.
+      metadata: for the file's header.
+    """
+    from safetensors.numpy import save_file
+
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+    save_file(dict(tensors), temporary, dict(metadata or {}))
+    os.chmod(temporary, mode)  # the library makes files that only their owner can read
+    digest = _sha256(temporary)
+    os.replace(temporary, path)
+    return digest
 
 
 def model_card(config: Mapping[str, Any], scores: Mapping[str, Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from biclip_jax.errors import UserError
+from biclip_jax.weights import folder as model_folder
 from biclip_jax.weights import readers
 
 # Part of every name: raise it whenever the same tower would give other features.
@@ -29,7 +29,7 @@ def of_sentences(
     identity: Any = None,
     folder: Path | None = None,
 ) -> dict[str, np.ndarray]:
-    """The vector of every distinct sentence, {sentence: (D,) float32}.
+    """The vector of every distinct sentence, {sentence: (D,) float32}; {} for none.
 
     Args:
       sentences: each distinct one is encoded once, whatever its number.
@@ -43,6 +43,8 @@ def of_sentences(
       OSError: the folder cannot be written.
     """
     distinct = sorted(set(sentences))
+    if not distinct:
+        return {}
     path = None if folder is None else folder / _name(identity, distinct)
     features = None if path is None else _stored(path, len(distinct))
     if features is None:
@@ -52,21 +54,14 @@ def of_sentences(
         ]
         features = np.concatenate(parts).astype(np.float32)
         if path is not None:
-            _store(path, features)
+            digest = hashlib.sha256(features.tobytes()).hexdigest()
+            model_folder.write_tensors(path, {"features": features}, {"sha256": digest})
     return dict(zip(distinct, features, strict=True))
 
 
 def _name(identity: Any, sentences: list[str]) -> str:
     described = json.dumps([FORMAT, identity, sentences], sort_keys=True)
     return f"text_features-{hashlib.sha256(described.encode()).hexdigest()[:16]}.safetensors"
-
-
-def _store(path: Path, features: np.ndarray) -> None:
-    from safetensors.numpy import save_file
-
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file({"features": features}, temporary, {"sha256": _sha256(features)})
-    os.replace(temporary, path)
 
 
 def _stored(path: Path, num_sentences: int) -> np.ndarray | None:
@@ -81,9 +76,5 @@ def _stored(path: Path, num_sentences: int) -> np.ndarray | None:
             digest = file.metadata()["sha256"]
     except (UserError, KeyError, TypeError):
         return None
-    intact = len(features) == num_sentences and _sha256(features) == digest
-    return features if intact else None
-
-
-def _sha256(features: np.ndarray) -> str:
-    return hashlib.sha256(features.tobytes()).hexdigest()
+    intact = hashlib.sha256(features.tobytes()).hexdigest() == digest
+    return features if intact and len(features) == num_sentences else None
