@@ -115,7 +115,8 @@ Converted by biclip_jax; the licence is that of the original weights.
 
     model, variables, processor = biclip_jax.load_model("this folder")
 """
-    config = {"kind": kind, "model": model, "origin": origin}
+    report = converted.report._asdict()
+    config = {"kind": kind, "model": model, "origin": {**origin, "report": report}}
     model_folder.write(output, config=config, variables=converted.variables, card=card)
     print(f"{output}: {kind}, {converted.report}")
 
@@ -134,7 +135,7 @@ def write_biclip(
         "name": origin["source"],
         "data": "unknown",
         "step": 0,
-        "origin": origin,
+        "origin": {**origin, "report": network.report._asdict()},
     }
     card = f"""# BiCLIP from {origin["source"]}
 

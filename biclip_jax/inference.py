@@ -66,6 +66,7 @@ class Processor:
 
     def encode(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """Sentences alone: text_ids (B, L) int32, text_mask (B, L) bool."""
+        text_lib.warn_of_cut(self.tokenizer, texts, self.max_length)
         return text_lib.encode_fields(self.tokenizer, texts, self.max_length)
 
 

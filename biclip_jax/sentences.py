@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -126,10 +126,11 @@ def read(
     """
     tokenizer = tower.tokenizer if tower else text_lib.build_tokenizer(texts["train"])
     max_length = config["max_length"]
+    distinct = {sentence for split in texts.values() for sentence in split}
+    distinct |= {text_lib.mirror(sentence) for sentence in distinct}
+    text_lib.warn_of_cut(tokenizer, sorted(distinct), max_length)
     encode: Encode = partial(text_lib.encode_fields, tokenizer, max_length=max_length)
     if tower and not config["trainable"]:
-        distinct = {sentence for split in texts.values() for sentence in split}
-        distinct |= {text_lib.mirror(sentence) for sentence in distinct}
         log(f"{tower.folder}: {len(distinct)} distinct sentences, mirrored ones included")
         features = tower_features(tower, config, sorted(distinct), folder)
         encode = partial(text_lib.feature_fields, features)
@@ -177,7 +178,9 @@ def encoder(model: nn.Module, variables: Mapping[str, Any], processor: Any) -> E
     known: dict[str, np.ndarray] = {}
 
     def encode(texts: Sequence[str]) -> dict[str, np.ndarray]:
-        known.update(text_features.of_sentences(set(texts) - known.keys(), apply))
+        new = set(texts) - known.keys()
+        text_lib.warn_of_cut(processor.tokenizer, sorted(new), processor.max_length)
+        known.update(text_features.of_sentences(new, apply))
         return text_lib.feature_fields(known, texts)
 
     return encode
@@ -192,12 +195,14 @@ def without_tower(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, A
 
 
 def _vectors(pooled: PooledTower, params: Any, tokenize: Tokenize) -> text_features.Encode:
-    variables, apply = jax.device_put({"params": {"tower": params}}), jax.jit(pooled.apply)
+    # Placed at the first call: where every vector is known there is none.
+    placed = cache(lambda: jax.device_put({"params": {"tower": params}}))
+    apply = jax.jit(pooled.apply)
 
     def encode(texts: list[str]) -> np.ndarray:
         # Every size would compile again: powers of two are few.
         size = 1 << (len(texts) - 1).bit_length()
         filled = texts + texts[-1:] * (size - len(texts))
-        return np.asarray(apply(variables, *tokenize(filled)))[: len(texts)]
+        return np.asarray(apply(placed(), *tokenize(filled)))[: len(texts)]
 
     return encode

@@ -1,19 +1,25 @@
 """Whole runs: what they leave behind, exact resume, stops, policies, refusals."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
-from biclip_jax import cli, sentences, train
+from biclip_jax import cli, convert, inference, sentences, train
 from biclip_jax.data import text, tokenizers
 from biclip_jax.errors import UserError
 from biclip_jax.training import checkpoint, writers
+from biclip_jax.weights import folder as model_folder
 
 TIMES = ("images_per_second",)
 
@@ -259,3 +265,72 @@ def test_the_demo_needs_its_sentences(tmp_path, variant):
         assert conditions["right"]["dice_global"] > 0.85
         assert conditions["shuffled"]["dice_global"] < 0.5
         assert conditions["missing"]["dice_global"] < 0.6
+
+
+@pytest.fixture(scope="module")
+def tower_folder(tmp_path_factory):
+    """A converted text tower, as `python -m biclip_jax.convert bert` writes it."""
+    folder = tmp_path_factory.mktemp("tower") / "cxr_bert"
+    source = Path(__file__).parent / "fixtures/towers/cxr_bert"
+    with pytest.raises(SystemExit, match="0"):
+        convert.main(["bert", str(source), str(folder)])
+    return folder
+
+
+def with_tower(config, folder, **fields):
+    with config.unlocked():
+        config.model.text.encoder, config.model.text.weights = "bert", str(folder)
+        config.model.text.max_length = 14
+        config.model.text.update(fields)
+    return config
+
+
+def test_a_frozen_tower_is_asked_once_and_travels_with_the_model(
+    smoke_config, tower_folder, tmp_path, capsys, monkeypatch
+):
+    config = with_tower(smoke_config, tower_folder)
+    results = train.train_and_evaluate(config, tmp_path / "run")
+    assert results["conditions"]["right"]["num_images"] == 8
+    assert "distinct sentences" in capsys.readouterr().out
+    stored = list((tmp_path / "cache").rglob("text_features-*.safetensors"))
+    assert len(stored) == 1
+
+    # The model folder holds the tower, so that new sentences can be asked of it alone.
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path / "run/model", moved)
+    model, variables, processor = inference.load_model(moved)
+    image = np.random.default_rng(0).integers(0, 256, (56, 56, 1)).astype(np.uint8)
+    inputs = {k: jnp.asarray(v) for k, v in processor([image], ["lower left lung"]).items()}
+    scaled = inputs["image"].astype(jnp.float32) / 255
+    logits, _ = model.apply(variables, scaled, inputs["text_ids"], inputs["text_mask"])
+    found = inference.load(moved).predict(image, "lower left lung").probability
+    np.testing.assert_allclose(found, jax.nn.sigmoid(logits)[0, ..., 0], atol=1e-5)
+
+    # Going on reads the stored vectors; another tower may not go on.
+    asked_again = partial(pytest.fail, "the tower was asked again")
+    monkeypatch.setattr(sentences, "_vectors", lambda *_: lambda _: asked_again())
+    config.final_test = False
+    train.train_and_evaluate(config, tmp_path / "run")
+    other = tmp_path / "other"
+    shutil.copytree(tower_folder, other)
+    flat = model_folder.read(other)
+    flat[1]["params"]["norm"]["bias"] += 1
+    model_folder.write(other, config=flat[0], variables=flat[1], card="")
+    with pytest.raises(UserError, match=r"model\.text\.sha256"):
+        train.train_and_evaluate(with_tower(config, other), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_trainable_tower_begins_as_converted_and_learns(smoke_config, tower_folder, tmp_path):
+    config = with_tower(smoke_config, tower_folder, trainable=True, pooling="masked")
+    train.train_and_evaluate(config, tmp_path / "run")
+    _, before = model_folder.read(tower_folder)
+    model, variables, _ = inference.load_model(tmp_path / "run")
+    assert model.text_encoder.pooling == "masked"
+    after = variables["params"]["text_encoder"]["tower"]
+    before, after = (flatten_dict(tree, sep="/") for tree in (before["params"], after))
+    moved = {name for name in after if not np.array_equal(before[name], after[name])}
+    # The projection of [CLS] is not looked at; weight decay alone moves it.
+    assert {"words/embedding", "blocks_0/attention/qkv/kernel"} <= moved
+    for name in after:
+        np.testing.assert_allclose(after[name], before[name], atol=0.1, err_msg=name)

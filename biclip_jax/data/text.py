@@ -50,27 +50,14 @@ def encode(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids (N, max_length) int32, padded with 0, and the mask (N, max_length) bool.
 
-    Each distinct sentence is tokenized once; longer ones are cut, with a warning, and keep the
-    special tokens around them. Raises UserError where max_length leaves no room for those.
+    Each distinct sentence is tokenized once; longer ones are cut and keep the special tokens
+    around them. Raises UserError where max_length leaves no room for those.
     """
-    special = tokenizer.num_special_tokens_to_add(False)
-    if max_length < special:
-        raise UserError(
-            f"model.text.max_length: found {max_length}; expected at least {special}, the special "
-            "tokens around each sentence; raise it"
-        )
+    room = _room(tokenizer, max_length)
     distinct = sorted(set(sentences))
     ids = np.zeros((len(distinct), max_length), np.int32)
     mask = np.zeros((len(distinct), max_length), bool)
     encodings = tokenizer.encode_batch(distinct, add_special_tokens=False)
-    room = max_length - special
-    too_long = sum(len(encoding.ids) > room for encoding in encodings)
-    if too_long:
-        warnings.warn(
-            f"{too_long} of {len(distinct)} sentences are longer than {max_length} tokens and "
-            "were cut; raise model.text.max_length",
-            stacklevel=2,
-        )
     for row, encoding in enumerate(encodings):
         encoding.truncate(room)
         tokens = tokenizer.post_process(encoding).ids
@@ -117,6 +104,29 @@ def _other(sentences: Sequence[str], sentence: str, rng: np.random.Generator) ->
         candidate = sentences[int(rng.integers(len(sentences)))]
         if candidate != sentence:
             return candidate
+
+
+def warn_of_cut(tokenizer: Tokenizer, sentences: Sequence[str], max_length: int) -> None:
+    """Warns, with their number, of distinct sentences that `encode` will cut."""
+    room, distinct = _room(tokenizer, max_length), sorted(set(sentences))
+    encodings = tokenizer.encode_batch(distinct, add_special_tokens=False)
+    too_long = sum(len(encoding.ids) > room for encoding in encodings)
+    if too_long:
+        warnings.warn(
+            f"{too_long} of {len(distinct)} sentences are longer than {max_length} tokens and are "
+            "cut; raise model.text.max_length",
+            stacklevel=2,
+        )
+
+
+def _room(tokenizer: Tokenizer, max_length: int) -> int:
+    special = tokenizer.num_special_tokens_to_add(False)
+    if max_length < special:
+        raise UserError(
+            f"model.text.max_length: found {max_length}; expected at least {special}, the special "
+            "tokens around each sentence; raise it"
+        )
+    return max_length - special
 
 
 def encode_fields(

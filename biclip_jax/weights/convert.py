@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from biclip_jax.errors import UserError
 from biclip_jax.weights import keys
 from biclip_jax.weights.readers import Checkpoint, Tensor
 
-SHOWN = 5  # names in an error
+SHOWN = 5  # names in an error or a line
 
 # From PyTorch's order of axes to ours.
 LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -44,9 +44,8 @@ class Report(NamedTuple):
     def __str__(self) -> str:
         counts = f"{len(self.loaded)} loaded, of which {len(self.reshaped)} reshaped"
         lines = [f"{counts}; {len(self.unused)} unused, {len(self.fresh)} fresh"]
-        for kind in ("unused", "fresh"):
-            names = getattr(self, kind)
-            lines += [f"{kind}: {', '.join(names)}"] if names else []
+        for kind, names in (("unused", self.unused), ("fresh", self.fresh)):
+            lines += [f"{kind}: {_listed(names)}"] if names else []
         return "\n".join(lines)
 
 
@@ -106,9 +105,13 @@ def load(
 
 def _require(path: Path, wrong: list[str], what: str, mend: str) -> None:
     if wrong:
-        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         verb = "are" if len(wrong) > 1 else "is"
-        raise UserError(f"{path}: {', '.join(wrong[:SHOWN])}{more} {verb} {what}; {mend}")
+        raise UserError(f"{path}: {_listed(wrong)} {verb} {what}; {mend}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"
 
 
 def _parameter(

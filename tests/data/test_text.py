@@ -38,8 +38,7 @@ def test_encode_puts_cls_first_pads_and_masks():
 
 
 def test_encode_cuts_what_is_too_long():
-    with pytest.warns(UserWarning, match="2 of 2 sentences"):
-        ids, mask = text.encode(text.build_tokenizer(SENTENCES), SENTENCES, 5)
+    ids, mask = text.encode(text.build_tokenizer(SENTENCES), SENTENCES, 5)
     assert ids.shape == (2, 5)
     assert mask.all()
 
@@ -48,18 +47,23 @@ def test_a_cut_sentence_is_the_beginning_of_the_whole_one():
     tokenizer = text.build_tokenizer(SENTENCES)
     whole, _ = text.encode(tokenizer, SENTENCES, 40)
     for length in (1, 2, 5, 39):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ids, _ = text.encode(tokenizer, SENTENCES, length)
+        ids, _ = text.encode(tokenizer, SENTENCES, length)
         np.testing.assert_array_equal(ids, whole[:, :length])
 
 
-def test_a_sentence_that_just_fits_is_whole_without_a_warning():
+def test_a_sentence_that_just_fits_is_whole_and_of_no_concern():
     tokenizer = text.build_tokenizer(SENTENCES)
+    _, mask = text.encode(tokenizer, ["lower left lung"] * 2, 4)
+    assert mask.all()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _, mask = text.encode(tokenizer, ["lower left lung"] * 2, 4)
-    assert mask.all()
+        text.warn_of_cut(tokenizer, ["lower left lung"] * 2, 4)
+
+
+def test_distinct_sentences_that_are_too_long_are_counted_in_a_warning():
+    tokenizer = text.build_tokenizer(SENTENCES)
+    with pytest.warns(UserWarning, match="2 of 3 sentences are longer than 5 tokens"):
+        text.warn_of_cut(tokenizer, [*SENTENCES, *SENTENCES, "left lung"], 5)
 
 
 def test_a_length_without_room_for_the_special_tokens_is_refused():

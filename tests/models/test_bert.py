@@ -1,0 +1,104 @@
+"""BERT: embeddings and projection head by hand, padding, who sees whom."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import ndtr
+
+from biclip_jax.models import bert
+from biclip_jax.weights import architectures
+
+CONFIG = {
+    "vocab_size": 20,
+    "max_length": 9,
+    "width": 8,
+    "num_layers": 2,
+    "num_heads": 2,
+    "mlp_width": 12,
+    "projection_size": 6,
+}
+TOWER, PLAIN = bert.build(CONFIG), bert.build(CONFIG | {"projection_size": 0})
+IDS = jnp.array([[2, 5, 6, 3, 0, 0], [2, 7, 8, 9, 10, 3]])
+MASK = IDS > 0
+apply = jax.jit(TOWER.apply)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    rng = np.random.default_rng(0)
+    fresh = jax.jit(TOWER.init)(jax.random.key(0), IDS, MASK)
+    return jax.tree.map(lambda p: p + 0.3 * rng.normal(size=p.shape).astype(np.float32), fresh)
+
+
+def states(variables, ids, mask):
+    return np.stack(apply(variables, ids, mask)[1]["hidden_states"])
+
+
+def norm(params, x):
+    scaled = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-12)
+    return scaled * np.asarray(params["scale"]) + np.asarray(params["bias"])
+
+
+def test_padding_changes_no_token_s_state(variables):
+    expected = states(variables, IDS, MASK)[:, MASK]
+    content = states(variables, jnp.where(MASK, IDS, 13), MASK)[:, MASK]
+    np.testing.assert_array_equal(content, expected)
+    pad = ((0, 0), (0, 3))
+    longer = states(variables, jnp.pad(IDS, pad), jnp.pad(MASK, pad))[:, :, :6][:, MASK]
+    np.testing.assert_allclose(longer, expected, atol=1e-5)
+
+
+def test_every_token_sees_the_later_ones(variables):
+    before, after = states(variables, IDS, MASK), states(variables, IDS.at[1, 5].set(11), MASK)
+    np.testing.assert_array_equal(before[:, 0], after[:, 0])
+    np.testing.assert_array_equal(before[0, 1, :5], after[0, 1, :5])
+    assert (np.abs(before - after)[1:, 1].max(-1) > 1e-5).all()
+
+
+def test_embeddings_are_the_normalised_sum_of_three_tables(variables):
+    params = variables["params"]
+    words = np.asarray(params["words"]["embedding"])[IDS]
+    total = words + np.asarray(params["positions"])[:6] + np.asarray(params["segments"])[0]
+    found = states(variables, IDS, MASK)[0]
+    np.testing.assert_allclose(found, norm(params["norm"], total), atol=1e-5)
+
+
+def test_the_head_projects_the_first_token(variables):
+    embedding, aux = apply(variables, IDS, MASK)
+    head = variables["params"]["projection"]
+    x = np.asarray(aux["hidden_states"][-1])[:, 0]
+    x = x @ head["hidden"]["kernel"] + head["hidden"]["bias"]
+    x = norm(head["norm"], x * ndtr(x))
+    np.testing.assert_allclose(
+        embedding, x @ head["out"]["kernel"] + head["out"]["bias"], atol=1e-5
+    )
+    assert TOWER.embedding_size == 6
+
+
+def test_without_a_head_the_first_token_is_the_embedding(variables):
+    params = {k: v for k, v in variables["params"].items() if k != "projection"}
+    embedding, aux = PLAIN.apply({"params": params}, IDS, MASK)
+    np.testing.assert_array_equal(embedding, aux["hidden_states"][-1][:, 0])
+    assert PLAIN.embedding_size == 8
+
+
+def test_too_many_tokens_are_refused(variables):
+    ids = jnp.ones((1, 10), jnp.int32)
+    with pytest.raises(ValueError, match="10 tokens; the tower has 9 positions"):
+        TOWER.apply(variables, ids, ids > 0)
+
+
+def test_bfloat16_is_finite_and_near_float32(variables):
+    embedding, aux = jax.jit(bert.build(CONFIG, "bfloat16").apply)(variables, IDS, MASK)
+    assert aux["hidden_states"][-1].dtype == jnp.bfloat16
+    expected = states(variables, IDS, MASK)[-1][MASK]
+    found = np.asarray(aux["hidden_states"][-1], np.float32)[MASK]
+    np.testing.assert_allclose(found, expected, atol=0.2)
+    assert np.isfinite(np.asarray(embedding, np.float32)).all()
+
+
+def test_bert_base_has_its_number_of_parameters():
+    ids = jnp.zeros((1, 1), jnp.int32)
+    shapes = architectures.shapes_of(bert.Bert(), ids, ids > 0)
+    assert sum(np.prod(shape) for shape in shapes.values()) == 108_891_648

@@ -1,0 +1,127 @@
+"""Attention, blocks, activations and position tables against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import ndtr
+
+from biclip_jax.models.transformer import ACTIVATIONS, Attention, Block, interpolate_positions
+
+HEADS, LENGTH, WIDTH = 2, 5, 8
+X = jnp.asarray(np.random.default_rng(0).normal(size=(3, LENGTH, WIDTH)), jnp.float32)
+BY_HAND = {"gelu": lambda x: x * ndtr(x), "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x))}
+
+CAUSAL = np.tril(np.ones((1, 1, LENGTH, LENGTH), bool))
+PADDED = (np.arange(LENGTH) < np.array([[5], [3], [1]]))[:, None, None, :]
+MASKS = {"none": None, "broadcasts": CAUSAL, "per example": PADDED, "both": CAUSAL & PADDED}
+
+
+def fresh(module):
+    """Parameters that are all noise, scales and biases included."""
+    rng = np.random.default_rng(1)
+    params = module.init(jax.random.key(0), X)["params"]
+    return jax.tree.map(lambda p: p + 0.3 * rng.normal(size=p.shape).astype(np.float32), params)
+
+
+def dense(params, x):
+    return x @ np.asarray(params["kernel"], float) + np.asarray(params["bias"])
+
+
+def norm(params, x, epsilon):
+    centred = x - x.mean(-1, keepdims=True)
+    scaled = centred / np.sqrt(x.var(-1, keepdims=True) + epsilon)
+    return scaled * np.asarray(params["scale"]) + np.asarray(params["bias"])
+
+
+def attention(params, x, mask=None):
+    """One head of one query at a time, over the keys that it sees."""
+    query, key, value = np.split(dense(params["qkv"], x), 3, axis=-1)
+    size, mixed = WIDTH // HEADS, np.zeros_like(query)
+    mask = np.broadcast_to(True if mask is None else mask, (len(x), 1, LENGTH, LENGTH))
+    for b, head, i in np.ndindex(len(x), HEADS, LENGTH):
+        seen, part = np.flatnonzero(mask[b, 0, i]), slice(head * size, (head + 1) * size)
+        weights = np.exp(key[b, seen, part] @ query[b, i, part] / np.sqrt(size))
+        mixed[b, i, part] = weights / weights.sum() @ value[b, seen, part]
+    return dense(params["out"], mixed)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_attention_is_a_loop_over_heads_and_queries(name):
+    module, mask = Attention(HEADS), MASKS[name]
+    params = fresh(module)
+    found = module.apply({"params": params}, X, None if mask is None else jnp.asarray(mask))
+    np.testing.assert_allclose(found, attention(params, np.asarray(X, float), mask), atol=1e-5)
+
+
+def test_a_masked_key_has_no_influence():
+    module = Attention(HEADS)
+    variables, mask = {"params": fresh(module)}, jnp.asarray(PADDED)
+    other = jnp.where(mask[:, 0, 0, :, None], X, 1e3)
+    found, expected = module.apply(variables, other, mask), module.apply(variables, X, mask)
+    for b, length in enumerate(PADDED.sum((1, 2, 3))):
+        np.testing.assert_array_equal(found[b, :length], expected[b, :length])
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_block_norms_before_or_after_the_residual(post_norm, activation):
+    epsilon = 0.05
+    module = Block(HEADS, 12, activation, epsilon, post_norm)
+    params, x = fresh(module), np.asarray(X, float)
+
+    def mix(x):
+        return attention(params["attention"], x, CAUSAL)
+
+    def mlp(x):
+        return dense(params["mlp_out"], BY_HAND[activation](dense(params["mlp_in"], x)))
+
+    if post_norm:
+        x = norm(params["norm_0"], x + mix(x), epsilon)
+        expected = norm(params["norm_1"], x + mlp(x), epsilon)
+    else:
+        x = x + mix(norm(params["norm_0"], x, epsilon))
+        expected = x + mlp(norm(params["norm_1"], x, epsilon))
+    found = module.apply({"params": params}, X, jnp.asarray(CAUSAL))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_the_exact_ones(name):
+    x = np.linspace(-6, 6, 101, dtype=np.float32)
+    np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x)), BY_HAND[name](x), atol=1e-6)
+
+
+def table(*channels):
+    """A position table of a 7 x 7 grid after a class row of -1."""
+    rows, columns = np.mgrid[:7, :7]
+    patches = np.stack([f(rows, columns) for f in channels], -1).reshape(49, -1)
+    return jnp.asarray(np.concatenate([np.full((1, len(channels)), -1.0), patches]), jnp.float32)
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (3, 3), (5, 9)])
+def test_interpolation_keeps_the_class_row_and_constants(grid):
+    found = interpolate_positions(table(lambda r, c: 0 * r + 3, lambda r, c: r * c), grid)
+    assert found.shape == (1 + grid[0] * grid[1], 2)
+    np.testing.assert_array_equal(found[0], [-1, -1])
+    np.testing.assert_allclose(found[1:, 0], 3, atol=1e-5)
+
+
+def test_the_table_s_own_grid_is_the_identity():
+    same = table(lambda r, c: np.sin(r * 7 + c))
+    np.testing.assert_array_equal(interpolate_positions(same, (7, 7)), same)
+
+
+def test_a_ramp_stays_a_ramp_in_the_middle():
+    ramps = table(lambda r, c: r, lambda r, c: c)
+    found = np.asarray(interpolate_positions(ramps, (14, 14)))[1:].reshape(14, 14, 2)
+    expected = (np.arange(14) + 0.5) / 2 - 0.5
+    np.testing.assert_allclose(found[5, 4:10, 1], expected[4:10], atol=0.05)
+    np.testing.assert_allclose(found[4:10, 5, 0], expected[4:10], atol=0.05)
+
+
+def test_a_wide_grid_is_in_rows():
+    ramps = table(lambda r, c: r, lambda r, c: c)
+    found = np.asarray(interpolate_positions(ramps, (7, 14)))[1:].reshape(7, 14, 2)
+    np.testing.assert_allclose(found[..., 0], np.repeat(np.arange(7)[:, None], 14, 1), atol=1e-5)
+    assert (np.diff(found[..., 1], axis=1) > 0).all()
