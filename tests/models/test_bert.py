@@ -8,6 +8,7 @@ from scipy.special import ndtr
 
 from biclip_jax.models import bert
 from biclip_jax.weights import architectures
+from tests.models.by_hand import dense, noise, norm
 
 CONFIG = {
     "vocab_size": 20,
@@ -26,18 +27,11 @@ apply = jax.jit(TOWER.apply)
 
 @pytest.fixture(scope="module")
 def variables():
-    rng = np.random.default_rng(0)
-    fresh = jax.jit(TOWER.init)(jax.random.key(0), IDS, MASK)
-    return jax.tree.map(lambda p: p + 0.3 * rng.normal(size=p.shape).astype(np.float32), fresh)
+    return noise(TOWER, IDS, MASK)
 
 
 def states(variables, ids, mask):
     return np.stack(apply(variables, ids, mask)[1]["hidden_states"])
-
-
-def norm(params, x):
-    scaled = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-12)
-    return scaled * np.asarray(params["scale"]) + np.asarray(params["bias"])
 
 
 def test_padding_changes_no_token_s_state(variables):
@@ -61,24 +55,22 @@ def test_embeddings_are_the_normalised_sum_of_three_tables(variables):
     words = np.asarray(params["words"]["embedding"])[IDS]
     total = words + np.asarray(params["positions"])[:6] + np.asarray(params["segments"])[0]
     found = states(variables, IDS, MASK)[0]
-    np.testing.assert_allclose(found, norm(params["norm"], total), atol=1e-5)
+    np.testing.assert_allclose(found, norm(params["norm"], total, 1e-12), atol=1e-5)
 
 
 def test_the_head_projects_the_first_token(variables):
     embedding, aux = apply(variables, IDS, MASK)
     head = variables["params"]["projection"]
     x = np.asarray(aux["hidden_states"][-1])[:, 0]
-    x = x @ head["hidden"]["kernel"] + head["hidden"]["bias"]
-    x = norm(head["norm"], x * ndtr(x))
-    np.testing.assert_allclose(
-        embedding, x @ head["out"]["kernel"] + head["out"]["bias"], atol=1e-5
-    )
+    x = dense(head["hidden"], x)
+    x = norm(head["norm"], x * ndtr(x), 1e-12)
+    np.testing.assert_allclose(embedding, dense(head["out"], x), atol=1e-5)
     assert TOWER.embedding_size == 6
 
 
 def test_without_a_head_the_first_token_is_the_embedding(variables):
     params = {k: v for k, v in variables["params"].items() if k != "projection"}
-    embedding, aux = PLAIN.apply({"params": params}, IDS, MASK)
+    embedding, aux = jax.jit(PLAIN.apply)({"params": params}, IDS, MASK)
     np.testing.assert_array_equal(embedding, aux["hidden_states"][-1][:, 0])
     assert PLAIN.embedding_size == 8
 

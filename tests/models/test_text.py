@@ -7,6 +7,7 @@ import pytest
 
 from biclip_jax.models import bert, clip
 from biclip_jax.models.text import POOLINGS, PooledTower, TextEncoder
+from tests.models.by_hand import noise
 
 ENCODER = TextEncoder(vocab_size=20, max_length=8, width=16, num_layers=2, num_heads=4)
 IDS = jnp.array([[2, 5, 6, 7, 0, 0], [2, 7, 6, 5, 0, 0]])
@@ -47,7 +48,7 @@ FIELDS = {
     "vocab_size": 20,
     "max_length": 8,
     "width": 8,
-    "num_layers": 4,
+    "num_layers": 3,
     "num_heads": 2,
     "mlp_width": 12,
 }
@@ -59,49 +60,50 @@ TOWERS = {
 
 @pytest.fixture(scope="module", params=TOWERS)
 def tower(request):
-    """(tower, its parameters, all of them noise)."""
-    module, rng = TOWERS[request.param], np.random.default_rng(0)
-    params = jax.jit(module.init)(jax.random.key(0), IDS, MASK)["params"]
-    noise = lambda p: p + 0.3 * rng.normal(size=p.shape).astype(np.float32)
-    return module, jax.tree.map(noise, params)
+    """(tower, its variables, a function of them that gives every pooling and the intermediates)."""
+    module = TOWERS[request.param]
 
+    @jax.jit
+    def everything(variables, ids, mask):
+        inside = {"params": {"tower": variables["params"]}}
+        pooled = {name: PooledTower(module, name).apply(inside, ids, mask) for name in POOLINGS}
+        return pooled, module.apply(variables, ids, mask)
 
-def pool(tower, pooling, ids, mask):
-    module, params = tower
-    return PooledTower(module, pooling).apply({"params": {"tower": params}}, ids, mask)
+    return module, noise(module, IDS, MASK), everything
 
 
 def test_each_pooling_is_what_it_says(tower):
-    module, params = tower
+    module, variables, everything = tower
     mask = IDS.at[1, 3].set(0) > 0
-    embedding, aux = module.apply({"params": params}, IDS, mask)
+    pooled, (embedding, aux) = everything(variables, IDS, mask)
     states = [np.asarray(state) for state in aux["hidden_states"]]
-    assert len(states) == 5
-    mean = (states[1] + states[2] + states[4]) / 3
+    assert len(states) == 4
+    mean = (states[1] + states[2] + states[3]) / 3
     by_hand = {
         "all_tokens": mean.sum(1) / 6,
         "masked": np.stack([mean[0, :4].sum(0) / 4, mean[1, :3].sum(0) / 3]),
         "embedding": embedding,
     }
-    assert set(by_hand) == set(POOLINGS)
-    for pooling, expected in by_hand.items():
-        found = pool(tower, pooling, IDS, mask)
-        np.testing.assert_allclose(found, expected, atol=1e-5)
-        assert found.shape[1] == PooledTower(module, pooling).num_features
+    assert by_hand.keys() == pooled.keys()
+    for name, expected in by_hand.items():
+        np.testing.assert_allclose(pooled[name], expected, atol=1e-5)
+        assert pooled[name].shape[1] == PooledTower(module, name).num_features
 
 
 def test_the_padding_s_length_matters_to_all_tokens_alone(tower):
+    _, variables, everything = tower
     pad = ((0, 0), (0, 2))
-    longer = jnp.pad(IDS, pad), jnp.pad(MASK, pad)
-    for pooling in ("masked", "embedding"):
-        found, expected = pool(tower, pooling, *longer), pool(tower, pooling, IDS, MASK)
-        np.testing.assert_allclose(found, expected, atol=1e-5)
-    difference = pool(tower, "all_tokens", *longer) - pool(tower, "all_tokens", IDS, MASK)
-    assert (np.abs(difference).max(axis=1) > 1e-3).all()
+    short, _ = everything(variables, IDS, MASK)
+    longer, _ = everything(variables, jnp.pad(IDS, pad), jnp.pad(MASK, pad))
+    for name in ("masked", "embedding"):
+        np.testing.assert_allclose(longer[name], short[name], atol=1e-5)
+    difference = np.abs(longer["all_tokens"] - short["all_tokens"]).max(axis=1)
+    assert (difference > 1e-3).all()
 
 
 def test_pooled_vectors_are_float32_whatever_the_tower_computes_in(tower):
-    module, params = tower
-    narrow = module.clone(dtype=jnp.bfloat16)
-    for pooling in POOLINGS:
-        assert pool((narrow, params), pooling, IDS, MASK).dtype == jnp.float32
+    module, variables, _ = tower
+    inside = {"params": {"tower": variables["params"]}}
+    for name in POOLINGS:
+        pooled = PooledTower(module.clone(dtype=jnp.bfloat16), name)
+        assert jax.eval_shape(pooled.apply, inside, IDS, MASK).dtype == jnp.float32

@@ -7,6 +7,7 @@ import pytest
 from scipy.special import ndtr
 
 from biclip_jax.models.transformer import ACTIVATIONS, Attention, Block, interpolate_positions
+from tests.models.by_hand import dense, noise, norm
 
 HEADS, LENGTH, WIDTH = 2, 5, 8
 X = jnp.asarray(np.random.default_rng(0).normal(size=(3, LENGTH, WIDTH)), jnp.float32)
@@ -15,23 +16,6 @@ BY_HAND = {"gelu": lambda x: x * ndtr(x), "quick_gelu": lambda x: x / (1 + np.ex
 CAUSAL = np.tril(np.ones((1, 1, LENGTH, LENGTH), bool))
 PADDED = (np.arange(LENGTH) < np.array([[5], [3], [1]]))[:, None, None, :]
 MASKS = {"none": None, "broadcasts": CAUSAL, "per example": PADDED, "both": CAUSAL & PADDED}
-
-
-def fresh(module):
-    """Parameters that are all noise, scales and biases included."""
-    rng = np.random.default_rng(1)
-    params = module.init(jax.random.key(0), X)["params"]
-    return jax.tree.map(lambda p: p + 0.3 * rng.normal(size=p.shape).astype(np.float32), params)
-
-
-def dense(params, x):
-    return x @ np.asarray(params["kernel"], float) + np.asarray(params["bias"])
-
-
-def norm(params, x, epsilon):
-    centred = x - x.mean(-1, keepdims=True)
-    scaled = centred / np.sqrt(x.var(-1, keepdims=True) + epsilon)
-    return scaled * np.asarray(params["scale"]) + np.asarray(params["bias"])
 
 
 def attention(params, x, mask=None):
@@ -49,16 +33,18 @@ def attention(params, x, mask=None):
 @pytest.mark.parametrize("name", MASKS)
 def test_attention_is_a_loop_over_heads_and_queries(name):
     module, mask = Attention(HEADS), MASKS[name]
-    params = fresh(module)
-    found = module.apply({"params": params}, X, None if mask is None else jnp.asarray(mask))
+    params = noise(module, X)["params"]
+    given = None if mask is None else jnp.asarray(mask)
+    found = jax.jit(module.apply)({"params": params}, X, given)
     np.testing.assert_allclose(found, attention(params, np.asarray(X, float), mask), atol=1e-5)
 
 
 def test_a_masked_key_has_no_influence():
     module = Attention(HEADS)
-    variables, mask = {"params": fresh(module)}, jnp.asarray(PADDED)
+    variables, mask = {"params": noise(module, X)["params"]}, jnp.asarray(PADDED)
     other = jnp.where(mask[:, 0, 0, :, None], X, 1e3)
-    found, expected = module.apply(variables, other, mask), module.apply(variables, X, mask)
+    apply = jax.jit(module.apply)
+    found, expected = apply(variables, other, mask), apply(variables, X, mask)
     for b, length in enumerate(PADDED.sum((1, 2, 3))):
         np.testing.assert_array_equal(found[b, :length], expected[b, :length])
 
@@ -68,7 +54,7 @@ def test_a_masked_key_has_no_influence():
 def test_a_block_norms_before_or_after_the_residual(post_norm, activation):
     epsilon = 0.05
     module = Block(HEADS, 12, activation, epsilon, post_norm)
-    params, x = fresh(module), np.asarray(X, float)
+    params, x = noise(module, X)["params"], np.asarray(X, float)
 
     def mix(x):
         return attention(params["attention"], x, CAUSAL)
@@ -82,7 +68,7 @@ def test_a_block_norms_before_or_after_the_residual(post_norm, activation):
     else:
         x = x + mix(norm(params["norm_0"], x, epsilon))
         expected = x + mlp(norm(params["norm_1"], x, epsilon))
-    found = module.apply({"params": params}, X, jnp.asarray(CAUSAL))
+    found = jax.jit(module.apply)({"params": params}, X, jnp.asarray(CAUSAL))
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
