@@ -33,6 +33,8 @@ setup(
         "grain>=0.2.18,<0.3",
         "array_record>=0.8.3,<0.9",
         "safetensors>=0.6,<1",
+        "ml_dtypes>=0.5,<1",
+        "huggingface_hub>=1.0,<3",
         "jaxtyping>=0.3.4,<0.4",
         "pillow>=11,<14",
         "matplotlib>=3.9,<4",

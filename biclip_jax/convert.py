@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from biclip_jax import cli, inference
+from biclip_jax import cli, inference, sentences
 from biclip_jax.data import tokenizers
 from biclip_jax.errors import UserError
 from biclip_jax.models.transformer import ACTIVATIONS
@@ -27,42 +27,54 @@ from biclip_jax.weights import architectures, readers
 from biclip_jax.weights import folder as model_folder
 
 KINDS = ("bert", "clip", "biclip")
-HUB_FILES = ["*.json", "*.txt", "*.gz", "*.safetensors", "*.msgpack", "*.bin"]
+# What a hub's repository holds beside the weights that is read.
+HUB_FILES = ["config.json", "open_clip_config.json", "tokenizer.json", "tokenizer_config.json"]
+HUB_FILES += ["vocab.txt", "vocab.json", "merges.txt"]
 
 
 def convert(args: argparse.Namespace) -> Path:
     """Runs what the command line describes; returns the folder that was written."""
     source, output = find_source(args.source), Path(args.output)
-    if (output / model_folder.CONFIG).exists() and not args.overwrite:
-        raise UserError(f"{output}: holds a model already; give another OUT, or --overwrite")
-    place = Path(args.tokenizer) if args.tokenizer else source if source.is_dir() else source.parent
-    tokenizer = tokenizers.read_tokenizer("clip" if args.kind == "clip" else "bert", place)
+    check_output(source, output, args.overwrite)
     checkpoint = readers.open_checkpoint(source)
-    origin = {"source": Path(args.source).name, "read_as": checkpoint.format}
-    if args.kind == "biclip":
-        return write_biclip(checkpoint, tokenizer, output, origin)
     hf_config = read_hf_config(source, args.activation)
-    write = {"bert": architectures.convert_bert, "clip": architectures.convert_clip}[args.kind]
-    write_tower(args.kind, write(checkpoint, hf_config), tokenizer, output, origin)
+    origin = {"source": source.resolve().name, "read_as": checkpoint.format}
+    if args.kind == "biclip":
+        network, tower = architectures.convert_biclip(checkpoint, hf_config, args.max_length)
+        if not 3 <= args.max_length <= tower.config["max_length"]:
+            longest = tower.config["max_length"]
+            raise UserError(f"--max-length {args.max_length}: expected 3 to {longest} tokens")
+        tokenizer = read_tokenizer("bert", source, args.tokenizer, tower)
+        folder = output / inference.TEXT_ENCODER
+        identity = write_tower("bert", tower, tokenizer, folder, origin)
+        write_biclip(network, tokenizer, output, origin, identity)
+        return output
+    load = {"bert": architectures.convert_bert, "clip": architectures.convert_clip}[args.kind]
+    converted = load(checkpoint, hf_config)
+    tokenizer = read_tokenizer(args.kind, source, args.tokenizer, converted)
+    if args.kind == "clip" and not hf_config:
+        print("no config.json beside the weights: quick_gelu assumed (--activation)")
+    write_tower(args.kind, converted, tokenizer, output, origin)
     return output
 
 
 def find_source(source: str) -> Path:
-    """The file or folder of that name, or the hub's snapshot where there is none.
+    """The file or folder of that name, or the hub's snapshot where it can only be a hub's name.
 
     Raises:
-      UserError: neither is there.
+      UserError: neither is there, or it is a folder that was converted already.
     """
     path = Path(source)
-    if path.exists():
+    if (path / model_folder.CONFIG).is_file() and (path / model_folder.TOKENIZER).is_file():
+        raise UserError(f"{source}: a model folder already; open it with biclip_jax.load_model")
+    if source and path.exists():
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise UserError(f"{source}: no such file or folder; give the checkpoint's path")
-    from huggingface_hub import snapshot_download
-
+    could_be_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)
+    if not could_be_hub or path.parent.exists() or path.suffix in readers.SUFFIXES:
+        raise UserError(f"{source!r}: no such file or folder; give the checkpoint's path")
     print(f"{source}: no such folder here; asking the Hugging Face hub")
     try:
-        return Path(snapshot_download(source, allow_patterns=HUB_FILES))
+        return fetch(source)
     except Exception as error:  # the hub's client raises whatever its libraries do
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -71,26 +83,103 @@ def find_source(source: str) -> Path:
         ) from error
 
 
+def fetch(name: str) -> Path:
+    """The files of a hub's repository that a conversion reads: one format of weights, no code."""
+    import huggingface_hub
+
+    files = huggingface_hub.list_repo_files(name)
+    weights = next((file for file in readers.FOLDER_ORDER if file in files), None)
+    if weights is None:
+        raise FileNotFoundError(f"none of {', '.join(readers.FOLDER_ORDER)} in it")
+    stem = weights.removesuffix(readers.INDEX_SUFFIX)
+    shards = f"{Path(stem).stem}-*{Path(stem).suffix}"
+    patterns = [weights, *([shards] if weights != stem else []), *HUB_FILES]
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+
+
+def check_output(source: Path, output: Path, overwrite: bool) -> None:
+    """Raises UserError where writing would replace anything but a model folder of ours."""
+    inside = source if source.is_dir() else source.parent
+    if output.resolve() == inside.resolve():
+        raise UserError(f"{output}: holds SOURCE itself; give another OUT")
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(f"{output}: a file; give a folder as OUT")
+    if not any(output.iterdir()):
+        return
+    if not (output / model_folder.TOKENIZER).is_file():
+        raise UserError(f"{output}: holds other files; give an empty or a new folder as OUT")
+    if not overwrite:
+        raise UserError(f"{output}: holds a model already; give another OUT, or --overwrite")
+
+
+def read_tokenizer(
+    kind: str, source: Path, given: str | None, converted: architectures.Converted
+) -> Any:
+    """The tokenizer beside the weights, or the one that was given; it must fit the weights."""
+    place = Path(given) if given else source if source.is_dir() else source.parent
+    try:
+        tokenizer = tokenizers.read_tokenizer(kind, place)
+    except UserError as error:
+        mend = "" if given else " Or give the tokenizer's file or folder by --tokenizer."
+        raise UserError(f"{error}{mend}") from error
+    text = converted.config["text"] if kind == "clip" else converted.config
+    sentences.check_vocabulary(place, tokenizer, text["vocab_size"])
+    return tokenizer
+
+
 def read_hf_config(source: Path, activation: str | None) -> dict[str, Any]:
-    """Hugging Face's config.json beside the weights, or {}; with `activation` in all its parts.
+    """Hugging Face's config.json beside the weights, or open_clip's in its terms, or {}.
+
+    Args:
+      source: file or folder of the weights.
+      activation: takes the place of what they say; None: nothing does.
 
     Raises:
-      UserError: a config.json that is none.
+      UserError: a file of that name that is none.
     """
-    path = (source if source.is_dir() else source.parent) / "config.json"
-    config: Any = {}
-    if path.is_file():
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path}: no JSON ({error}); download it again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: a JSON {type(config).__name__}; expected an object")
+    folder = source if source.is_dir() else source.parent
+    config = _json_object(folder / "config.json")
+    if not config:
+        config = _from_open_clip(_json_object(folder / "open_clip_config.json"))
     if activation:
         config["hidden_act"] = activation
         for part in ("vision_config", "text_config"):
-            config[part] = {**(config.get(part) or {}), "hidden_act": activation}
+            fields = config.get(part)
+            config[part] = {
+                **(fields if isinstance(fields, dict) else {}),
+                "hidden_act": activation,
+            }
     return config
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: no JSON ({str(error)[:100]}); download it again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: a JSON {type(config).__name__}; expected an object")
+    return config
+
+
+def _from_open_clip(config: dict[str, Any]) -> dict[str, Any]:
+    if not config:
+        return {}
+    try:
+        model = config["model_cfg"]
+        activation = {"hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu"}
+        vision, text = model["vision_cfg"], model["text_cfg"]
+        image_heads = vision["width"] // vision.get("head_width", 64)
+        return {
+            "vision_config": {**activation, "num_attention_heads": image_heads},
+            "text_config": {**activation, "num_attention_heads": text["heads"]},
+        }
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"open_clip_config.json: not as open_clip writes it ({error!r}); download it again"
+        ) from error
 
 
 def write_tower(
@@ -99,16 +188,8 @@ def write_tower(
     tokenizer: Any,
     output: Path,
     origin: dict[str, Any],
-) -> None:
-    """Writes the folder of a tower and prints its report."""
-    model = converted.config
-    rows = model["vocab_size"] if kind == "bert" else model["text"]["vocab_size"]
-    if tokenizer.get_vocab_size() > rows:
-        raise UserError(
-            f"the tokenizer has {tokenizer.get_vocab_size()} words, the weights {rows}; "
-            "give the tokenizer of these weights (--tokenizer)"
-        )
-    tokenizers.save_tokenizer(tokenizer, output / "tokenizer")
+) -> str:
+    """Writes the folder of a tower and prints its report; returns its identity."""
     card = f"""# {kind} from {origin["source"]}
 
 Converted by biclip_jax; the licence is that of the original weights.
@@ -116,22 +197,30 @@ Converted by biclip_jax; the licence is that of the original weights.
     model, variables, processor = biclip_jax.load_model("this folder")
 """
     report = converted.report._asdict()
-    config = {"kind": kind, "model": model, "origin": {**origin, "report": report}}
-    model_folder.write(output, config=config, variables=converted.variables, card=card)
+    model_folder.write(
+        output,
+        config={"kind": kind, "model": converted.config, "origin": {**origin, "report": report}},
+        variables=converted.variables,
+        tokenizer=tokenizer.to_str(),
+        card=card,
+    )
     print(f"{output}: {kind}, {converted.report}")
+    return model_folder.identity(model_folder.read_config(output))
 
 
 def write_biclip(
-    checkpoint: readers.Checkpoint, tokenizer: Any, output: Path, origin: dict[str, Any]
-) -> Path:
-    """Writes the folder of the published network, its text tower inside."""
-    network, tower = architectures.convert_biclip(checkpoint)
-    write_tower("bert", tower, tokenizer, output / inference.TEXT_ENCODER, origin)
-    tokenizers.save_tokenizer(tokenizer, output / "tokenizer")
+    network: architectures.Converted,
+    tokenizer: Any,
+    output: Path,
+    origin: dict[str, Any],
+    tower: str,
+) -> None:
+    """Writes the folder of the published network, whose text tower lies inside already."""
     config = {
         "kind": "biclip",
         "model": network.config,
         "vocab_size": tokenizer.get_vocab_size(),
+        "tower": tower,
         "name": origin["source"],
         "data": "unknown",
         "step": 0,
@@ -145,9 +234,14 @@ the original weights. For research. Not a medical device.
     predictor = biclip_jax.load("this folder")
     mask, probability, uncertainty = predictor.predict("picture.png", "a sentence")
 """
-    model_folder.write(output, config=config, variables=network.variables, card=card)
+    model_folder.write(
+        output,
+        config=config,
+        variables=network.variables,
+        tokenizer=tokenizer.to_str(),
+        card=card,
+    )
     print(f"{output}: biclip, {network.report}")
-    return output
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -166,7 +260,10 @@ def _main(argv: list[str]) -> None:
     parser.add_argument(
         "--activation",
         choices=sorted(ACTIVATIONS),
-        help="where no config.json tells it (default: quick_gelu for clip, gelu for bert)",
+        help="in place of config.json's; without either quick_gelu for clip, gelu for bert",
+    )
+    parser.add_argument(
+        "--max-length", type=int, default=32, help="of a biclip's sentences, in tokens (32)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a model in OUT")
     convert(parser.parse_args(argv))

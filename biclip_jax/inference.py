@@ -123,20 +123,15 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], Processor]:
     """
     path = model_path(path)
     config, variables = model_folder.read(path)
-    opened = {"bert": _open_bert, "clip": _open_clip, "biclip": _open_biclip}
-    kind = config.get("kind", "biclip")
-    if kind not in opened:
-        raise UserError(
-            f"{path / model_folder.CONFIG}: kind {kind!r}; expected one of {', '.join(opened)}; "
-            "write the folder anew"
-        )
     tokenizer = tokenizers.load_tokenizer(path / "tokenizer")
-    return opened[kind](path, config, variables, tokenizer)
+    opened = {"bert": _open_bert, "clip": _open_clip, "biclip": _open_biclip}
+    with model_folder.describing(path):
+        return opened[config["kind"]](path, config, variables, tokenizer)
 
 
 def _open_bert(path, config, variables, tokenizer):
     model = bert.build(config["model"])
-    sentences.check_vocabulary(path, tokenizer, config["model"]["vocab_size"])
+    sentences.check_vocabulary(path / "tokenizer", tokenizer, config["model"]["vocab_size"])
     ids = jnp.zeros((1, 1), jnp.int32)
     model_folder.check_shapes(path, variables, architectures.shapes_of(model, ids, ids > 0))
     return model, variables, Processor(tokenizer, 0, config["model"]["max_length"])
@@ -145,7 +140,7 @@ def _open_bert(path, config, variables, tokenizer):
 def _open_clip(path, config, variables, tokenizer):
     image, text = config["model"]["image"], config["model"]["text"]
     model, size = clip.build(config["model"]), image["image_size"]
-    sentences.check_vocabulary(path, tokenizer, text["vocab_size"])
+    sentences.check_vocabulary(path / "tokenizer", tokenizer, text["vocab_size"])
     ids = jnp.zeros((1, text["max_length"]), jnp.int32)
     expected = architectures.shapes_of(model, jnp.zeros((1, size, size, 3)), ids)
     model_folder.check_shapes(path, variables, expected)
@@ -161,6 +156,12 @@ def _open_biclip(path, config, variables, tokenizer):
     text, tower = config["model"]["text"], None
     if text["encoder"] != "scratch":
         tower = sentences.open_tower(path / TEXT_ENCODER, text["encoder"], config["model"]["dtype"])
+        sentences.check_tower(tower, text)
+        if tower.identity != config["tower"]:
+            raise UserError(
+                f"{path / TEXT_ENCODER}: not the tower that this model was trained with; "
+                "copy the folder again"
+            )
         if not text["trainable"]:
             variables["params"]["text_encoder"] = {"tower": tower.params}
     model = biclip.build(

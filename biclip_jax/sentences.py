@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -35,14 +34,14 @@ class TextTower(NamedTuple):
 
     Attributes:
       folder: where it lies.
-      sha256: of its weights.
+      identity: SHA-256 over its weights and tokenizer.
       module: the tower.
       params: of the tower, host arrays.
       tokenizer: of the tower.
     """
 
     folder: Path
-    sha256: str
+    identity: str
     module: nn.Module
     params: dict[str, Any]
     tokenizer: Tokenizer
@@ -54,10 +53,12 @@ class Sentences(NamedTuple):
     Attributes:
       tokenizer: of the text encoder.
       fields: {split: {field of a `Batch`: (N, ...) of the whole split}}.
+      tower: identity of the pretrained tower; empty for none.
     """
 
     tokenizer: Tokenizer
     fields: dict[str, dict[str, np.ndarray]]
+    tower: str = ""
 
 
 def open_tower(path: str | Path, kind: str, dtype: str = "float32") -> TextTower:
@@ -84,26 +85,42 @@ def open_tower(path: str | Path, kind: str, dtype: str = "float32") -> TextTower
             f"{folder}: holds a {found}, model.text.encoder is {kind!r}; "
             "give another folder or another encoder"
         )
-    params, fields = variables["params"], config["model"]
-    if kind == "clip":
-        params, fields = params.get("text_encoder", {}), fields["text"]
-    build = {"bert": bert.build, "clip": clip.build_text_encoder}[kind]
-    module: nn.Module = build(fields, dtype)
-    ids = jnp.zeros((1, 1), jnp.int32)
-    expected = architectures.shapes_of(module, ids, ids > 0)
-    model_folder.check_shapes(folder, {"params": params}, expected)
     tokenizer = tokenizers.load_tokenizer(folder / "tokenizer")
-    check_vocabulary(folder, tokenizer, fields["vocab_size"])
-    return TextTower(folder, config["sha256"], module, params, tokenizer)
+    with model_folder.describing(folder):
+        params, fields = variables["params"], config["model"]
+        if kind == "clip":
+            params, fields = params["text_encoder"], fields["text"]
+        build = {"bert": bert.build, "clip": clip.build_text_encoder}[kind]
+        module: nn.Module = build(fields, dtype)
+        ids = jnp.zeros((1, 1), jnp.int32)
+        expected = architectures.shapes_of(module, ids, ids > 0)
+    model_folder.check_shapes(folder, {"params": params}, expected)
+    check_vocabulary(folder / "tokenizer", tokenizer, fields["vocab_size"])
+    return TextTower(folder, model_folder.identity(config), module, params, tokenizer)
 
 
-def check_vocabulary(folder: Path, tokenizer: Tokenizer, rows: int) -> None:
+def check_vocabulary(path: Path, tokenizer: Tokenizer, rows: int) -> None:
     """Raises UserError where an id lies past the tower's embedding, which jax would not say."""
-    largest = max(tokenizer.get_vocab().values())
+    largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= rows:
         raise UserError(
-            f"{folder / 'tokenizer'}: its largest id is {largest}, the tower has {rows} words; "
-            "put the tokenizer of this tower there"
+            f"{path}: the tokenizer's largest id is {largest}, the weights have {rows} words; "
+            "give the tokenizer of these weights"
+        )
+
+
+def check_tower(tower: TextTower, config: Mapping[str, Any]) -> None:
+    """Raises UserError where a tower cannot do what the fields of `model.text` ask."""
+    longest, layers = tower.module.max_length, tower.module.num_layers
+    if config["max_length"] > longest:
+        raise UserError(
+            f"--config.model.text.max_length: {config['max_length']}; the tower in {tower.folder} "
+            f"has {longest} positions; set at most that"
+        )
+    if config["pooling"] != "embedding" and layers < 2:
+        raise UserError(
+            f"--config.model.text.pooling: {config['pooling']!r} needs hidden state 2; the tower "
+            f"in {tower.folder} has {layers} layers; set embedding"
         )
 
 
@@ -124,6 +141,8 @@ def read(
       folder: where those vectors are kept, see `weights.text_features`.
       log: takes a line on what the tower is given.
     """
+    if tower:
+        check_tower(tower, config)
     tokenizer = tower.tokenizer if tower else text_lib.build_tokenizer(texts["train"])
     max_length = config["max_length"]
     distinct = {sentence for split in texts.values() for sentence in split}
@@ -135,7 +154,7 @@ def read(
         features = tower_features(tower, config, sorted(distinct), folder)
         encode = partial(text_lib.feature_fields, features)
     fields = {split: pipeline.sentence_fields(encode, texts[split]) for split in texts}
-    return Sentences(tokenizer, fields)
+    return Sentences(tokenizer, fields, tower.identity if tower else "")
 
 
 def tower_features(
@@ -150,8 +169,7 @@ def tower_features(
       folder: where vectors are kept from run to run; None: nowhere.
     """
     identity = {
-        "weights": tower.sha256,
-        "tokenizer": hashlib.sha256(tower.tokenizer.to_str().encode()).hexdigest(),
+        "tower": tower.identity,
         "module": str(tower.module),
         "pooling": config["pooling"],
         "max_length": config["max_length"],

@@ -22,7 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from biclip_jax import cli, inference, parallel, sentences
-from biclip_jax.data import pipeline, tokenizers
+from biclip_jax.data import pipeline
 from biclip_jax.errors import UserError
 from biclip_jax.evaluation import reporting, runner
 from biclip_jax.evaluation import steps as eval_steps
@@ -82,6 +82,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         if text["encoder"] != "scratch":
             tower = sentences.open_tower(text["weights"], text["encoder"], config.model.dtype)
         claim(config, workdir, tower)
+        if tower:
+            model_folder.link(tower.folder, workdir / "model" / inference.TEXT_ENCODER)
         prepared = pipeline.prepare(data, config.model.image_size)
         splits = pipeline.open_splits(prepared, data)
         texts = {split: [record["text"] for record in splits[split]] for split in ("train", "val")}
@@ -99,14 +101,14 @@ def claim(config: ConfigDict, workdir: Path, tower: sentences.TextTower | None) 
     """Writes the resolved configuration, after a check that a run there began with the same.
 
     Fields that do not change a run, such as where its data lies, may differ; a
-    tower is known by the SHA-256 of its weights.
+    tower is known by the SHA-256 of its weights and tokenizer.
 
     Raises:
       UserError: another configuration began this run (naming the fields).
     """
     path = workdir / "config.json"
     resolved = json.loads(config.to_json())
-    resolved["model"]["text"]["sha256"] = tower.sha256 if tower else ""
+    resolved["model"]["text"]["tower"] = tower.identity if tower else ""
     changed: list[str] = []
     if path.exists() and checkpoint.steps(workdir / "checkpoints/last"):
         try:
@@ -257,7 +259,7 @@ def loop(
             if due:
                 scores = validate(config, program, splits["val"], spoken.fields["val"], state)
                 writer.write(step, "val", scores)
-                keep_best(config, workdir, spoken.tokenizer, state, scores, progress)
+                keep_best(config, workdir, spoken, state, scores, progress)
             if due or signalled is not None:
                 checkpoint.save(workdir / "checkpoints/last", parallel.to_host(state), progress)
             since += time.perf_counter() - paused
@@ -325,7 +327,7 @@ def validate(
 def keep_best(
     config: ConfigDict,
     workdir: Path,
-    tokenizer: Any,
+    spoken: sentences.Sentences,
     state: train_state.TrainState,
     scores: Mapping[str, Any],
     progress: dict[str, Any],
@@ -338,15 +340,11 @@ def keep_best(
     progress.update(best_score=scores["dice_global"], best_step=step, stale=0)
     host_state = parallel.to_host(state)
     checkpoint.save(workdir / "checkpoints/best", host_state, progress, keep=1)
-    tokenizers.save_tokenizer(tokenizer, workdir / "model/tokenizer")
-    if config.model.text.encoder != "scratch":
-        model_folder.link(
-            Path(config.model.text.weights), workdir / "model" / inference.TEXT_ENCODER
-        )
     described = {
         "kind": "biclip",
         "model": config.model.to_dict(),
-        "vocab_size": tokenizer.get_vocab_size(),
+        "vocab_size": spoken.tokenizer.get_vocab_size(),
+        "tower": spoken.tower,
         "name": config.name,
         "data": config.data.name,
         "step": step,
@@ -355,6 +353,7 @@ def keep_best(
         workdir / "model",
         config=described,
         variables=train_state.variables_of(host_state),
+        tokenizer=spoken.tokenizer.to_str(),
         card=model_folder.model_card(described, {"validation": scores}),
         scores={"validation": scores},
     )

@@ -72,12 +72,13 @@ def test_bad_pictures_are_named(trained, tmp_path):
 def test_parameters_of_another_model_are_refused_by_name(trained, tmp_path):
     shutil.copytree(trained / "model", tmp_path / "model")
     config, variables = inference.model_folder.read(tmp_path / "model")
+    rest = {"tokenizer": (tmp_path / "model/tokenizer/tokenizer.json").read_text(), "card": ""}
     kernel = variables["params"]["unet"]["head"].pop("kernel")
-    inference.model_folder.write(tmp_path / "model", config=config, variables=variables, card="")
+    inference.model_folder.write(tmp_path / "model", config=config, variables=variables, **rest)
     with pytest.raises(UserError, match="unet/head/kernel"):
         biclip_jax.load(tmp_path)
     variables["params"]["unet"]["head"]["kernel"] = kernel[..., :0]
-    inference.model_folder.write(tmp_path / "model", config=config, variables=variables, card="")
+    inference.model_folder.write(tmp_path / "model", config=config, variables=variables, **rest)
     with pytest.raises(UserError, match="unet/head/kernel"):
         biclip_jax.load(tmp_path)
 

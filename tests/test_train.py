@@ -313,11 +313,18 @@ def test_a_frozen_tower_is_asked_once_and_travels_with_the_model(
     train.train_and_evaluate(config, tmp_path / "run")
     other = tmp_path / "other"
     shutil.copytree(tower_folder, other)
-    flat = model_folder.read(other)
-    flat[1]["params"]["norm"]["bias"] += 1
-    model_folder.write(other, config=flat[0], variables=flat[1], card="")
-    with pytest.raises(UserError, match=r"model\.text\.sha256"):
+    described, variables = model_folder.read(other)
+    variables["params"]["norm"]["bias"] += 1
+    words = (other / model_folder.TOKENIZER).read_text()
+    model_folder.write(other, config=described, variables=variables, tokenizer=words, card="")
+    with pytest.raises(UserError, match=r"model\.text\.tower"):
         train.train_and_evaluate(with_tower(config, other), tmp_path / "run")
+
+    # Nor may it take the place of the one that the model was trained with.
+    shutil.rmtree(moved / "text_encoder")
+    shutil.copytree(other, moved / "text_encoder")
+    with pytest.raises(UserError, match="not the tower"):
+        inference.load_model(moved)
 
 
 @pytest.mark.slow

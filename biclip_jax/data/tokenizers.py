@@ -74,12 +74,6 @@ def read_tokenizer(kind: str, path: str | os.PathLike[str]) -> Tokenizer:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes tokenizer.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / TOKENIZER_FILE))
-
-
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Reads tokenizer.json; raises UserError where it is missing or damaged."""
     path = folder / TOKENIZER_FILE

@@ -21,7 +21,8 @@ from biclip_jax.weights import convert, keys
 from biclip_jax.weights.convert import Converted, Tensor
 from biclip_jax.weights.readers import Checkpoint
 
-HEAD_SIZE = 64  # of every CLIP and BERT that there is
+# Widths whose heads are 64 wide in every released tower: BERT base and large, OpenAI's CLIP.
+HEAD_SIZE, KNOWN_WIDTHS = 64, (512, 640, 768, 1024)
 
 
 def convert_clip(checkpoint: Checkpoint, hf_config: Mapping[str, Any] | None = None) -> Converted:
@@ -30,7 +31,7 @@ def convert_clip(checkpoint: Checkpoint, hf_config: Mapping[str, Any] | None = N
     Args:
       checkpoint: opened; its arrays are read one by one.
       hf_config: Hugging Face's config.json, where there is one; it tells the
-        activation, which the arrays do not.
+        heads, the activation and the epsilon, which the arrays do not.
 
     Raises:
       UserError: no CLIP, or arrays missing, too many, or misshapen.
@@ -41,6 +42,12 @@ def convert_clip(checkpoint: Checkpoint, hf_config: Mapping[str, Any] | None = N
     dialect = _clip_dialect(path, tensors)
     describe = _hf_clip if dialect == "hf" else _openai_clip
     config = describe(_Shapes(path, tensors), hf_config or {})
+    sizes = [config[tower]["embedding_size"] for tower in ("image", "text")]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"{path}: the image tower's projection makes {sizes[0]} numbers, text_projection "
+            f"{sizes[1]}; expected as many; the file is of no one model"
+        )
     table = keys.clip(config["image"], config["text"], dialect)
     size = config["image"]["image_size"]
     model, ids = clip.build(config), jnp.zeros((1, config["text"]["max_length"]), jnp.int32)
@@ -64,12 +71,15 @@ def convert_bert(checkpoint: Checkpoint, hf_config: Mapping[str, Any] | None = N
     return Converted(config, variables, report)
 
 
-def convert_biclip(checkpoint: Checkpoint, max_length: int = 32) -> tuple[Converted, Converted]:
+def convert_biclip(
+    checkpoint: Checkpoint, hf_config: Mapping[str, Any] | None = None, max_length: int = 32
+) -> tuple[Converted, Converted]:
     """The published BiCLIP's Lightning checkpoint: the network, and its frozen CXR-BERT.
 
     Args:
       checkpoint: opened; its arrays are read one by one.
-      max_length: of its sentences, in tokens.
+      hf_config: of its CXR-BERT, as `convert_bert` takes it.
+      max_length: of its sentences, in tokens; 32 as published.
 
     Raises:
       UserError: as `convert_clip`.
@@ -85,11 +95,14 @@ def convert_biclip(checkpoint: Checkpoint, max_length: int = 32) -> tuple[Conver
         for name in list(tensors)
         if name.startswith(tower_prefix)
     }
-    tower = convert_bert(Checkpoint(path, checkpoint.format, inside))
+    tower = convert_bert(Checkpoint(path, checkpoint.format, inside), hf_config)
     config = _biclip_config(_Shapes(path, tensors), max_length)
     features = jnp.zeros((1, tower.config["width"]))
     size = config["image_size"]
-    model = biclip.build(config)
+    try:
+        model = biclip.build(config)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; the file belongs to another model") from error
     expected = shapes_of(model, jnp.zeros((1, size, size, 3)), text_features=features)
     doublings = len(fusion.generator_widths(size)) + 1
     table = keys.biclip(config["num_levels"], doublings)
@@ -113,17 +126,28 @@ class _Shapes:
         tensor = self._tensors.get(name)
         if tensor is None:
             raise UserError(f"{self.path}: {name} is missing; give the whole checkpoint")
-        if len(tensor.shape) != rank:
+        if len(tensor.shape) != rank or 0 in tensor.shape:
             raise UserError(
-                f"{self.path}: {name} has shape {tensor.shape}; expected {rank} axes; "
+                f"{self.path}: {name} has shape {tensor.shape}; expected {rank} axes, none empty; "
                 "the file belongs to another model"
             )
         return tensor.shape
 
+    def side(self, name: str) -> int:
+        """The side of the square grid that a table of 1 + side^2 positions is for."""
+        rows = self.of(name, 2)[0]
+        side = math.isqrt(rows - 1)
+        if side < 1 or side**2 != rows - 1:
+            raise UserError(
+                f"{self.path}: {name} has {rows} rows; expected 1 and a square number; "
+                "the file belongs to another model"
+            )
+        return side
+
     def count(self, pattern: str) -> int:
-        """One more than the largest number that stands in the pattern's group; 0 for none."""
+        """How many different texts stand in the pattern's group: the number of layers."""
         found = (re.match(pattern, name) for name in self.names)
-        return max((int(match.group(1)) + 1 for match in found if match), default=0)
+        return len({match.group(1) for match in found if match})
 
 
 def _clip_dialect(path: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -139,44 +163,43 @@ def _clip_dialect(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _hf_clip(shapes: _Shapes, hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    image_config = hf_config.get("vision_config") or {}
-    text_config = hf_config.get("text_config") or {}
+    image_config, text_config = _parts(shapes.path, hf_config)
     image, text = "vision_model.", "text_model."
     width, _, patch, _ = shapes.of(f"{image}embeddings.patch_embedding.weight", 4)
-    positions = shapes.of(f"{image}embeddings.position_embedding.weight", 2)[0]
+    side = shapes.side(f"{image}embeddings.position_embedding.weight")
     vocab_size, text_width = shapes.of(f"{text}embeddings.token_embedding.weight", 2)
     return {
         "image": {
             "kind": "vit",
-            "image_size": math.isqrt(positions - 1) * patch,
+            "image_size": side * patch,
             "patch_size": patch,
             "width": width,
             "num_layers": shapes.count(rf"{image}encoder\.layers\.(\d+)\."),
-            "num_heads": _heads(image_config, width),
+            "num_heads": _heads(shapes.path, image_config, width),
             "mlp_width": shapes.of(f"{image}encoder.layers.0.mlp.fc1.weight", 2)[0],
             "embedding_size": shapes.of("visual_projection.weight", 2)[0],
             "activation": _activation(shapes.path, image_config, "quick_gelu"),
-            "epsilon": image_config.get("layer_norm_eps", 1e-5),
+            "epsilon": _epsilon(shapes.path, image_config, 1e-5),
         },
         "text": {
             "vocab_size": vocab_size,
             "max_length": shapes.of(f"{text}embeddings.position_embedding.weight", 2)[0],
             "width": text_width,
             "num_layers": shapes.count(rf"{text}encoder\.layers\.(\d+)\."),
-            "num_heads": _heads(text_config, text_width),
+            "num_heads": _heads(shapes.path, text_config, text_width),
             "mlp_width": shapes.of(f"{text}encoder.layers.0.mlp.fc1.weight", 2)[0],
             "embedding_size": shapes.of("text_projection.weight", 2)[0],
             "activation": _activation(shapes.path, text_config, "quick_gelu"),
-            "epsilon": text_config.get("layer_norm_eps", 1e-5),
+            "epsilon": _epsilon(shapes.path, text_config, 1e-5),
         },
     }
 
 
 def _openai_clip(shapes: _Shapes, hf_config: Mapping[str, Any]) -> dict[str, Any]:
     vocab_size, text_width = shapes.of("token_embedding.weight", 2)
+    image_config, text_config = _parts(shapes.path, hf_config)
     is_resnet = "visual.attnpool.positional_embedding" in shapes.names
-    activation = _activation(shapes.path, hf_config, "quick_gelu")
-    image = _openai_resnet(shapes) if is_resnet else _openai_vit(shapes, activation)
+    image = _openai_resnet(shapes) if is_resnet else _openai_vit(shapes, image_config)
     return {
         "image": image,
         "text": {
@@ -184,39 +207,41 @@ def _openai_clip(shapes: _Shapes, hf_config: Mapping[str, Any]) -> dict[str, Any
             "max_length": shapes.of("positional_embedding", 2)[0],
             "width": text_width,
             "num_layers": shapes.count(r"transformer\.resblocks\.(\d+)\."),
-            "num_heads": _heads({}, text_width),
+            "num_heads": _heads(shapes.path, text_config, text_width),
             "mlp_width": shapes.of("transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
             "embedding_size": shapes.of("text_projection", 2)[1],
-            "activation": activation,
+            "activation": _activation(shapes.path, text_config, "quick_gelu"),
+            "epsilon": _epsilon(shapes.path, text_config, 1e-5),
         },
     }
 
 
-def _openai_vit(shapes: _Shapes, activation: str) -> dict[str, Any]:
+def _openai_vit(shapes: _Shapes, image_config: Mapping[str, Any]) -> dict[str, Any]:
     width, _, patch, _ = shapes.of("visual.conv1.weight", 4)
-    positions = shapes.of("visual.positional_embedding", 2)[0]
+    side = shapes.side("visual.positional_embedding")
     return {
         "kind": "vit",
-        "image_size": math.isqrt(positions - 1) * patch,
+        "image_size": side * patch,
         "patch_size": patch,
         "width": width,
         "num_layers": shapes.count(r"visual\.transformer\.resblocks\.(\d+)\."),
-        "num_heads": _heads({}, width),
+        "num_heads": _heads(shapes.path, image_config, width),
         "mlp_width": shapes.of("visual.transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
         "embedding_size": shapes.of("visual.proj", 2)[1],
-        "activation": activation,
+        "activation": _activation(shapes.path, image_config, "quick_gelu"),
+        "epsilon": _epsilon(shapes.path, image_config, 1e-5),
     }
 
 
 def _openai_resnet(shapes: _Shapes) -> dict[str, Any]:
     width = shapes.of("visual.layer1.0.conv1.weight", 4)[0]
-    positions = shapes.of("visual.attnpool.positional_embedding", 2)[0]
+    side = shapes.side("visual.attnpool.positional_embedding")
     return {
         "kind": "resnet",
-        "image_size": math.isqrt(positions - 1) * 32,
+        "image_size": side * 32,
         "width": width,
         "stages": [shapes.count(rf"visual\.layer{i}\.(\d+)\.") for i in range(1, 5)],
-        "num_heads": _heads({}, 32 * width),
+        "num_heads": max(32 * width // HEAD_SIZE, 1),
         "embedding_size": shapes.of("visual.attnpool.c_proj.weight", 2)[0],
     }
 
@@ -236,21 +261,22 @@ def _bert_config(shapes: _Shapes, prefix: str, hf_config: Mapping[str, Any]) -> 
         "num_segments": shapes.of(f"{prefix}embeddings.token_type_embeddings.weight", 2)[0],
         "width": width,
         "num_layers": shapes.count(rf"{re.escape(prefix)}encoder\.layer\.(\d+)\."),
-        "num_heads": _heads(hf_config, width),
+        "num_heads": _heads(shapes.path, hf_config, width),
         "mlp_width": shapes.of(f"{prefix}encoder.layer.0.intermediate.dense.weight", 2)[0],
         "projection_size": shapes.of(head, 2)[0] if head in shapes.names else 0,
         "activation": _activation(shapes.path, hf_config, "gelu"),
-        "epsilon": hf_config.get("layer_norm_eps", 1e-12),
+        "epsilon": _epsilon(shapes.path, hf_config, 1e-12),
     }
 
 
 def _biclip_config(shapes: _Shapes, max_length: int) -> dict[str, Any]:
     width = shapes.of("inc.double_conv.0.weight", 4)[0]
-    doublings = (shapes.count(r"generator\.(\d+)\.") + 1) // 2
+    shapes.of("generator.0.weight", 4)
+    doublings = shapes.count(r"generator\.(\d+)\.")
     return {
         "image_size": fusion.SEED_SIZE * 2**doublings,
         "width": width,
-        "num_levels": shapes.count(r"down(\d+)\."),
+        "num_levels": shapes.count(r"down(\d+)\.") + 1,
         "dtype": "float32",
         "text": {
             "encoder": "bert",
@@ -261,15 +287,43 @@ def _biclip_config(shapes: _Shapes, max_length: int) -> dict[str, Any]:
     }
 
 
-def _heads(config: Mapping[str, Any], width: int) -> int:
-    return config.get("num_attention_heads") or max(width // HEAD_SIZE, 1)
+def _parts(path: Path, hf_config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    parts = [hf_config.get(name) or {} for name in ("vision_config", "text_config")]
+    if not all(isinstance(part, Mapping) for part in parts):
+        raise UserError(
+            f"{path}: the vision_config or text_config of config.json is no object; "
+            "get the file again"
+        )
+    return parts[0], parts[1]
+
+
+def _heads(path: Path, config: Mapping[str, Any], width: int) -> int:
+    heads = config.get("num_attention_heads")
+    if heads is None and width in KNOWN_WIDTHS:
+        return width // HEAD_SIZE
+    if type(heads) is not int or heads < 1 or width % heads:
+        raise UserError(
+            f"{path}: num_attention_heads is {str(heads)[:40]} for a width of {width}; expected a "
+            "divisor; put the model's config.json (or open_clip_config.json) beside the weights"
+        )
+    return heads
+
+
+def _epsilon(path: Path, config: Mapping[str, Any], default: float) -> float:
+    epsilon = config.get("layer_norm_eps", default)
+    if not isinstance(epsilon, float) or not 0 < epsilon < 1:
+        raise UserError(
+            f"{path}: config.json says layer_norm_eps {str(epsilon)[:40]}; expected a small "
+            "positive number; get the file again"
+        )
+    return epsilon
 
 
 def _activation(path: Path, config: Mapping[str, Any], default: str) -> str:
     name = config.get("hidden_act", default)
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise UserError(
-            f"{path}: config.json says hidden_act {name!r}; expected {', '.join(ACTIVATIONS)}; "
-            "this activation is not built"
+            f"{path}: config.json says hidden_act {str(name)[:40]!r}; expected "
+            f"{', '.join(ACTIVATIONS)}; this activation is not built"
         )
     return name

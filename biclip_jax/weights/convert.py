@@ -23,6 +23,7 @@ LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "conv_transpose": lambda x: x.transpose(2, 3, 0, 1),
     "patches": lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
 }
+FLOATS = ("float32", "float16", "bfloat16", "float64")
 RANKS = {"linear": 2, "conv": 4, "conv_transpose": 4, "patches": 4}
 
 
@@ -129,7 +130,7 @@ def _parameter(
                 f"{path}: {source_name} has shape {source.shape}; expected {rank} axes; "
                 "the file belongs to another model"
             )
-        arrays.append(LAYOUTS[rule.layout](source.read().astype(np.float32, copy=False)))
+        arrays.append(LAYOUTS[rule.layout](_read(path, source_name, source)))
     fits = len({array.shape[:-1] for array in arrays}) == 1
     joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, -1) if fits else None
     if joined is None or joined.shape != shape:
@@ -140,6 +141,18 @@ def _parameter(
         )
     # ascontiguousarray would give a scalar an axis.
     return joined if joined.flags.c_contiguous else np.ascontiguousarray(joined)
+
+
+def _read(path: Path, name: str, source: Tensor) -> np.ndarray:
+    if source.dtype.name not in FLOATS:
+        raise UserError(
+            f"{path}: {name} is of {source.dtype.name}; expected one of {', '.join(FLOATS)}; "
+            "give weights that are not quantized"
+        )
+    array = source.read().astype(np.float32, copy=False)
+    if not np.isfinite(array).all():
+        raise UserError(f"{path}: {name} holds NaN or infinity; the file is damaged, get it again")
+    return array
 
 
 def standard_names(checkpoint: Checkpoint) -> dict[str, Tensor]:

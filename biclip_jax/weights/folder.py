@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from biclip_jax.errors import UserError
 from biclip_jax.weights import readers
 
-FORMAT = "biclip_jax.model/1"
+FORMAT = "biclip_jax.model/2"
 CONFIG, WEIGHTS, CARD, METRICS = "config.json", "model.safetensors", "README.md", "metrics.json"
+TOKENIZER = "tokenizer/tokenizer.json"
 
 
 def write(
@@ -25,26 +27,34 @@ def write(
     *,
     config: Mapping[str, Any],
     variables: Mapping[str, Any],
+    tokenizer: str,
     card: str,
     scores: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a model folder; the weights first, then the config that names their SHA-256.
+    """Writes a model folder; the config, which names the SHA-256 of weights and tokenizer, last.
 
     Args:
-      folder: made if missing; the tokenizer is the caller's to write.
+      folder: made if missing.
       config: {"kind": "biclip", "clip" or "bert", "model": ...} and what else
         the kind needs to be opened.
       variables: as `model.apply` takes them, or flat by "/"; host arrays.
+      tokenizer: JSON, as the tokenizers library writes it.
       card: README.md, Markdown.
       scores: {split: {name: value}}, for metrics.json.
+
+    Raises:
+      UserError: the disk is full.
+      OSError: the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / TOKENIZER).parent.mkdir(parents=True, exist_ok=True)
     flat = {name: np.asarray(value) for name, value in flatten_dict(variables, sep="/").items()}
     digest = write_tensors(folder / WEIGHTS, flat)
+    _replace(folder / TOKENIZER, tokenizer.encode())
     _replace(folder / CARD, card.encode())
     if scores is not None:
         _replace(folder / METRICS, _json(scores))
-    _replace(folder / CONFIG, _json({**config, "format": FORMAT, "sha256": digest}))
+    hashes = {"sha256": digest, "tokenizer_sha256": hashlib.sha256(tokenizer.encode()).hexdigest()}
+    _replace(folder / CONFIG, _json({**config, "format": FORMAT, **hashes}))
 
 
 def write_tensors(
@@ -56,16 +66,26 @@ def write_tensors(
       path: in a folder that exists.
       tensors: by name; nothing is copied.
       metadata: for the file's header.
+
+    Raises:
+      UserError: the disk is full.
+      OSError: the file cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        mode = os.fstat(file.fileno()).st_mode
-    save_file(dict(tensors), temporary, dict(metadata or {}))
-    os.chmod(temporary, mode)  # the library makes files that only their owner can read
-    digest = _sha256(temporary)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+        save_file(dict(tensors), temporary, dict(metadata or {}))
+        os.chmod(temporary, mode)  # the library makes files that only their owner can read
+        digest = _sha256(temporary)
+        os.replace(temporary, path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: cannot be written ({error}); make room on the disk") from error
+    finally:
+        temporary.unlink(missing_ok=True)
     return digest
 
 
@@ -96,13 +116,15 @@ outside the pictures and the wording it was trained on.
 def link(source: Path, folder: Path) -> None:
     """Puts another model folder inside this one, by hard links where the disk allows them.
 
-    A folder there with the same weights stays as it is.
+    A folder there with the same weights and tokenizer stays as it is. Files of model folders are
+    replaced and never written into, so that a link keeps what it was made of.
 
     Raises:
       OSError: it cannot be written.
     """
-    if (folder / CONFIG).is_file() and _digest_of(folder) == _digest_of(source):
-        return
+    with contextlib.suppress(UserError):  # nothing there, or damaged
+        if identity(read_config(folder)) == identity(read_config(source)):
+            return
     temporary = folder.with_name(f"{folder.name}.tmp")
     for copy in (os.link, shutil.copy2):
         shutil.rmtree(temporary, ignore_errors=True)
@@ -114,6 +136,12 @@ def link(source: Path, folder: Path) -> None:
                 raise
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """The SHA-256 over weights and tokenizer of a model folder with this config."""
+    hashes = f"{config['sha256']} {config['tokenizer_sha256']}"
+    return hashlib.sha256(hashes.encode()).hexdigest()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -129,7 +157,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: no model folder ({error}); expected {CONFIG} and {WEIGHTS}; "
             "give the workdir of a run or a folder written by one"
         ) from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    described = isinstance(config, dict) and {"sha256", "tokenizer_sha256"} <= config.keys()
+    if not described or config.get("format") != FORMAT:
         raise UserError(f"{folder / CONFIG}: not of the format {FORMAT}; write the folder anew")
     return config
 
@@ -140,17 +169,10 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       UserError: a file is missing, damaged, or of another format.
     """
-    config, path = read_config(folder), folder / WEIGHTS
-    try:
-        digest = _sha256(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error}); write the folder anew") from error
-    if digest != config.get("sha256"):
-        raise UserError(
-            f"{path}: its SHA-256 is not the one in {CONFIG}; the file was damaged or "
-            "exchanged; copy the folder again"
-        )
-    tensors = readers.open_checkpoint(path).tensors
+    config = read_config(folder)
+    for name, digest in ((WEIGHTS, "sha256"), (TOKENIZER, "tokenizer_sha256")):
+        _verify(folder / name, config[digest])
+    tensors = readers.open_checkpoint(folder / WEIGHTS).tensors
     return config, unflatten_dict({name: t.read() for name, t in tensors.items()}, sep="/")
 
 
@@ -173,8 +195,29 @@ def check_shapes(
             )
 
 
-def _digest_of(folder: Path) -> str:
-    return read_config(folder)["sha256"]
+@contextlib.contextmanager
+def describing(folder: Path) -> Iterator[None]:
+    """Building a model from a config inside: what does not fit is a UserError of config.json."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else ""
+        raise UserError(
+            f"{folder / CONFIG}: does not describe a model ({type(error).__name__}: {reason}); "
+            "the file was changed; write the folder anew"
+        ) from error
+
+
+def _verify(path: Path, expected: str) -> None:
+    try:
+        digest = _sha256(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}); write the folder anew") from error
+    if digest != expected:
+        raise UserError(
+            f"{path}: its SHA-256 is not the one in {CONFIG}; the file was damaged or "
+            "exchanged; copy the folder again"
+        )
 
 
 def _sha256(path: Path) -> str:
@@ -187,6 +230,9 @@ def _json(value: Mapping[str, Any]) -> bytes:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

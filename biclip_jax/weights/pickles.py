@@ -18,6 +18,7 @@ import numpy as np
 from biclip_jax.weights.readers import DTYPES, num_bytes
 
 MAX_OPCODES = 4 * 2**20
+MAX_COPIES = 4 * 2**20
 
 
 class Refused(Exception):
@@ -93,9 +94,10 @@ def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
+    """The bytes of a numpy scalar, which nobody reads."""
     if type(text) is not str or encoding not in ("latin1", "latin-1"):
         raise Refused(f"asks for _codecs.encode to {ascii(encoding)[:40]}")
-    return text.encode("latin-1")
+    return b""
 
 
 def _numpy_dtype(code: Any, *_flags: Any) -> np.dtype:
@@ -183,6 +185,7 @@ def interpret(pickled: io.BytesIO, storages: dict[str, Storage]) -> Any:
     """The object of the next pickle; the storages it names are added to `storages`."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
+    copied = 0
     for count, (opcode, arg, _) in enumerate(pickletools.genops(pickled)):
         if count > MAX_OPCODES:
             raise ValueError("a pickle longer than any model's")
@@ -190,11 +193,22 @@ def interpret(pickled: io.BytesIO, storages: dict[str, Storage]) -> Any:
             break
         if opcode.name in _VALUES:
             stack.append(arg)
+        elif opcode.name in ("REDUCE", "BUILD"):
+            # Both copy: a large list, named again and again, would fill the memory.
+            copied += _num_items(stack[-1])
+            if copied > MAX_COPIES:
+                raise ValueError("a pickle that copies more than any model's")
+            _step(opcode.name, arg, stack, memo)
         elif opcode.name == "BINPERSID":
             stack.append(_storage(stack.pop(), storages))
         else:
             _step(opcode.name, arg, stack, memo)
     return stack.pop()
+
+
+def _num_items(args: Any) -> int:
+    parts = args if type(args) is tuple else (args,)
+    return sum(len(part) for part in parts if isinstance(part, list | tuple | dict))
 
 
 def _step(name: str, arg: Any, stack: list[Any], memo: dict[int, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,6 @@ def of_sentences(
         tokenizer, pooling, length.
       folder: where the vectors are kept, under a name that holds a hash of
         `identity` and the sentences; None: nowhere.
-
-    Raises:
-      OSError: the folder cannot be written.
     """
     distinct = sorted(set(sentences))
     if not distinct:
@@ -55,13 +53,20 @@ def of_sentences(
         features = np.concatenate(parts).astype(np.float32)
         if path is not None:
             digest = hashlib.sha256(features.tobytes()).hexdigest()
-            model_folder.write_tensors(path, {"features": features}, {"sha256": digest})
+            _store(path, features, digest)
     return dict(zip(distinct, features, strict=True))
 
 
 def _name(identity: Any, sentences: list[str]) -> str:
     described = json.dumps([FORMAT, identity, sentences], sort_keys=True)
     return f"text_features-{hashlib.sha256(described.encode()).hexdigest()[:16]}.safetensors"
+
+
+def _store(path: Path, features: np.ndarray, digest: str) -> None:
+    try:
+        model_folder.write_tensors(path, {"features": features}, {"sha256": digest})
+    except (OSError, UserError) as error:  # the next run encodes again
+        warnings.warn(f"the sentences' vectors are not kept ({error})", stacklevel=3)
 
 
 def _stored(path: Path, num_sentences: int) -> np.ndarray | None:

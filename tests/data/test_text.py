@@ -79,8 +79,8 @@ def test_unknown_words_are_found_as_they_stand_in_the_sentence():
 
 def test_save_and_load_give_the_same_ids(tmp_path):
     tokenizer = text.build_tokenizer(SENTENCES)
-    tokenizers.save_tokenizer(tokenizer, tmp_path / "tokenizer")
-    loaded = tokenizers.load_tokenizer(tmp_path / "tokenizer")
+    tokenizer.save(str(tmp_path / tokenizers.TOKENIZER_FILE))
+    loaded = tokenizers.load_tokenizer(tmp_path)
     for a, b in zip(
         text.encode(tokenizer, SENTENCES, 32), text.encode(loaded, SENTENCES, 32), strict=True
     ):

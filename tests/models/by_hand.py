@@ -22,7 +22,7 @@ def noise(model, *inputs, seed=0, amount=0.3):
             values = 1 + np.abs(values)
         return jnp.asarray(values, jnp.float32)
 
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    shapes = jax.eval_shape(lambda key: model.init(key, *inputs), jax.random.key(0))
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 

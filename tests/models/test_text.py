@@ -1,5 +1,6 @@
 """The scratch text encoder, and pretrained towers with their states pooled."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +53,7 @@ FIELDS = {
     "num_heads": 2,
     "mlp_width": 12,
 }
-TOWERS = {
+TOWERS: dict[str, nn.Module] = {
     "bert": bert.build(FIELDS | {"projection_size": 6}),
     "clip": clip.build_text_encoder(FIELDS | {"embedding_size": 6}),
 }

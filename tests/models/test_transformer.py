@@ -111,3 +111,13 @@ def test_a_wide_grid_is_in_rows():
     found = np.asarray(interpolate_positions(ramps, (7, 14)))[1:].reshape(7, 14, 2)
     np.testing.assert_allclose(found[..., 0], np.repeat(np.arange(7)[:, None], 14, 1), atol=1e-5)
     assert (np.diff(found[..., 1], axis=1) > 0).all()
+
+
+def test_a_smaller_grid_samples_without_smoothing():
+    values = np.random.default_rng(2).normal(size=(8, 8))
+    given = jnp.asarray(np.concatenate([[0], values.ravel()])[:, None], jnp.float32)
+    found = np.asarray(interpolate_positions(given, (4, 4)))[1:].reshape(4, 4)
+    between = np.array([-0.09375, 0.59375, 0.59375, -0.09375])
+    for i, j in ((1, 1), (1, 2), (2, 1), (2, 2)):
+        around = values[2 * i - 1 : 2 * i + 3, 2 * j - 1 : 2 * j + 3]
+        assert found[i, j] == pytest.approx(between @ around @ between, abs=1e-5)

@@ -127,6 +127,19 @@ def test_what_is_not_built_is_refused(kind, name, hf_config, said):
 
 
 @pytest.mark.parametrize(
+    ("kind", "name", "hf_config"),
+    [
+        ("bert", "cxr_bert", {"num_attention_heads": 5}),
+        ("clip", "hf_clip", {"vision_config": {"num_attention_heads": 3}}),
+    ],
+)
+def test_heads_that_do_not_divide_the_width_are_refused(kind, name, hf_config):
+    convert = getattr(architectures, f"convert_{kind}")
+    with pytest.raises(UserError, match="num_attention_heads"):
+        convert(opened(name)[0], hf_config)
+
+
+@pytest.mark.parametrize(
     ("kind", "name", "lost", "said"),
     [
         ("bert", "cxr_bert", r"bert\.encoder\.layer\.2\.output", r"layer\.2\.output\.LayerNorm"),

@@ -123,13 +123,39 @@ def test_every_source_becomes_float32(dtype):
         ({"k.weight": numbers(6)}, r"k\.weight has shape \(6,\); expected 2 axes"),
         ({"conv.weight": numbers(6, 2, 3)}, r"conv\.weight has shape .*expected 4 axes"),
         ({"scale": numbers(1)}, r"scale has shape \(1,\)"),
-        ({name: None for name in arrays()}, r" and 3 more are missing"),
+        (dict.fromkeys(arrays()), r" and 3 more are missing"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_named(change, said):
     held = {name: array for name, array in (arrays() | change).items() if array is not None}
     with pytest.raises(UserError, match=said):
         load(held)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int64", "bool", "complex64"])
+def test_an_array_that_is_not_floating_point_is_named(dtype):
+    held = arrays() | {"k.weight": numbers(2, 3, dtype=dtype)}
+    with pytest.raises(UserError, match=rf"given\.bin: k\.weight is of {dtype}; expected .*float32"):
+        load(held)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float16", jnp.bfloat16])
+def test_an_array_of_numbers_that_are_none_is_named(value, dtype):
+    array = np.asarray(arrays()["conv.weight"], dtype)
+    array[3, 1, 2, 0] = value
+    with pytest.raises(UserError, match=r"given\.bin: conv\.weight holds NaN or infinity"):
+        load(arrays() | {"conv.weight": array})
+
+
+def test_a_number_past_float32_is_named():
+    with pytest.raises(UserError, match=r"scale holds NaN or infinity"), np.errstate(over="ignore"):
+        load(arrays() | {"scale": np.array(1e300)})
+
+
+def test_a_needless_array_may_be_of_integers():
+    _, report = load(arrays() | {"position_ids": numbers(2, dtype="int64")}, ["position_ids"])
+    assert report.unused == ("position_ids",)
 
 
 def test_a_needless_name_that_the_table_wants_is_used():

@@ -1,0 +1,397 @@
+"""The conversion door: others' weights in, a folder out that opens and answers as they do."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+import biclip_jax
+from biclip_jax import convert, sentences
+from biclip_jax.errors import UserError
+from biclip_jax.models import biclip
+from biclip_jax.weights import architectures, folder, keys, readers
+
+TOWERS = Path(__file__).parent / "fixtures/towers"
+SENTENCE = "infection, upper left lung."
+TEXT = {"encoder": "bert", "trainable": False, "pooling": "all_tokens", "max_length": 32}
+NETWORK = {"image_size": 56, "width": 4, "num_levels": 3, "dtype": "float32", "text": TEXT}
+
+
+def run(*argv):
+    with pytest.raises(SystemExit) as stopped:
+        convert.main(list(map(str, argv)))
+    return stopped.value.code
+
+
+def answers(name):
+    with np.load(TOWERS / name / "expected.npz") as file:
+        return {key: jnp.asarray(value) for key, value in file.items()}
+
+
+def close(found, expected, atol=2e-5):
+    np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=atol)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    out = tmp_path_factory.mktemp("clip") / "out"
+    assert run("clip", TOWERS / "hf_clip", out) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    out = tmp_path_factory.mktemp("bert") / "out"
+    assert run("bert", TOWERS / "cxr_bert", out) == 0
+    return out
+
+
+def save_clip_tokenizer(path, num_words):
+    """Words w0, w1, ... between the two tokens that CLIP puts around a sentence."""
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    words = [f"w{i}" for i in range(num_words - 2)] + [start, end]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = [(start, num_words - 2), (end, num_words - 1)]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=special
+    )
+    tokenizer.save(str(path))
+    return path
+
+
+def test_clip_opens_and_answers_as_its_authors_do(clip):
+    model, variables, processor = biclip_jax.load_model(clip)
+    expected = answers("hf_clip")
+    logits, aux = jax.jit(model.apply)(variables, expected["image"], expected["ids"])
+    close(logits, expected["logits"])
+    close(aux["image_embedding"], expected["image_embedding"])
+    inputs = processor([np.zeros((40, 30, 1), np.uint8)], ["left lung"])
+    assert inputs["image"].shape == (1, 32, 32, 3)
+    assert inputs["text_ids"].shape == (1, 10)
+    assert inputs["text_ids"][0, :2].tolist()[0] == 518
+    assert inputs["text_ids"].max() == 519
+
+
+def test_bert_opens_and_answers_as_its_authors_do(bert):
+    model, variables, processor = biclip_jax.load_model(bert)
+    expected = answers("cxr_bert")
+    embedding, aux = jax.jit(model.apply)(variables, expected["ids"], expected["mask"])
+    close(jnp.stack(aux["hidden_states"]), expected["states"])
+    close(embedding, expected["projected"])
+    ids = processor.encode(["left lung infection."])["text_ids"]
+    assert ids[0, :6].tolist() == [2, 6, 8, 11, 13, 3]
+    with pytest.raises(ValueError, match="text tower"):
+        processor([np.zeros((4, 4, 1), np.uint8)], [SENTENCE])
+
+
+@pytest.mark.parametrize("kind", ["clip", "bert"])
+def test_the_folder_is_whole_and_names_its_origin(kind, request):
+    out = request.getfixturevalue(kind)
+    files = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
+    assert files == ["README.md", "config.json", "model.safetensors", "tokenizer/tokenizer.json"]
+    config = json.loads((out / "config.json").read_text())
+    digest = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
+    assert config["sha256"] == digest
+    assert config["kind"] == kind
+    name, read_as = {"clip": ("hf_clip", "safetensors"), "bert": ("cxr_bert", "torch")}[kind]
+    assert (config["origin"]["source"], config["origin"]["read_as"]) == (name, read_as)
+    held = readers.open_checkpoint(out / "model.safetensors").tensors
+    assert sorted(config["origin"]["report"]["loaded"]) == sorted(held)
+    assert f"# {kind} from {name}" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["clip", "bert"])
+def test_a_tower_does_not_segment(kind, request):
+    with pytest.raises(UserError, match="which does not segment pictures"):
+        biclip_jax.load(request.getfixturevalue(kind))
+
+
+def test_the_report_is_printed(tmp_path, capsys):
+    assert run("bert", TOWERS / "cxr_bert", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'out'}: bert, 47 loaded" in said
+    assert "unused: bert.embeddings.position_ids, cls.predictions" in said
+
+
+@pytest.mark.parametrize("name", ["hf_clip_flax", "hf_clip_sharded"])
+def test_every_format_gives_the_same_weights(clip, tmp_path, name):
+    place = TOWERS / "hf_clip/bpe_simple_vocab_16e6.txt.gz"
+    assert run("clip", TOWERS / name, tmp_path / "out", "--tokenizer", place) == 0
+    config, expected = (
+        json.loads((p / "config.json").read_text()) for p in (tmp_path / "out", clip)
+    )
+    assert config["model"] == expected["model"]
+    found, wanted = (
+        readers.open_checkpoint(p / "model.safetensors").tensors for p in (tmp_path / "out", clip)
+    )
+    assert found.keys() == wanted.keys()
+    for key, tensor in found.items():
+        close(tensor.read(), wanted[key].read(), 1e-6)
+
+
+def test_openai_s_archive_takes_the_tokenizer_that_is_given(tmp_path):
+    place = save_clip_tokenizer(tmp_path / "tokenizer.json", 60)
+    source = TOWERS / "openai_vit/ViT.pt"
+    assert run("clip", source, tmp_path / "out", "--tokenizer", place) == 0
+    model, variables, processor = biclip_jax.load_model(tmp_path / "out")
+    expected = answers("openai_vit")
+    ids = processor.encode(["w5 w7", "w9 w2 w8 w33"])["text_ids"]
+    assert ids[0].tolist() == [58, 5, 7, 59, 0, 0, 0, 0, 0]
+    assert ids[1].tolist() == [58, 9, 2, 8, 33, 59, 0, 0, 0]
+    logits, _ = jax.jit(model.apply)(variables, expected["image"], expected["ids"])
+    close(logits, expected["logits"], 5e-3)
+
+
+def test_a_tokenizer_with_more_words_than_the_weights_is_refused(tmp_path, capsys):
+    source, out = TOWERS / "openai_vit/ViT.pt", tmp_path / "out"
+    assert run("clip", source, out, "--tokenizer", TOWERS / "hf_clip") == 2
+    assert "the tokenizer has 520 words, the weights 60" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_weights_without_a_tokenizer_beside_them_are_refused(tmp_path, capsys):
+    assert run("clip", TOWERS / "openai_vit/ViT.pt", tmp_path / "out") == 2
+    assert "bpe_simple_vocab_16e6.txt.gz" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_in_out_is_replaced_only_when_asked(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("bert", TOWERS / "cxr_bert", out) == 0
+    before = (out / "config.json").read_bytes()
+    again = ("clip", TOWERS / "hf_clip", out)
+    assert run(*again) == 2
+    assert "holds a model already; give another OUT, or --overwrite" in capsys.readouterr().err
+    assert (out / "config.json").read_bytes() == before
+    assert run(*again, "--overwrite") == 0
+    assert type(biclip_jax.load_model(out)[0]).__name__ == "CLIP"
+
+
+def test_activation_reaches_the_config(tmp_path):
+    out = tmp_path / "out"
+    assert run("clip", TOWERS / "hf_clip", out, "--activation", "quick_gelu") == 0
+    model = json.loads((out / "config.json").read_text())["model"]
+    assert (model["image"]["activation"], model["text"]["activation"]) == ("quick_gelu",) * 2
+    argv = ("bert", TOWERS / "cxr_bert", out, "--overwrite", "--activation", "quick_gelu")
+    assert run(*argv) == 0
+    assert json.loads((out / "config.json").read_text())["model"]["activation"] == "quick_gelu"
+
+
+@pytest.mark.parametrize("argv", [("unet", "a", "b"), ("clip", "a"), ("clip", "a", "b", "--act")])
+def test_a_command_that_is_none_is_exit_status_2(argv):
+    assert run(*argv) == 2
+
+
+def test_a_source_that_is_not_there_is_named(tmp_path, capsys):
+    assert run("bert", tmp_path / "nowhere", tmp_path / "out") == 2
+    assert f"{tmp_path / 'nowhere'}: no such file or folder" in capsys.readouterr().err
+
+
+def test_a_name_on_the_hub_is_looked_up(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(TOWERS / "cxr_bert")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert run("bert", "someone/cxr-bert", "out") == 0
+    assert asked == [("someone/cxr-bert", convert.HUB_FILES)]
+    assert not [pattern for pattern in convert.HUB_FILES if pattern.endswith(".py")]
+    assert "asking the Hugging Face hub" in capsys.readouterr().out
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["origin"]["source"] == "cxr-bert"
+
+
+@pytest.mark.parametrize("error", [OSError("offline\nmore"), KeyError("x"), RuntimeError()])
+def test_a_hub_that_does_not_answer_is_one_sentence(tmp_path, monkeypatch, capsys, error):
+    def snapshot_download(*_, **__):
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert run("bert", "someone/cxr-bert", "out") == 2
+    said = capsys.readouterr().err
+    assert "the Hugging Face hub did not give it" in said
+    assert "download it elsewhere and give the folder" in said
+    assert len(said.splitlines()) == 1
+
+
+class Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_a_pickle_that_runs_a_command_is_refused_and_not_run(tmp_path, capsys):
+    marker, source = tmp_path / "executed", tmp_path / "pytorch_model.bin"
+    source.write_bytes(pickle.dumps({"bert.embeddings": Evil(marker)}, protocol=2))
+    shutil.copy(TOWERS / "cxr_bert/vocab.txt", tmp_path)
+    assert run("bert", tmp_path, tmp_path / "out") == 2
+    assert str(source) in capsys.readouterr().err
+    assert not marker.exists()
+    assert not (tmp_path / "out").exists()
+    pickle.loads(source.read_bytes())
+    assert marker.exists()
+
+
+def copied(name, tmp_path):
+    return Path(shutil.copytree(TOWERS / name, tmp_path / "source"))
+
+
+@pytest.mark.parametrize("kept", [4, 500, -3])
+def test_a_truncated_file_is_named(tmp_path, capsys, kept):
+    source = copied("hf_clip", tmp_path)
+    weights = source / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    assert run("clip", source, tmp_path / "out") == 2
+    assert str(weights) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{", "no JSON"), ("[1]", "a JSON list; expected an object"), ("\xff", "config.json")],
+)
+def test_a_config_that_is_none_is_named(tmp_path, capsys, text, said):
+    source = copied("hf_clip", tmp_path)
+    (source / "config.json").write_bytes(text.encode("latin-1"))
+    assert run("clip", source, tmp_path / "out") == 2
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert str(source / "config.json") in printed
+
+
+@pytest.mark.parametrize(("kind", "name"), [("bert", "hf_clip"), ("clip", "cxr_bert")])
+def test_the_kinds_are_not_taken_for_one_another(tmp_path, capsys, kind, name):
+    place = {"bert": TOWERS / "cxr_bert/vocab.txt", "clip": TOWERS / "hf_clip"}[kind]
+    assert run(kind, TOWERS / name, tmp_path / "out", "--tokenizer", place) == 2
+    assert "error: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def foreign(parameter, layout):
+    """PyTorch's array of a parameter of ours, of the one that has a single source."""
+    axes = {"linear": (1, 0), "conv": (3, 2, 0, 1), "conv_transpose": (2, 3, 0, 1)}
+    return np.ascontiguousarray(parameter.transpose(axes[layout]) if layout in axes else parameter)
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    """The published network's arrays under its names, with a tiny CXR-BERT of 40 positions."""
+    rng = np.random.default_rng(0)
+    tensors = {
+        f"model.text_encoder.model.{name}": tensor.read()
+        for name, tensor in readers.open_checkpoint(TOWERS / "cxr_bert").tensors.items()
+    }
+    positions = "model.text_encoder.model.bert.embeddings.position_embeddings.weight"
+    tensors[positions] = rng.normal(size=(40, 12)).astype(np.float32)
+    tensors.pop("model.text_encoder.model.bert.embeddings.position_ids")
+    picture, features = jnp.zeros((1, 56, 56, 3)), jnp.zeros((1, 12))
+    model = biclip.build(NETWORK)
+    shapes = architectures.shapes_of(model, picture, text_features=features)
+    for name, rule in keys.biclip(3, 1).items():
+        array = rng.normal(size=shapes[name]) * (0.1 if rule.layout == "linear" else 0.3)
+        if name.endswith(("/scale", "/var")):
+            array = 1 + np.abs(array)
+        if name == "params/unet/head/kernel":
+            array *= 0.01
+        (source,) = rule.sources
+        tensors[f"model.{source}"] = foreign(array.astype(np.float32), rule.layout)
+        if source.endswith("running_var"):
+            counter = source.removesuffix("running_var") + "num_batches_tracked"
+            tensors[f"model.{counter}"] = np.array(3)
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def network(checkpoint, tmp_path_factory):
+    base = tmp_path_factory.mktemp("biclip")
+    save_file(checkpoint, base / "last.safetensors")
+    place = TOWERS / "cxr_bert"
+    assert run("biclip", base / "last.safetensors", base / "out", "--tokenizer", place) == 0
+    return base / "out"
+
+
+def test_the_published_network_keeps_its_tower_inside(network, checkpoint):
+    files = {str(p.relative_to(network)) for p in network.rglob("*") if p.is_file()}
+    own = {"README.md", "config.json", "model.safetensors", "tokenizer/tokenizer.json"}
+    assert files == own | {f"text_encoder/{name}" for name in own}
+    config, variables = folder.read(network)
+    assert config["model"] == NETWORK
+    assert (config["kind"], config["vocab_size"]) == ("biclip", 16)
+    unet = variables["params"]["unet"]
+    np.testing.assert_array_equal(
+        unet["encoder_1"]["conv_0"]["kernel"],
+        checkpoint["model.down1.maxpool_conv.1.double_conv.0.weight"].transpose(2, 3, 1, 0),
+    )
+    np.testing.assert_array_equal(
+        unet["up_1"]["kernel"], checkpoint["model.up1.up.weight"].transpose(2, 3, 0, 1)
+    )
+    np.testing.assert_array_equal(
+        variables["params"]["refiner"]["mlp"]["out"]["kernel"],
+        checkpoint["model.text_refiner.mlp.3.weight"].T,
+    )
+    np.testing.assert_array_equal(
+        variables["batch_stats"]["unet"]["decoder_0"]["norm_1"]["var"],
+        checkpoint["model.up2.conv.double_conv.4.running_var"],
+    )
+    assert "text_encoder" not in variables["params"]
+
+
+def test_the_published_network_segments_with_its_tower_s_hidden_states(network):
+    model, variables, processor = biclip_jax.load_model(network)
+    picture = np.random.default_rng(0).integers(0, 256, (56, 56, 3)).astype(np.uint8)
+    inputs = processor([picture], [SENTENCE])
+    ids, mask = jnp.asarray(inputs["text_ids"]), jnp.asarray(inputs["text_mask"])
+    assert ids.shape == (1, 32)
+    tower = sentences.open_tower(network / "text_encoder", "bert")
+    _, aux = jax.jit(tower.module.apply)({"params": tower.params}, ids, mask)
+    states = [np.asarray(state) for state in aux["hidden_states"]]
+    features = jnp.asarray(((states[1] + states[2] + states[-1]) / 3).mean(axis=1))
+    image = jnp.asarray(inputs["image"], jnp.float32) / 255
+    apply = jax.jit(lambda v, **text: model.apply(v, image, **text)[0])
+    expected = apply(variables, text_features=features)
+    close(apply(variables, text_ids=ids, text_mask=mask), expected, 1e-4)
+    assert np.abs(apply(variables, text_features=features * 0) - expected).max() > 1e-3
+    prediction = biclip_jax.load(network).predict(picture, SENTENCE)
+    assert prediction.probability.std() > 0.01
+    close(prediction.probability, 1 / (1 + np.exp(-np.asarray(expected)[0, ..., 0])), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        ("outc.conv.weight", "outc.conv.weight is missing"),
+        ("inc.double_conv.0.weight", "inc.double_conv.0.weight is missing"),
+        ("up2.conv.double_conv.4.running_var", "up2.conv.double_conv.4.running_var is missing"),
+        (
+            "text_encoder.model.bert.encoder.layer.2.output.dense.bias",
+            "bert.encoder.layer.2.output.dense.bias is missing",
+        ),
+        ("text_encoder.model.", "embeddings.word_embeddings.weight is missing"),
+        ("generator.", "generator.0.weight is missing"),
+        ("down1.", "down1."),
+    ],
+)
+def test_a_network_without_some_array_names_it(checkpoint, tmp_path, capsys, lost, said):
+    kept = {k: v for k, v in checkpoint.items() if not k.startswith(f"model.{lost}")}
+    assert len(kept) < len(checkpoint)
+    save_file(kept, tmp_path / "last.safetensors")
+    argv = ("biclip", tmp_path / "last.safetensors", tmp_path / "out")
+    assert run(*argv, "--tokenizer", TOWERS / "cxr_bert") == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

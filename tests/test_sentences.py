@@ -1,0 +1,281 @@
+"""Sentences for a run: ids, or the vectors of a frozen tower; and towers that cannot be used."""
+
+import shutil
+import warnings
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from biclip_jax import convert, inference, sentences
+from biclip_jax.data import text as text_lib
+from biclip_jax.data import tokenizers
+from biclip_jax.errors import UserError
+from biclip_jax.models import biclip
+from biclip_jax.models.text import POOLINGS, PooledTower
+from biclip_jax.weights import folder as model_folder
+from tests import tiny
+
+TOWERS = Path(__file__).parent / "fixtures/towers"
+SOURCES = {"bert": "cxr_bert", "clip": "hf_clip"}
+LENGTH = 10
+TRAIN = ["left lung, infection.", "right lung.", "left lung, infection.", "upper left lung."]
+TEXTS = {"train": TRAIN, "val": ["lower right lung.", "left lung, infection."], "test": ["a"]}
+
+
+def config(**changes):
+    fields = {"trainable": False, "pooling": "all_tokens", "max_length": LENGTH}
+    return fields | changes
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{kind: converted folder}"""
+    base = tmp_path_factory.mktemp("towers")
+    for kind, name in SOURCES.items():
+        with pytest.raises(SystemExit) as stopped:
+            convert.main([kind, str(TOWERS / name), str(base / kind)])
+        assert stopped.value.code == 0
+    return {kind: base / kind for kind in SOURCES}
+
+
+@pytest.fixture(scope="module")
+def towers(folders):
+    return {kind: sentences.open_tower(folder, kind) for kind, folder in folders.items()}
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The sentences that any tower is given, call by call, while the test runs."""
+    calls = []
+    vectors = sentences._vectors
+
+    def counting(*args):
+        encode = vectors(*args)
+
+        def counted(texts):
+            calls.append(list(texts))
+            return encode(texts)
+
+        return counted
+
+    monkeypatch.setattr(sentences, "_vectors", counting)
+    return calls
+
+
+@cache
+def compiled(module, pooling):
+    return jax.jit(PooledTower(module, pooling).apply)
+
+
+def expected_vectors(tower, texts, pooling="all_tokens"):
+    """Eight sentences at a time, by id and mask."""
+    distinct = sorted(set(texts))
+    filled = distinct + distinct[:1] * (8 - len(distinct))
+    ids, mask = text_lib.encode(tower.tokenizer, filled, LENGTH)
+    variables = jax.tree.map(jnp.asarray, {"params": {"tower": tower.params}})
+    apply = compiled(tower.module, pooling)
+    vectors = np.asarray(apply(variables, jnp.asarray(ids), jnp.asarray(mask)))
+    return np.stack([vectors[distinct.index(text)] for text in texts])
+
+
+def test_the_text_tower_of_a_clip_is_opened_alone(towers, folders):
+    tower = towers["clip"]
+    _, variables = model_folder.read(folders["clip"])
+    assert set(variables["params"]) == {"image_encoder", "text_encoder", "logit_scale"}
+    assert set(tower.params) == set(variables["params"]["text_encoder"])
+    assert (tower.module.width, tower.module.activation) == (12, "gelu")
+    assert tower.sha256 == model_folder.read_config(folders["clip"])["sha256"]
+    assert sentences.open_tower(folders["clip"], "clip", "bfloat16").module.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("path", ["", "nowhere", "tests"])
+def test_without_a_tower_the_command_that_makes_one_is_named(path):
+    with pytest.raises(UserError, match=rf"convert bert SOURCE {path or 'FOLDER'}$"):
+        sentences.open_tower(path, "bert")
+
+
+@pytest.mark.parametrize(("kind", "other"), [("bert", "clip"), ("clip", "bert")])
+def test_a_tower_of_another_kind_is_refused(folders, kind, other):
+    with pytest.raises(UserError, match=f"holds a {kind}, model.text.encoder is '{other}'"):
+        sentences.open_tower(folders[kind], other)
+
+
+def test_a_run_s_model_is_no_tower(tmp_path):
+    variables = {"params": {"x": np.zeros(1)}}
+    model_folder.write(tmp_path, config={"model": {}}, variables=variables, card="")
+    with pytest.raises(UserError, match=r"holds a biclip, model\.text\.encoder is 'bert'"):
+        sentences.open_tower(tmp_path, "bert")
+
+
+def cut_weights(path):
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+
+
+def lose_a_parameter(path):
+    found, variables = model_folder.read(path)
+    del variables["params"]["blocks_1"]["norm_0"]["bias"]
+    model_folder.write(path, config=found, variables=variables, card="")
+
+
+def load_with_a_word(path):
+    tokenizer = tokenizers.load_tokenizer(path / "tokenizer")
+    tokenizer.add_tokens(["zygote"])
+    return tokenizer
+
+
+def add_a_word(path):
+    tokenizers.save_tokenizer(load_with_a_word(path), path / "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (cut_weights, "its SHA-256 is not the one in config.json"),
+        (lose_a_parameter, "params/blocks_1/norm_0/bias has shape none"),
+        (add_a_word, "its largest id is 16, the tower has 16 words"),
+        (lambda path: shutil.rmtree(path / "tokenizer"), "tokenizer.json"),
+        (lambda path: (path / "config.json").write_text("{"), "no model folder"),
+    ],
+)
+def test_a_damaged_tower_is_refused(folders, tmp_path, harm, said):
+    path = Path(shutil.copytree(folders["bert"], tmp_path / "bert"))
+    harm(path)
+    with pytest.raises(UserError, match=said):
+        sentences.open_tower(path, "bert")
+    if harm is add_a_word:
+        with pytest.raises(UserError, match=said):
+            inference.load_model(path)
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_frozen_tower_s_vectors_are_those_of_the_ids(towers, kind, pooling):
+    tower, texts = towers[kind], ["left lung.", "a", "right upper lung."]
+    if kind == "clip":
+        texts = ["left", "lung", "left lung"]
+    features = sentences.tower_features(tower, config(pooling=pooling), texts)
+    expected = expected_vectors(tower, texts, pooling)
+    assert features.keys() == set(texts)
+    for text, vector in zip(texts, expected, strict=True):
+        np.testing.assert_allclose(features[text], vector, atol=1e-5)
+
+
+def test_frozen_fields_are_in_the_order_of_the_sentences(towers, encoded):
+    tower, lines = towers["bert"], list[str]()
+    found = sentences.read(config(), TEXTS, tower, log=lines.append)
+    assert found.tokenizer is tower.tokenizer
+    distinct = {text for split in TEXTS.values() for text in split}
+    distinct |= {text_lib.mirror(text) for text in distinct}
+    seen = [text for call in encoded for text in call]
+    assert sorted(seen) == sorted(distinct)
+    assert len(lines) == 1
+    assert f"{len(distinct)} distinct sentences" in lines[0]
+    for split, texts in TEXTS.items():
+        fields = found.fields[split]
+        assert set(fields) == {"text_features", "mirrored_text_features"}
+        mirrored = [text_lib.mirror(text) for text in texts]
+        rows, other = expected_vectors(tower, texts), expected_vectors(tower, mirrored)
+        np.testing.assert_allclose(fields["text_features"], rows, atol=1e-5)
+        np.testing.assert_allclose(fields["mirrored_text_features"], other, atol=1e-5)
+    train = found.fields["train"]
+    assert np.abs(train["text_features"] - train["mirrored_text_features"]).max() > 1e-4
+
+
+def test_vectors_are_kept_by_all_that_they_depend_on(towers, tmp_path, monkeypatch):
+    calls, tower = [], towers["bert"]
+
+    def vectors(pooled, *_):
+        def encode(texts):
+            calls.append(pooled.pooling)
+            return np.arange(2.0 * len(texts)).reshape(-1, 2)
+
+        return encode
+
+    monkeypatch.setattr(sentences, "_vectors", vectors)
+    first = sentences.read(config(), TEXTS, tower, tmp_path)
+    again = sentences.read(config(), TEXTS, tower, tmp_path)
+    assert calls == ["all_tokens"]
+    jax.tree.map(np.testing.assert_array_equal, first.fields, again.fields)
+    longer = load_with_a_word(tower.folder)
+    for changed, other in (
+        (config(pooling="masked"), tower),
+        (config(max_length=LENGTH + 1), tower),
+        (config(), tower._replace(module=tower.module.clone(dtype=jnp.bfloat16))),
+        (config(), tower._replace(sha256="0")),
+        (config(), tower._replace(tokenizer=longer)),
+    ):
+        sentences.read(changed, TEXTS, other, tmp_path)
+    assert len(calls) == len(list(tmp_path.iterdir())) == 6
+
+
+def test_a_tower_that_is_trained_gets_ids(towers, encoded):
+    found = sentences.read(config(trainable=True), TEXTS, towers["bert"])
+    assert encoded == []
+    for split, texts in TEXTS.items():
+        fields = found.fields[split]
+        ids, mask = text_lib.encode(towers["bert"].tokenizer, texts, LENGTH)
+        np.testing.assert_array_equal(fields["text_ids"], ids)
+        np.testing.assert_array_equal(fields["text_mask"], mask)
+        names = {"text_ids", "text_mask"}
+        assert set(fields) == names | {f"mirrored_{name}" for name in names}
+
+
+def test_without_a_tower_the_words_are_those_of_the_training_sentences():
+    found = sentences.read(config(), TEXTS, None)
+    words = {"left", "right", "lung", "upper", "infection", ",", "."}
+    assert set(found.tokenizer.get_vocab()) == words | {"[PAD]", "[UNK]", "[CLS]"}
+    assert found.fields["val"]["text_ids"].shape == (2, LENGTH)
+    unknown = found.tokenizer.token_to_id("[UNK]")
+    assert found.fields["val"]["text_ids"][0, 1] == unknown
+
+
+@pytest.fixture(scope="module")
+def network(towers):
+    """(model, variables, processor) with the tiny CXR-BERT inside."""
+    tower = towers["bert"]
+    fields = tiny.model_config(text={"encoder": "bert", **config()})
+    model = biclip.build(fields, tower=tower.module)
+    variables = {"params": {"text_encoder": {"tower": tower.params}, "unet": {"x": np.ones(2)}}}
+    return model, variables, inference.Processor(tower.tokenizer, tiny.IMAGE_SIZE, LENGTH)
+
+
+def test_the_encoder_sees_each_distinct_sentence_once(network, towers, encoded):
+    encode = sentences.encoder(*network)
+    calls = [["a", "left lung.", "a"], ["left lung."], ["right lung.", "a"], ["a"] * 40]
+    for texts in calls:
+        (vectors,) = encode(texts).values()
+        np.testing.assert_allclose(vectors, expected_vectors(towers["bert"], texts), atol=1e-5)
+    assert encoded == [["a", "left lung."], ["right lung."]]
+    assert set(encode(["a"])) == {"text_features"}
+
+
+def test_a_sentence_that_is_cut_is_told_of_once(network):
+    encode, long = sentences.encoder(*network), "left lung, " * 9
+    with pytest.warns(UserWarning, match=f"longer than {LENGTH} tokens"):
+        encode([long])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encode([long, "a"])
+
+
+def test_without_the_tower_its_parameters_alone_are_gone(network):
+    model, variables, _ = network
+    variables = variables | {"batch_stats": {"x": np.zeros(1)}}
+    kept = sentences.without_tower(model, variables)
+    assert set(kept["params"]) == {"unet"}
+    assert kept["batch_stats"] is variables["batch_stats"]
+    assert "text_encoder" in variables["params"]
+
+
+def test_the_scratch_encoder_stays_and_gets_ids(network):
+    _, variables, processor = network
+    model = tiny.model()
+    assert sentences.without_tower(model, variables) == variables
+    fields = sentences.encoder(model, variables, processor)(["left lung.", "a"])
+    assert fields["text_ids"].shape == (2, LENGTH)
+    assert set(fields) == {"text_ids", "text_mask"}
