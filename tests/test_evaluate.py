@@ -35,6 +35,24 @@ def test_every_condition_baseline_and_file(trained, tmp_path, capsys):
     assert results["conditions"]["right"] == own["conditions"]["right"]
 
 
+def test_damaged_pictures_have_their_table_and_plot(trained, tmp_path, capsys):
+    options = ("--no-baselines", "--conditions", "right", "--output", str(tmp_path))
+    names = ("--degradations", "gaussian_noise,jpeg", "--severities", "1,5")
+    assert run("--workdir", str(trained), *options, *names) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["degradations"]) == {"gaussian_noise", "jpeg", "mean"}
+    cells = [results["degradations"][n][s] for n in ("gaussian_noise", "jpeg") for s in ("1", "5")]
+    assert all(cell["num_images"] == 8 for cell in cells)
+    right = results["conditions"]["right"]["dice_mean"]
+    assert all(cell["dice_mean"] != right for cell in cells)
+    mean = np.mean([cell["dice_mean"] for cell in cells])
+    assert results["degradations"]["mean"]["dice_mean"] == pytest.approx(mean)
+    assert "gaussian_noise" in capsys.readouterr().out
+    assert Image.open(tmp_path / "degradations.png").size[0] > 600
+    for wrong in (("--degradations", "fog"), ("--degradations", "jpeg", "--severities", "0")):
+        assert run("--workdir", str(trained), *wrong) == 2
+
+
 def test_another_data_set_needs_its_test_split_alone(trained, tmp_path, capsys):
     source = tmp_path / "other"
     (source / "images").mkdir(parents=True)

@@ -11,7 +11,6 @@ import hashlib
 import io
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -143,15 +142,22 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 
 def on_device(
-    name: str, severity: int
-) -> Callable[[Float[Array, "b h w c"], Key[Array, " b"]], Float[Array, "b h w c"]]:
-    """(image, keys) -> image for a name of `DEGRADATIONS` and a severity of 1 to 5."""
+    name: str, severity: int, seed: int = 0
+) -> Callable[[Float[Array, "b h w c"], UInt32[Array, " b"]], Float[Array, "b h w c"]]:
+    """(image, `hash_ids` of the examples) -> image.
+
+    Args:
+      name: of `DEGRADATIONS`.
+      severity: 1 to 5.
+      seed: of the whole evaluation.
+    """
     found = DEGRADATIONS[name]
-    return partial(_apply, found.apply, found.strengths[severity - 1])
 
+    def apply(image, hashes):
+        keys = keys_of(hashes, name, severity, seed)
+        return found.apply(image, keys, found.strengths[severity - 1])
 
-def _apply(apply, strength, image, keys):
-    return apply(image, keys, strength)
+    return apply
 
 
 def keys_of(

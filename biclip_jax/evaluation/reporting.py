@@ -248,6 +248,37 @@ def _finish_panel(axes: Any, title: str, legend_columns: int) -> None:
     axes.legend(**below, ncols=legend_columns, frameon=False, fontsize=9)
 
 
+def plot_degradations(
+    scores: Mapping[str, Mapping[str, Mapping[str, float]]],
+    undamaged: Mapping[str, float],
+    path: str | os.PathLike,
+) -> None:
+    """Writes a PNG of both kinds of Dice over the severities, one line a degradation.
+
+    Args:
+      scores: {name: {severity: {"dice_global", "dice_mean"}}}.
+      undamaged: the same two of the pictures as they are, drawn at severity 0.
+      path: where the PNG goes.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), dpi=120, layout="constrained")
+    kinds = ("dice_global", "dice_mean")
+    for axes, kind in zip(figure.subplots(1, 2, sharey=True), kinds, strict=True):
+        for name, rows in scores.items():
+            severities = sorted(int(severity) for severity in rows)
+            values = [rows[str(severity)][kind] for severity in severities]
+            axes.plot([0, *severities], [undamaged[kind], *values], marker="o", label=name)
+        axes.set_xlabel("severity (0: as it is)")
+        axes.set_ylabel("Dice")
+        axes.set_xticks(range(6))
+        axes.grid(alpha=0.3)
+        axes.set_title({"dice_global": "Global Dice", "dice_mean": "Mean Dice"}[kind])
+    axes.legend(fontsize="small", loc="lower left")
+    with _written_whole(path) as part:
+        figure.savefig(part, format="png")
+
+
 def _csv_cell(value: Any) -> Any:
     if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
         return "'" + value

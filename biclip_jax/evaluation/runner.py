@@ -17,7 +17,7 @@ from biclip_jax.data import pipeline
 from biclip_jax.data import text as text_lib
 from biclip_jax.data.image_io import resize_probability
 from biclip_jax.data.schema import Batch, Record
-from biclip_jax.evaluation import baselines, metrics, reporting
+from biclip_jax.evaluation import baselines, degrade, metrics, reporting
 from biclip_jax.evaluation.steps import predict_step
 
 THRESHOLD = 0.5
@@ -30,10 +30,12 @@ Predict = Callable[[Batch], np.ndarray]
 Encode = Callable[[Sequence[str]], dict[str, np.ndarray]]
 
 
-def make_predict(model: nn.Module, variables: Mapping[str, Any]) -> Predict:
-    """The model on all local devices, as a function of a batch."""
-    placed = parallel.replicate(variables)
-    return partial(parallel.pmap_predict_step(partial(predict_step, model=model)), placed)
+def make_predict(
+    model: nn.Module, variables: Mapping[str, Any], damage: Callable[..., Any] | None = None
+) -> Predict:
+    """The model on all local devices, as a function of a batch; `damage` as `predict_step`'s."""
+    step = parallel.pmap_predict_step(partial(predict_step, model=model, damage=damage))
+    return partial(step, parallel.replicate(variables))
 
 
 def evaluate(
@@ -117,8 +119,10 @@ def overlap_at_own_size(
 ) -> metrics.Overlap:
     """Counts (N,), the probabilities brought bilinearly to each mask's own size, then >= 0.5."""
     rows = []
+    hashes = degrade.hash_ids([record["id"] for record in records])
     for batch in pipeline.eval_batches(records, texts, batch_size=batch_size):
-        probs = predict(batch)
+        hashed: Any = {**batch, "image_hash": hashes[batch["index"]]}
+        probs = predict(hashed)
         for i in np.flatnonzero(batch["valid"]):
             full = records[int(batch["index"][i])]["full_mask"]
             pred = resize_probability(probs[i, ..., 0], full.shape[0], full.shape[1]) >= THRESHOLD
@@ -143,6 +147,58 @@ def evaluate_conditions(
         if changed is not None:
             found[condition] = overlap_at_own_size(predict, records, encode(changed), batch_size)
     return found
+
+
+def evaluate_degradations(
+    make: Callable[[Callable[..., Any] | None], Predict],
+    encode: Encode,
+    records: Sequence[Record],
+    *,
+    names: Sequence[str],
+    severities: Sequence[int],
+    batch_size: int,
+    seed: int = 0,
+) -> dict[str, dict[int, metrics.Overlap]]:
+    """Counts of every degradation and severity, with the right sentences.
+
+    Args:
+      make: damage -> predict, see `make_predict`.
+      encode, batch_size: as in `evaluate`.
+      records: of the split.
+      names: of `degrade.NAMES`.
+      severities: out of 1 to 5.
+      seed: of the random ones.
+    """
+    texts = encode([record["text"] for record in records])
+    found: dict[str, dict[int, metrics.Overlap]] = {name: {} for name in names}
+    for name in names:
+        for severity in severities:
+            damaged, damage = records, None
+            if name == "jpeg":
+                damaged = [_through_jpeg(record, severity) for record in records]
+            else:
+                damage = degrade.on_device(name, severity, seed)
+            counts = overlap_at_own_size(make(damage), damaged, texts, batch_size)
+            found[name][severity] = counts
+    return found
+
+
+def _through_jpeg(record: Record, severity: int) -> Record:
+    return Record({**record, "image": degrade.jpeg(record["image"], severity)})
+
+
+def degradation_results(found: Mapping[str, Mapping[int, metrics.Overlap]]) -> dict[str, Any]:
+    """Scores and intervals of every degradation, {name: {severity: ...}}, and their mean.
+
+    The mean is taken over all names and severities that were asked for.
+    """
+    scores = {
+        name: {str(severity): _with_intervals(counts) for severity, counts in rows.items()}
+        for name, rows in found.items()
+    }
+    flat = [cell for rows in scores.values() for cell in rows.values()]
+    keys = ("dice_global", "dice_mean", "iou_global", "iou_mean")
+    return {**scores, "mean": {key: float(np.mean([cell[key] for cell in flat])) for key in keys}}
 
 
 def results(found: Mapping[str, metrics.Overlap], records: Sequence[Record]) -> dict[str, Any]:
@@ -220,7 +276,9 @@ def page_rows(
 def _page_row(band, predict, encode, record, score, batch_size) -> dict[str, Any]:
     # A whole batch, of which one row counts: another size would compile again.
     texts = encode([record["text"]])
-    batch = next(pipeline.eval_batches([record], texts, batch_size=batch_size))
+    batch: Any = next(pipeline.eval_batches([record], texts, batch_size=batch_size))
+    hashes = degrade.hash_ids([record["id"]])
+    batch = {**batch, "image_hash": hashes.repeat(len(batch["row"]))}
     height, width = record["full_mask"].shape[:2]
     probs = resize_probability(predict(batch)[0, ..., 0], height, width)
     grey = [

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from biclip_jax.evaluation import metrics
@@ -14,10 +15,25 @@ from biclip_jax.models.biclip import text_inputs, to_unit_rgb
 
 
 def predict_step(
-    variables: Mapping[str, Any], batch: Mapping[str, Array], *, model: nn.Module
+    variables: Mapping[str, Any],
+    batch: Mapping[str, Array],
+    *,
+    model: nn.Module,
+    damage: Callable[[Array, Array], Array] | None = None,
 ) -> Float[Array, "b h w 1"]:
-    """Probabilities in [0, 1] for the pictures and sentences of a `Batch`."""
-    logits, _ = model.apply(variables, to_unit_rgb(batch["image"]), **text_inputs(batch))
+    """Probabilities in [0, 1] for the pictures and sentences of a `Batch`.
+
+    Args:
+      variables: of the model.
+      batch: with image_hash (B,) uint32 where there is damage.
+      model: bound with `functools.partial`, like what follows.
+      damage: (pictures in [0, 1], image_hash) -> pictures; see `degrade.on_device`.
+    """
+    image = batch["image"]
+    if damage is not None:
+        # Before a grey picture becomes RGB: its noise is one noise.
+        image = 255 * damage(image.astype(jnp.float32) / 255, batch["image_hash"])
+    logits, _ = model.apply(variables, to_unit_rgb(image), **text_inputs(batch))
     return jax.nn.sigmoid(logits)
 
 

@@ -20,8 +20,8 @@ def image():
 
 
 def degraded(name, severity, image, seed=0):
-    keys = degrade.keys_of(jnp.asarray(degrade.hash_ids(IDS[: len(image)])), name, severity, seed)
-    return degrade.on_device(name, severity)(image, keys)
+    hashes = jnp.asarray(degrade.hash_ids(IDS[: len(image)]))
+    return degrade.on_device(name, severity, seed)(image, hashes)
 
 
 @pytest.mark.parametrize("name", degrade.DEGRADATIONS)

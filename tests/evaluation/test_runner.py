@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from biclip_jax.evaluation import baselines, metrics, runner
+from biclip_jax.evaluation import baselines, degrade, metrics, runner
 
 SIZE, FULL = 8, 16
 LEFT, RIGHT = "one area, lower left lung.", "one area, lower right lung."
@@ -26,6 +26,7 @@ def record(i):
 
 
 RECORDS = [record(i) for i in range(11)]
+TEXTS = [record["text"] for record in RECORDS]
 
 
 def encode(sentences):
@@ -150,3 +151,31 @@ def test_image_free_baselines_use_the_sentence_or_nothing():
     told = metrics.summarize(found["mean_mask_per_sentence"])
     assert told["dice_global"] > blind["dice_global"] + 0.1
     assert found["mean_mask"].intersection[-1] == found["mean_mask_per_sentence"].intersection[-1]
+
+
+def test_degradations_reach_the_predictor_by_id_and_jpeg_reaches_the_pictures():
+    seen = {}
+
+    def make(damage):
+        def predict_noting(batch):
+            name = "jpeg" if damage is None else "device"
+            seen.setdefault(name, []).append(batch)
+            return predict(batch)
+
+        return predict_noting
+
+    arguments = {"names": ("gamma", "jpeg"), "severities": (2, 5), "batch_size": 4}
+    found = runner.evaluate_degradations(make, encode, RECORDS, **arguments)
+    assert {name: list(rows) for name, rows in found.items()} == {"gamma": [2, 5], "jpeg": [2, 5]}
+    hashes = np.concatenate([batch["image_hash"] for batch in seen["device"][:3]])[: len(RECORDS)]
+    np.testing.assert_array_equal(hashes, degrade.hash_ids([r["id"] for r in RECORDS]))
+    pictures = np.concatenate([batch["image"] for batch in seen["jpeg"][3:]])[: len(RECORDS)]
+    expected = np.stack([degrade.jpeg(record["image"], 5) for record in RECORDS])
+    np.testing.assert_array_equal(pictures, expected)
+
+    scores = runner.degradation_results(found)
+    right = metrics.summarize(runner.overlap_at_own_size(predict, RECORDS, encode(TEXTS), 4))
+    for name in ("gamma", "jpeg"):
+        for severity in ("2", "5"):
+            assert scores[name][severity]["dice_global"] == right["dice_global"]
+    assert scores["mean"]["dice_mean"] == pytest.approx(right["dice_mean"])
