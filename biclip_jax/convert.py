@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def convert(args: argparse.Namespace) -> Path:
     tokenizer = read_tokenizer(args.kind, source, args.tokenizer, converted)
     if args.kind == "clip" and not hf_config:
         print("no config.json beside the weights: quick_gelu assumed (--activation)")
+    # A BiCLIP that is replaced had its own tower inside.
+    shutil.rmtree(output / inference.TEXT_ENCODER, ignore_errors=True)
     write_tower(args.kind, converted, tokenizer, output, origin)
     return output
 
@@ -146,11 +149,9 @@ def read_hf_config(source: Path, activation: str | None) -> dict[str, Any]:
     if activation:
         config["hidden_act"] = activation
         for part in ("vision_config", "text_config"):
-            fields = config.get(part)
-            config[part] = {
-                **(fields if isinstance(fields, dict) else {}),
-                "hidden_act": activation,
-            }
+            fields = config.get(part) or {}
+            if isinstance(fields, dict):
+                config[part] = {**fields, "hidden_act": activation}
     return config
 
 
@@ -171,10 +172,16 @@ def _from_open_clip(config: dict[str, Any]) -> dict[str, Any]:
         model = config["model_cfg"]
         activation = {"hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu"}
         vision, text = model["vision_cfg"], model["text_cfg"]
-        image_heads = vision["width"] // vision.get("head_width", 64)
+        if "timm_model_name" in vision or "hf_model_name" in text:
+            raise UserError(
+                "open_clip_config.json: a tower of timm or of transformers inside an open_clip "
+                "model; this architecture is not built"
+            )
+        # open_clip leaves out what has its default.
+        image_heads = vision.get("width", 768) // vision.get("head_width", 64)
         return {
             "vision_config": {**activation, "num_attention_heads": image_heads},
-            "text_config": {**activation, "num_attention_heads": text["heads"]},
+            "text_config": {**activation, "num_attention_heads": text.get("heads", 8)},
         }
     except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
         raise UserError(

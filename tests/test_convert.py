@@ -1,5 +1,6 @@
 """The conversion door: others' weights in, a folder out that opens and answers as they do."""
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,7 +108,14 @@ def test_the_folder_is_whole_and_names_its_origin(kind, request):
     name, read_as = {"clip": ("hf_clip", "safetensors"), "bert": ("cxr_bert", "torch")}[kind]
     assert (config["origin"]["source"], config["origin"]["read_as"]) == (name, read_as)
     held = readers.open_checkpoint(out / "model.safetensors").tensors
-    assert sorted(config["origin"]["report"]["loaded"]) == sorted(held)
+    report = config["origin"]["report"]
+    assert sorted(report["loaded"]) == sorted(held)
+    assert set(report) == {"loaded", "reshaped", "unused", "fresh"}
+    if kind == "bert":
+        assert len(report["unused"]) == 8
+    tokenizer = (out / folder.TOKENIZER).read_bytes()
+    assert config["tokenizer_sha256"] == hashlib.sha256(tokenizer).hexdigest()
+    assert config["format"] == folder.FORMAT
     assert f"# {kind} from {name}" in (out / "README.md").read_text()
 
 
@@ -121,6 +130,7 @@ def test_the_report_is_printed(tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"{tmp_path / 'out'}: bert, 47 loaded" in said
     assert "unused: bert.embeddings.position_ids, cls.predictions" in said
+    assert "and 3 more" in said
 
 
 @pytest.mark.parametrize("name", ["hf_clip_flax", "hf_clip_sharded"])
@@ -155,13 +165,33 @@ def test_openai_s_archive_takes_the_tokenizer_that_is_given(tmp_path):
 def test_a_tokenizer_with_more_words_than_the_weights_is_refused(tmp_path, capsys):
     source, out = TOWERS / "openai_vit/ViT.pt", tmp_path / "out"
     assert run("clip", source, out, "--tokenizer", TOWERS / "hf_clip") == 2
-    assert "the tokenizer has 520 words, the weights 60" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{TOWERS / 'hf_clip'}: the tokenizer's largest id is 519, the weights have 60" in said
     assert not out.exists()
 
 
 def test_weights_without_a_tokenizer_beside_them_are_refused(tmp_path, capsys):
     assert run("clip", TOWERS / "openai_vit/ViT.pt", tmp_path / "out") == 2
-    assert "bpe_simple_vocab_16e6.txt.gz" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "bpe_simple_vocab_16e6.txt.gz" in said
+    assert said.endswith("Or give the tokenizer's file or folder by --tokenizer.\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_is_given_and_no_good_is_named(tmp_path, capsys):
+    argv = ("bert", TOWERS / "cxr_bert", tmp_path / "out", "--tokenizer", tmp_path)
+    assert run(*argv) == 2
+    said = capsys.readouterr().err
+    assert str(tmp_path) in said
+    assert "Or give" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_wrong_with_the_weights_is_said_before_the_tokenizer_is_missed(tmp_path, capsys):
+    source = tmp_path / "model.safetensors"
+    save_file({"bert.embeddings.word_embeddings.weight": np.zeros((16, 512), np.float32)}, source)
+    assert run("bert", tmp_path, tmp_path / "out") == 2
+    assert "position_embeddings.weight is missing" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -175,6 +205,121 @@ def test_a_model_in_out_is_replaced_only_when_asked(tmp_path, capsys):
     assert (out / "config.json").read_bytes() == before
     assert run(*again, "--overwrite") == 0
     assert type(biclip_jax.load_model(out)[0]).__name__ == "CLIP"
+
+
+def test_an_empty_folder_is_a_new_one(tmp_path):
+    (tmp_path / "out").mkdir()
+    assert run("bert", TOWERS / "cxr_bert", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize("more", [(), ("--overwrite",)])
+def test_an_out_that_is_no_model_folder_stays_as_it_is(tmp_path, capsys, more):
+    for name in ("config.json", "model.safetensors", "README.md"):
+        (tmp_path / name).write_text("mine")
+    assert run("bert", TOWERS / "cxr_bert", tmp_path, *more) == 2
+    assert f"{tmp_path}: holds other files; give an empty or a new" in capsys.readouterr().err
+    assert run("bert", TOWERS / "cxr_bert", tmp_path / "README.md", *more) == 2
+    assert "README.md: a file; give a folder as OUT" in capsys.readouterr().err
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"mine"}
+
+
+@pytest.mark.parametrize("more", [(), ("--overwrite",)])
+@pytest.mark.parametrize("given", ["", "pytorch_model.bin"])
+def test_the_source_s_own_folder_is_not_written_to(tmp_path, capsys, given, more):
+    source = copied("cxr_bert", tmp_path)
+    before = {path: path.read_bytes() for path in source.iterdir()}
+    assert run("bert", source / given, tmp_path / "x/../source", *more) == 2
+    assert "holds SOURCE itself; give another OUT" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in source.iterdir()} == before
+
+
+def test_a_source_that_was_converted_already_is_refused(bert, tmp_path, capsys):
+    assert run("bert", bert, tmp_path / "out") == 2
+    assert f"{bert}: a model folder already; open it with" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def open_clip(tmp_path, **changes):
+    """A folder of open_clip with OpenAI's tiny ViT, whose widths are 16 and 12, or as changed."""
+    shutil.copy(TOWERS / "openai_vit/ViT.pt", tmp_path / "open_clip_pytorch_model.bin")
+    vision = {"image_size": 32, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8}
+    model = {"embed_dim": 8, "vision_cfg": vision, "text_cfg": {"width": 16, "heads": 4}, **changes}
+    config = {"model_cfg": model, "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changes", "activation"),
+    [({}, "gelu"), ({"quick_gelu": False}, "gelu"), ({"quick_gelu": True}, "quick_gelu")],
+)
+def test_open_clip_s_config_tells_heads_and_activation(tmp_path, changes, activation):
+    source = open_clip(tmp_path, **changes)
+    place = save_clip_tokenizer(tmp_path / "words.tokenizer.json", 60)
+    assert run("clip", source, tmp_path / "out", "--tokenizer", place) == 0
+    model = json.loads((tmp_path / "out/config.json").read_text())["model"]
+    assert (model["image"]["num_heads"], model["text"]["num_heads"]) == (2, 4)
+    assert (model["image"]["activation"], model["text"]["activation"]) == (activation,) * 2
+
+
+def test_open_clip_s_heads_are_64_wide_unless_it_says_otherwise(tmp_path):
+    vision = {"width": 768, "layers": 12}
+    config = convert.read_hf_config(open_clip(tmp_path, vision_cfg=vision), None)
+    assert config["vision_config"]["num_attention_heads"] == 12
+    overridden = convert.read_hf_config(tmp_path, "quick_gelu")
+    for part in ("vision_config", "text_config"):
+        assert overridden[part] == config[part] | {"hidden_act": "quick_gelu"}
+
+
+def test_hugging_face_s_config_comes_before_open_clip_s(tmp_path):
+    shutil.copy(TOWERS / "hf_clip/config.json", open_clip(tmp_path))
+    config = convert.read_hf_config(tmp_path, None)
+    assert config == json.loads((TOWERS / "hf_clip/config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vision_cfg": {"width": 16, "head_width": 0}},
+        {"vision_cfg": {"width": "16"}},
+        {"vision_cfg": [1]},
+        {"text_cfg": None},
+    ],
+)
+def test_an_open_clip_config_that_is_none_is_named(tmp_path, changes):
+    with pytest.raises(UserError, match=r"open_clip_config\.json: not as open_clip writes it"):
+        convert.read_hf_config(open_clip(tmp_path, **changes), None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"text_cfg": {"hf_model_name": "someone/bert"}},
+        {"vision_cfg": {"timm_model_name": "vit_base_patch16_224"}},
+    ],
+)
+def test_towers_of_others_inside_open_clip_are_said_not_to_be_built(tmp_path, changes):
+    with pytest.raises(UserError, match="this architecture is not built"):
+        convert.read_hf_config(open_clip(tmp_path, **changes), None)
+
+
+def test_what_open_clip_leaves_out_has_its_default(tmp_path):
+    folder = open_clip(tmp_path, vision_cfg={"layers": 2}, text_cfg={"width": 512})
+    config = convert.read_hf_config(folder, None)
+    assert config["vision_config"]["num_attention_heads"] == 12
+    assert config["text_config"]["num_attention_heads"] == 8
+
+
+def test_what_is_assumed_without_a_config_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(architectures, "KNOWN_WIDTHS", (16, 12))
+    monkeypatch.setattr(architectures, "HEAD_SIZE", 4)
+    source = shutil.copy(TOWERS / "openai_vit/ViT.pt", tmp_path)
+    place = save_clip_tokenizer(tmp_path / "tokenizer.json", 60)
+    said = "no config.json beside the weights: quick_gelu assumed (--activation)"
+    assert run("clip", source, tmp_path / "out") == 0
+    assert said in capsys.readouterr().out
+    assert run("clip", source, tmp_path / "gelu", "--tokenizer", place, "--activation", "gelu") == 0
+    assert said not in capsys.readouterr().out
 
 
 def test_activation_reaches_the_config(tmp_path):
@@ -194,38 +339,133 @@ def test_a_command_that_is_none_is_exit_status_2(argv):
 
 def test_a_source_that_is_not_there_is_named(tmp_path, capsys):
     assert run("bert", tmp_path / "nowhere", tmp_path / "out") == 2
-    assert f"{tmp_path / 'nowhere'}: no such file or folder" in capsys.readouterr().err
+    assert f"'{tmp_path / 'nowhere'}': no such file or folder" in capsys.readouterr().err
 
 
-def test_a_name_on_the_hub_is_looked_up(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """The names that `fetch` was asked for, in an empty working directory; it gives CXR-BERT."""
     asked = []
 
-    def snapshot_download(name, allow_patterns):
-        asked.append((name, allow_patterns))
-        return str(TOWERS / "cxr_bert")
+    def fetch(name):
+        asked.append(name)
+        return TOWERS / "cxr_bert"
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr(convert, "fetch", fetch)
+    return asked
+
+
+def test_a_name_on_the_hub_is_looked_up(offline, tmp_path, capsys):
     assert run("bert", "someone/cxr-bert", "out") == 0
-    assert asked == [("someone/cxr-bert", convert.HUB_FILES)]
-    assert not [pattern for pattern in convert.HUB_FILES if pattern.endswith(".py")]
+    assert offline == ["someone/cxr-bert"]
     assert "asking the Hugging Face hub" in capsys.readouterr().out
     config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["origin"]["source"] == "cxr-bert"
+    assert config["origin"]["source"] == "cxr_bert"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "",
+        "nowhere",
+        "here/nowhere",
+        "a/b/c",
+        "./a",
+        "../a/b",
+        "/a/b",
+        "~/b",
+        "a/../b",
+        "a/",
+        "a/.b",
+        "someone/last.ckpt",
+        "someone/model.safetensors",
+        "someone/a name",
+        "someone/name\n",
+        "https://huggingface.co/someone/name",
+    ],
+)
+def test_what_cannot_be_a_name_on_the_hub_is_not_asked_for(offline, tmp_path, capsys, source):
+    (tmp_path / "here").mkdir()
+    assert run("bert", source, "out") == 2
+    assert f"{source!r}: no such file or folder; give the checkpoint" in capsys.readouterr().err
+    assert offline == []
+
+
+def test_a_folder_of_that_name_comes_before_the_hub(offline, tmp_path):
+    shutil.copytree(TOWERS / "cxr_bert", tmp_path / "someone/cxr-bert")
+    assert run("bert", "someone/cxr-bert", "out") == 0
+    assert offline == []
 
 
 @pytest.mark.parametrize("error", [OSError("offline\nmore"), KeyError("x"), RuntimeError()])
-def test_a_hub_that_does_not_answer_is_one_sentence(tmp_path, monkeypatch, capsys, error):
-    def snapshot_download(*_, **__):
+def test_a_hub_that_does_not_answer_is_one_sentence(offline, monkeypatch, capsys, error):
+    def fetch(name):
         raise error
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr(convert, "fetch", fetch)
     assert run("bert", "someone/cxr-bert", "out") == 2
     said = capsys.readouterr().err
     assert "the Hugging Face hub did not give it" in said
     assert "download it elsewhere and give the folder" in said
     assert len(said.splitlines()) == 1
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """(files of the repository, what was asked for): huggingface_hub without a network."""
+    files, asked = [], []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(TOWERS / "cxr_bert")
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name: list(files))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return files, asked
+
+
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+BIN_SHARDS = ["pytorch_model-00001-of-00001.bin"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "taken"),
+    [
+        (["pytorch_model.bin"], ["pytorch_model.bin"]),
+        (["pytorch_model.bin", "flax_model.msgpack"], ["flax_model.msgpack"]),
+        (["pytorch_model.bin", "model.safetensors", "tf_model.h5"], ["model.safetensors"]),
+        (["model.safetensors", "model.safetensors.index.json", *SHARDS], ["model.safetensors"]),
+        (["model.safetensors", "open_clip_model.safetensors"], ["model.safetensors"]),
+        (
+            ["model.safetensors.index.json", *SHARDS, "pytorch_model.bin"],
+            ["model.safetensors.index.json", *SHARDS],
+        ),
+        (
+            ["pytorch_model.bin.index.json", *BIN_SHARDS],
+            ["pytorch_model.bin.index.json", *BIN_SHARDS],
+        ),
+        (["open_clip_pytorch_model.bin"], ["open_clip_pytorch_model.bin"]),
+    ],
+)
+def test_one_format_of_weights_and_no_code_is_fetched(hub, weights, taken):
+    files, asked = hub
+    beside = ["config.json", "vocab.txt"]
+    files += ["README.md", "modeling.py", "training_args.bin", *beside, *weights]
+    assert convert.fetch("someone/cxr-bert") == TOWERS / "cxr_bert"
+    ((name, patterns),) = asked
+    assert name == "someone/cxr-bert"
+    got = {file for file in files if any(fnmatch.fnmatch(file, one) for one in patterns)}
+    assert got == {*beside, *taken}
+
+
+def test_a_repository_without_weights_is_not_fetched(hub, tmp_path, monkeypatch, capsys):
+    files, asked = hub
+    files += ["README.md", "ViT-B-16.pt"]
+    monkeypatch.chdir(tmp_path)
+    assert run("clip", "someone/clip", "out") == 2
+    assert "none of model.safetensors, " in capsys.readouterr().err
+    assert asked == []
 
 
 class Evil:
@@ -277,9 +517,9 @@ def test_a_config_that_is_none_is_named(tmp_path, capsys, text, said):
 
 @pytest.mark.parametrize(("kind", "name"), [("bert", "hf_clip"), ("clip", "cxr_bert")])
 def test_the_kinds_are_not_taken_for_one_another(tmp_path, capsys, kind, name):
-    place = {"bert": TOWERS / "cxr_bert/vocab.txt", "clip": TOWERS / "hf_clip"}[kind]
-    assert run(kind, TOWERS / name, tmp_path / "out", "--tokenizer", place) == 2
-    assert "error: " in capsys.readouterr().err
+    said = {"bert": "word_embeddings.weight is missing", "clip": "no CLIP: its arrays are bert."}
+    assert run(kind, TOWERS / name, tmp_path / "out") == 2
+    assert said[kind] in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -321,6 +561,8 @@ def checkpoint():
 def network(checkpoint, tmp_path_factory):
     base = tmp_path_factory.mktemp("biclip")
     save_file(checkpoint, base / "last.safetensors")
+    # Of the tower, whose heads the arrays do not tell.
+    shutil.copy(TOWERS / "cxr_bert/config.json", base)
     place = TOWERS / "cxr_bert"
     assert run("biclip", base / "last.safetensors", base / "out", "--tokenizer", place) == 0
     return base / "out"
@@ -333,6 +575,10 @@ def test_the_published_network_keeps_its_tower_inside(network, checkpoint):
     config, variables = folder.read(network)
     assert config["model"] == NETWORK
     assert (config["kind"], config["vocab_size"]) == ("biclip", 16)
+    tower = folder.read_config(network / "text_encoder")
+    assert config["tower"] == folder.identity(tower)
+    assert tower["kind"] == "bert"
+    assert tower["model"]["num_heads"] == 2
     unet = variables["params"]["unet"]
     np.testing.assert_array_equal(
         unet["encoder_1"]["conv_0"]["kernel"],
@@ -391,7 +637,24 @@ def test_a_network_without_some_array_names_it(checkpoint, tmp_path, capsys, los
     kept = {k: v for k, v in checkpoint.items() if not k.startswith(f"model.{lost}")}
     assert len(kept) < len(checkpoint)
     save_file(kept, tmp_path / "last.safetensors")
+    shutil.copy(TOWERS / "cxr_bert/config.json", tmp_path)
     argv = ("biclip", tmp_path / "last.safetensors", tmp_path / "out")
     assert run(*argv, "--tokenizer", TOWERS / "cxr_bert") == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_max_length_is_that_of_the_sentences(network, tmp_path):
+    argv = ("biclip", network.parent / "last.safetensors", tmp_path / "out")
+    assert run(*argv, "--tokenizer", TOWERS / "cxr_bert", "--max-length", 40) == 0
+    _, _, processor = biclip_jax.load_model(tmp_path / "out")
+    assert processor.encode([SENTENCE])["text_ids"].shape == (1, 40)
+
+
+@pytest.mark.parametrize("length", [2, 0, -1, 41])
+def test_a_max_length_that_the_tower_cannot_take_is_refused(network, tmp_path, capsys, length):
+    argv = ("biclip", network.parent / "last.safetensors", tmp_path / "out")
+    assert run(*argv, "--tokenizer", TOWERS / "cxr_bert", "--max-length", length) == 2
+    said = f"--max-length {length}: expected 3 to 40 tokens"
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -42,6 +42,7 @@ def test_two_calls_give_the_same_bits(tiny_step):
     assert not jax.tree.all(same)
 
 
+@pytest.mark.slow
 def test_a_run_compiles_each_step_once():
     """The first step may compile; the ones after it trace and compile nothing."""
     step, state, batch, key = tiny.train_step(parallel.AXIS)

@@ -1,5 +1,6 @@
 """Sentences for a run: ids, or the vectors of a frozen tower; and towers that cannot be used."""
 
+import json
 import shutil
 import warnings
 from functools import cache
@@ -82,13 +83,29 @@ def expected_vectors(tower, texts, pooling="all_tokens"):
     return np.stack([vectors[distinct.index(text)] for text in texts])
 
 
+def test_the_identity_changes_with_weights_and_tokenizer(folders, towers, tmp_path):
+    def biased(variables):
+        return jax.tree.map(lambda x: x + np.float32(1), variables)
+
+    path = Path(shutil.copytree(folders["bert"], tmp_path / "bert"))
+    _, variables = model_folder.read(path)
+    found = [towers["bert"].identity, sentences.open_tower(path, "bert").identity]
+    rewrite(path, variables=biased(variables))
+    found.append(sentences.open_tower(path, "bert").identity)
+    tokenizer = json.loads((path / model_folder.TOKENIZER).read_text())
+    rewrite(path, tokenizer=json.dumps(tokenizer))
+    found.append(sentences.open_tower(path, "bert").identity)
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
+
+
 def test_the_text_tower_of_a_clip_is_opened_alone(towers, folders):
     tower = towers["clip"]
     _, variables = model_folder.read(folders["clip"])
     assert set(variables["params"]) == {"image_encoder", "text_encoder", "logit_scale"}
     assert set(tower.params) == set(variables["params"]["text_encoder"])
     assert (tower.module.width, tower.module.activation) == (12, "gelu")
-    assert tower.sha256 == model_folder.read_config(folders["clip"])["sha256"]
+    assert tower.identity == model_folder.identity(model_folder.read_config(folders["clip"]))
     assert sentences.open_tower(folders["clip"], "clip", "bfloat16").module.dtype == jnp.bfloat16
 
 
@@ -106,9 +123,18 @@ def test_a_tower_of_another_kind_is_refused(folders, kind, other):
 
 def test_a_run_s_model_is_no_tower(tmp_path):
     variables = {"params": {"x": np.zeros(1)}}
-    model_folder.write(tmp_path, config={"model": {}}, variables=variables, card="")
+    model_folder.write(tmp_path, config={"model": {}}, variables=variables, tokenizer="{}", card="")
     with pytest.raises(UserError, match=r"holds a biclip, model\.text\.encoder is 'bert'"):
         sentences.open_tower(tmp_path, "bert")
+
+
+def rewrite(path, fields=None, **changes):
+    """Writes a folder anew with these fields of its model, or what `folder.write` takes."""
+    found, variables = model_folder.read(path)
+    config = {**found, "model": found["model"] | (fields or {})}
+    tokenizer = (path / model_folder.TOKENIZER).read_text(encoding="utf-8")
+    parts = {"variables": variables, "tokenizer": tokenizer, "card": "", **changes}
+    model_folder.write(path, config=config, **parts)
 
 
 def cut_weights(path):
@@ -117,9 +143,9 @@ def cut_weights(path):
 
 
 def lose_a_parameter(path):
-    found, variables = model_folder.read(path)
+    _, variables = model_folder.read(path)
     del variables["params"]["blocks_1"]["norm_0"]["bias"]
-    model_folder.write(path, config=found, variables=variables, card="")
+    rewrite(path, variables=variables)
 
 
 def load_with_a_word(path):
@@ -129,7 +155,11 @@ def load_with_a_word(path):
 
 
 def add_a_word(path):
-    tokenizers.save_tokenizer(load_with_a_word(path), path / "tokenizer")
+    rewrite(path, tokenizer=load_with_a_word(path).to_str())
+
+
+def exchange_the_tokenizer(path):
+    load_with_a_word(path).save(str(path / model_folder.TOKENIZER))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +167,11 @@ def add_a_word(path):
     [
         (cut_weights, "its SHA-256 is not the one in config.json"),
         (lose_a_parameter, "params/blocks_1/norm_0/bias has shape none"),
-        (add_a_word, "its largest id is 16, the tower has 16 words"),
+        (add_a_word, "tokenizer's largest id is 16, the weights have 16 words; give the tokenizer"),
+        (exchange_the_tokenizer, r"tokenizer\.json: its SHA-256 is not the one in config\.json"),
+        (lambda path: rewrite(path, {"num_heads": 5}), r"config\.json: does not describe a model"),
+        (lambda path: rewrite(path, {"width": "wide"}), r"config\.json: does not describe a model"),
+        (lambda path: rewrite(path, {"width": 24}), "has shape"),
         (lambda path: shutil.rmtree(path / "tokenizer"), "tokenizer.json"),
         (lambda path: (path / "config.json").write_text("{"), "no model folder"),
     ],
@@ -147,9 +181,51 @@ def test_a_damaged_tower_is_refused(folders, tmp_path, harm, said):
     harm(path)
     with pytest.raises(UserError, match=said):
         sentences.open_tower(path, "bert")
-    if harm is add_a_word:
-        with pytest.raises(UserError, match=said):
-            inference.load_model(path)
+    with pytest.raises(UserError, match=said):
+        inference.load_model(path)
+
+
+def test_a_config_without_a_model_describes_none(folders, tmp_path):
+    path = Path(shutil.copytree(folders["bert"], tmp_path / "bert"))
+    fields = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**fields, "model": None}))
+    for open_it in (lambda: sentences.open_tower(path, "bert"), lambda: inference.load_model(path)):
+        with pytest.raises(UserError, match=r"config\.json: does not describe a model \(Type"):
+            open_it()
+
+
+def test_more_words_in_the_weights_than_in_the_tokenizer_are_fine(towers):
+    tokenizer = towers["bert"].tokenizer
+    sentences.check_vocabulary(Path("there"), tokenizer, 16)
+    sentences.check_vocabulary(Path("there"), tokenizer, 99)
+    said = r"^there: the tokenizer's largest id is 15, the weights have 15 words"
+    with pytest.raises(UserError, match=said):
+        sentences.check_vocabulary(Path("there"), tokenizer, 15)
+
+
+@pytest.mark.parametrize(("kind", "longest"), [("bert", 14), ("clip", 10)])
+def test_sentences_longer_than_the_tower_s_positions_are_refused(towers, kind, longest):
+    tower = towers[kind]
+    sentences.check_tower(tower, config(max_length=longest))
+    said = rf"model\.text\.max_length: {longest + 1}; .*has {longest} positions; set at most that"
+    for call in (sentences.check_tower, lambda tower, asked: sentences.read(asked, TEXTS, tower)):
+        with pytest.raises(UserError, match=said) as caught:
+            call(tower, config(max_length=longest + 1))
+        assert str(tower.folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_pooling_over_hidden_state_2_needs_two_layers(towers, trainable):
+    tower = towers["bert"]
+    one = tower._replace(module=tower.module.clone(num_layers=1))
+    for pooling in set(POOLINGS) - {"embedding"}:
+        asked = config(pooling=pooling, trainable=trainable)
+        with pytest.raises(
+            UserError, match=rf"pooling: '{pooling}' needs hidden state 2.* 1 layer"
+        ):
+            sentences.read(asked, TEXTS, one)
+        sentences.check_tower(tower._replace(module=tower.module.clone(num_layers=2)), asked)
+    sentences.check_tower(one, config(pooling="embedding", trainable=trainable))
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -169,6 +245,7 @@ def test_frozen_fields_are_in_the_order_of_the_sentences(towers, encoded):
     tower, lines = towers["bert"], list[str]()
     found = sentences.read(config(), TEXTS, tower, log=lines.append)
     assert found.tokenizer is tower.tokenizer
+    assert found.tower == tower.identity
     distinct = {text for split in TEXTS.values() for text in split}
     distinct |= {text_lib.mirror(text) for text in distinct}
     seen = [text for call in encoded for text in call]
@@ -201,20 +278,19 @@ def test_vectors_are_kept_by_all_that_they_depend_on(towers, tmp_path, monkeypat
     again = sentences.read(config(), TEXTS, tower, tmp_path)
     assert calls == ["all_tokens"]
     jax.tree.map(np.testing.assert_array_equal, first.fields, again.fields)
-    longer = load_with_a_word(tower.folder)
     for changed, other in (
         (config(pooling="masked"), tower),
         (config(max_length=LENGTH + 1), tower),
         (config(), tower._replace(module=tower.module.clone(dtype=jnp.bfloat16))),
-        (config(), tower._replace(sha256="0")),
-        (config(), tower._replace(tokenizer=longer)),
+        (config(), tower._replace(identity="0")),
     ):
         sentences.read(changed, TEXTS, other, tmp_path)
-    assert len(calls) == len(list(tmp_path.iterdir())) == 6
+    assert len(calls) == len(list(tmp_path.iterdir())) == 5
 
 
 def test_a_tower_that_is_trained_gets_ids(towers, encoded):
     found = sentences.read(config(trainable=True), TEXTS, towers["bert"])
+    assert found.tower == towers["bert"].identity
     assert encoded == []
     for split, texts in TEXTS.items():
         fields = found.fields[split]
@@ -227,6 +303,7 @@ def test_a_tower_that_is_trained_gets_ids(towers, encoded):
 
 def test_without_a_tower_the_words_are_those_of_the_training_sentences():
     found = sentences.read(config(), TEXTS, None)
+    assert found.tower == ""
     words = {"left", "right", "lung", "upper", "infection", ",", "."}
     assert set(found.tokenizer.get_vocab()) == words | {"[PAD]", "[UNK]", "[CLS]"}
     assert found.fields["val"]["text_ids"].shape == (2, LENGTH)

@@ -40,7 +40,7 @@ def write(
       variables: as `model.apply` takes them, or flat by "/"; host arrays.
       tokenizer: JSON, as the tokenizers library writes it.
       card: README.md, Markdown.
-      scores: {split: {name: value}}, for metrics.json.
+      scores: {split: {name: value}}, for metrics.json; None: without one.
 
     Raises:
       UserError: the disk is full.
@@ -51,7 +51,9 @@ def write(
     digest = write_tensors(folder / WEIGHTS, flat)
     _replace(folder / TOKENIZER, tokenizer.encode())
     _replace(folder / CARD, card.encode())
-    if scores is not None:
+    if scores is None:
+        (folder / METRICS).unlink(missing_ok=True)
+    else:
         _replace(folder / METRICS, _json(scores))
     hashes = {"sha256": digest, "tokenizer_sha256": hashlib.sha256(tokenizer.encode()).hexdigest()}
     _replace(folder / CONFIG, _json({**config, "format": FORMAT, **hashes}))

@@ -18,7 +18,7 @@ import numpy as np
 from biclip_jax.weights.readers import DTYPES, num_bytes
 
 MAX_OPCODES = 4 * 2**20
-MAX_COPIES = 4 * 2**20
+MAX_COPIES = 2**20
 
 
 class Refused(Exception):
@@ -208,7 +208,8 @@ def interpret(pickled: io.BytesIO, storages: dict[str, Storage]) -> Any:
 
 def _num_items(args: Any) -> int:
     parts = args if type(args) is tuple else (args,)
-    return sum(len(part) for part in parts if isinstance(part, list | tuple | dict))
+    inside = sum(len(part) for part in parts if isinstance(part, list | tuple | dict))
+    return len(parts) + inside
 
 
 def _step(name: str, arg: Any, stack: list[Any], memo: dict[int, Any]) -> None:

@@ -140,6 +140,7 @@ def test_no_gradient_enters_through_the_strong_view():
         )
 
 
+@pytest.mark.slow
 def test_grey_and_colour_pictures_give_the_same_where_colours_are_equal(tiny_step):
     step, state, batch, key = tiny_step
     colour = {**batch, "image": np.repeat(batch["image"], 3, axis=-1)}

@@ -104,6 +104,25 @@ def payloads(marker, script):
     }
 
 
+def repeated_copies(times, items, by):
+    """A large container, memoized, that "OrderedDict" or "BUILD" copies again and again."""
+    pairs = [b"J" + struct.pack("<i", key) + b"N" for key in range(items)]
+    if by == "OrderedDict":
+        large = b"](" + b"".join(pair + b"\x86" for pair in pairs) + b"e"
+        head, once = named("collections.OrderedDict") + b"q\x010", b"h\x01h\x00\x85R"
+    else:
+        large = b"}(" + b"".join(pairs) + b"u"
+        head, once = named("__torch__.Layer") + b"q\x010", b"h\x01)\x81h\x00b"
+    return large + b"q\x000" + head + b"](" + once * times + b"e"
+
+
+def repeated_encoding(times, length):
+    """A long text, memoized, that _codecs.encode is asked to copy again and again."""
+    once = b"h\x01h\x00h\x02\x86R"
+    head = text("x" * length) + b"q\x000" + named("_codecs.encode") + b"q\x010"
+    return head + text("latin1") + b"q\x020](" + once * times + b"e"
+
+
 def pickled(body):
     return b"\x80\x02" + body + b"."
 

@@ -81,11 +81,64 @@ def test_a_bert_is_described_by_shapes_and_config():
     assert architectures.convert_bert(*opened("bert_flax")).config["projection_size"] == 0
 
 
-def test_without_a_config_a_head_is_64_wide_and_the_activation_openai_s():
-    config = architectures.convert_clip(opened("hf_clip")[0]).config
-    assert (config["image"]["num_heads"], config["text"]["num_heads"]) == (1, 1)
-    assert config["text"]["activation"] == "quick_gelu"
-    image = architectures.convert_clip(opened("openai_resnet")[0]).config["image"]
+HEADS = {"vision_config": {"num_attention_heads": 1}, "text_config": {"num_attention_heads": 2}}
+
+
+@pytest.mark.parametrize("name", ["hf_clip", "openai_vit"])
+def test_heads_are_those_of_the_config_and_the_activation_openai_s(name):
+    config = architectures.convert_clip(opened(name)[0], HEADS).config
+    assert (config["image"]["num_heads"], config["text"]["num_heads"]) == (1, 2)
+    for tower in ("image", "text"):
+        assert (config[tower]["activation"], config[tower]["epsilon"]) == ("quick_gelu", 1e-5)
+
+
+@pytest.mark.parametrize("name", ["hf_clip", "openai_vit"])
+def test_activation_and_epsilon_of_each_tower_are_read(name):
+    hf_config = {
+        "vision_config": {"num_attention_heads": 1, "layer_norm_eps": 1e-3, "hidden_act": "gelu"},
+        "text_config": {"num_attention_heads": 2, "layer_norm_eps": 1e-4},
+    }
+    config = architectures.convert_clip(opened(name)[0], hf_config).config
+    assert (config["image"]["activation"], config["image"]["epsilon"]) == ("gelu", 1e-3)
+    assert (config["text"]["activation"], config["text"]["epsilon"]) == ("quick_gelu", 1e-4)
+
+
+@pytest.mark.parametrize("name", ["hf_clip", "openai_vit", "openai_resnet"])
+@pytest.mark.parametrize("hf_config", [None, {}, {"text_config": None}])
+def test_heads_of_an_unknown_width_are_not_guessed(name, hf_config):
+    with pytest.raises(
+        UserError, match=r"num_attention_heads is None for a width of .*config\.json"
+    ):
+        architectures.convert_clip(opened(name)[0], hf_config)
+
+
+def widened(width):
+    """The CXR-BERT of width 12 at another width, all zeros."""
+
+    def change(tensors):
+        shapes = {k: tuple(width if n == 12 else n for n in v.shape) for k, v in tensors.items()}
+        return {
+            k: Tensor(shape, np.dtype("float32"), lambda shape=shape: np.zeros(shape, np.float32))
+            for k, shape in shapes.items()
+        }
+
+    return with_tensors("cxr_bert", change)
+
+
+@pytest.mark.parametrize(("width", "heads"), [(512, 8), (640, 10), (768, 12), (1024, 16)])
+def test_of_a_known_width_a_head_is_64_wide(width, heads):
+    assert architectures.convert_bert(widened(width)).config["num_heads"] == heads
+
+
+def test_of_another_width_it_is_asked_for():
+    with pytest.raises(UserError, match="num_attention_heads is None for a width of 384"):
+        architectures.convert_bert(widened(384))
+    found = architectures.convert_bert(widened(384), {"num_attention_heads": 12})
+    assert found.config["num_heads"] == 12
+
+
+def test_a_resnet_is_described_by_its_shapes():
+    image = architectures.convert_clip(*opened("openai_resnet")).config["image"]
     assert image == {
         "kind": "resnet",
         "image_size": 64,
@@ -109,28 +162,60 @@ def test_the_kinds_are_not_taken_for_one_another():
     ("kind", "name", "hf_config", "said"),
     [
         ("bert", "cxr_bert", {"hidden_act": "relu"}, "hidden_act 'relu'; expected gelu, quick_"),
-        ("clip", "hf_clip", {"vision_config": {"hidden_act": "silu"}}, "hidden_act 'silu'"),
-        ("clip", "hf_clip", {"text_config": {"hidden_act": "gelu_new"}}, "hidden_act 'gelu_new'"),
-        ("clip", "openai_vit", {"hidden_act": "relu"}, "hidden_act 'relu'"),
         (
             "bert",
             "cxr_bert",
-            {"position_embedding_type": "relative_key"},
-            "position_embedding_type relative_key",
+            {"hidden_act": ["gelu"]},
+            "hidden_act .*gelu.*; expected gelu, quick_",
         ),
+        ("bert", "cxr_bert", {"hidden_act": None}, "hidden_act 'None'"),
+        ("clip", "hf_clip", {"vision_config": {"hidden_act": "silu"}}, "hidden_act 'silu'"),
+        ("clip", "hf_clip", {"text_config": {"hidden_act": "gelu_new"}}, "hidden_act 'gelu_new'"),
+        ("clip", "openai_vit", {"vision_config": {"hidden_act": "relu"}}, "hidden_act 'relu'"),
+        ("clip", "openai_resnet", {"text_config": {"hidden_act": {}}}, "hidden_act"),
+        ("clip", "hf_clip", {"vision_config": {"layer_norm_eps": "1e-5"}}, "layer_norm_eps 1e-5"),
+        ("clip", "openai_vit", {"text_config": {"layer_norm_eps": 0.0}}, "layer_norm_eps 0.0"),
+        ("bert", "cxr_bert", {"layer_norm_eps": -1e-5}, "layer_norm_eps -1e-05"),
+        ("bert", "cxr_bert", {"layer_norm_eps": float("nan")}, "layer_norm_eps nan"),
+        ("bert", "cxr_bert", {"layer_norm_eps": 1}, "layer_norm_eps 1; expected a small"),
+        ("bert", "cxr_bert", {"position_embedding_type": "relative_key"}, "type relative_key"),
     ],
 )
 def test_what_is_not_built_is_refused(kind, name, hf_config, said):
-    convert = getattr(architectures, f"convert_{kind}")
+    # What the case does not change stays as it is, or the heads would be missed first.
+    checkpoint, own = opened(name)
+    changed = {
+        key: own[key] | value if key.endswith("_config") else value
+        for key, value in hf_config.items()
+    }
     with pytest.raises(UserError, match=said):
-        convert(opened(name)[0], hf_config)
+        getattr(architectures, f"convert_{kind}")(checkpoint, own | changed)
+
+
+@pytest.mark.parametrize("name", ["hf_clip", "openai_vit"])
+@pytest.mark.parametrize("part", ["vision_config", "text_config"])
+@pytest.mark.parametrize("value", [["num_attention_heads"], "x", 3])
+def test_a_part_of_the_config_that_is_no_object_is_refused(name, part, value):
+    checkpoint, own = opened(name)
+    with pytest.raises(
+        UserError, match=r"vision_config or text_config of config\.json is no object"
+    ):
+        architectures.convert_clip(checkpoint, own | {part: value})
 
 
 @pytest.mark.parametrize(
     ("kind", "name", "hf_config"),
     [
         ("bert", "cxr_bert", {"num_attention_heads": 5}),
+        ("bert", "cxr_bert", {"num_attention_heads": 0}),
+        ("bert", "cxr_bert", {"num_attention_heads": -2}),
+        ("bert", "cxr_bert", {"num_attention_heads": 2.0}),
+        ("bert", "cxr_bert", {"num_attention_heads": "2"}),
+        ("bert", "cxr_bert", {"num_attention_heads": True}),
+        ("bert", "cxr_bert", {"num_attention_heads": [2]}),
         ("clip", "hf_clip", {"vision_config": {"num_attention_heads": 3}}),
+        ("clip", "openai_vit", {"vision_config": {"num_attention_heads": 3}}),
+        ("clip", "openai_resnet", {"text_config": {"num_attention_heads": 7}}),
     ],
 )
 def test_heads_that_do_not_divide_the_width_are_refused(kind, name, hf_config):
@@ -168,7 +253,10 @@ def test_a_file_that_was_cut_names_what_it_lacks(kind, name, lost, said):
         ("clip", "hf_clip", "vision_model.embeddings.position_embedding.weight", (18, 16)),
         ("clip", "hf_clip", "vision_model.embeddings.patch_embedding.weight", (16, 3, 8, 7)),
         ("clip", "hf_clip", "visual_projection.weight", (8,)),
-        ("clip", "hf_clip", "text_projection.weight", (9, 12)),
+        ("clip", "hf_clip", "vision_model.embeddings.position_embedding.weight", (1, 16)),
+        ("clip", "hf_clip", "text_projection.weight", (8, 13)),
+        ("clip", "openai_vit", "visual.positional_embedding", (6, 16)),
+        ("clip", "openai_resnet", "visual.attnpool.positional_embedding", (4, 128)),
         ("clip", "openai_resnet", "visual.conv1.weight", (2, 4, 3, 3)),
         ("bert", "cxr_bert", "bert.embeddings.word_embeddings.weight", (16, 12, 1)),
         ("bert", "cxr_bert", "bert.embeddings.LayerNorm.weight", (13,)),
@@ -181,6 +269,24 @@ def test_an_array_of_another_shape_is_named(kind, name, array, shape):
     convert = getattr(architectures, f"convert_{kind}")
     with pytest.raises(UserError, match=re.escape(array)):
         convert(with_tensors(name, change), opened(name)[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "shape", "sizes"),
+    [
+        ("hf_clip", "text_projection.weight", (9, 12), "8 numbers, text_projection 9"),
+        ("hf_clip", "visual_projection.weight", (7, 16), "7 numbers, text_projection 8"),
+        ("openai_vit", "text_projection", None, "8 numbers, text_projection 9"),
+        ("openai_resnet", "text_projection", None, "8 numbers, text_projection 9"),
+    ],
+)
+def test_embeddings_of_two_sizes_are_refused(name, array, shape, sizes):
+    def change(tensors):
+        found = shape or (tensors[array].shape[0], 9)
+        return tensors | {array: Tensor(found, np.dtype("float32"), lambda: np.zeros(found))}
+
+    with pytest.raises(UserError, match=sizes):
+        architectures.convert_clip(with_tensors(name, change), opened(name)[1])
 
 
 def same(first, second):
@@ -198,8 +304,8 @@ def test_the_text_prefix_of_open_clip_is_dropped():
 
     renamed = with_tensors("openai_vit", prefixed)
     assert "text.transformer.resblocks.0.ln_1.weight" in renamed.tensors
-    expected = architectures.convert_clip(opened("openai_vit")[0])
-    same(architectures.convert_clip(renamed), expected)
+    expected = architectures.convert_clip(*opened("openai_vit"))
+    same(architectures.convert_clip(renamed, opened("openai_vit")[1]), expected)
 
 
 def test_a_bert_without_its_prefix_is_the_same_bert():

@@ -135,7 +135,9 @@ def test_what_is_wrong_with_a_file_is_named(change, said):
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int64", "bool", "complex64"])
 def test_an_array_that_is_not_floating_point_is_named(dtype):
     held = arrays() | {"k.weight": numbers(2, 3, dtype=dtype)}
-    with pytest.raises(UserError, match=rf"given\.bin: k\.weight is of {dtype}; expected .*float32"):
+    with pytest.raises(
+        UserError, match=rf"given\.bin: k\.weight is of {dtype}; expected .*float32"
+    ):
         load(held)
 
 

@@ -1,10 +1,12 @@
 """Torch files: values against arithmetic and torch, pickles that would run code, damage."""
 
+import contextlib
 import io
 import pickle
 import resource
 import subprocess
 import sys
+import time
 import tracemalloc
 import zipfile
 from collections import OrderedDict
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 
 from biclip_jax.errors import UserError
-from biclip_jax.weights import torch_files
+from biclip_jax.weights import pickles, torch_files
 from biclip_jax.weights.readers import open_checkpoint
 from tests.weights import payloads
 from tests.weights.payloads import CONTAINERS, SUFFIXES, call, in_zip, named, pickled, text
@@ -185,6 +187,56 @@ def doubling(times):
 )
 def test_pickle_bombs(tmp_path, marker, body, reason):
     assert reason in refused(write(tmp_path / "weights.bin", in_zip(body, marker)))
+
+
+@contextlib.contextmanager
+def at_most(num_bytes):
+    """Nothing inside holds more memory than that."""
+    tracemalloc.start()
+    try:
+        yield
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < num_bytes
+
+
+@pytest.mark.parametrize("by", ["OrderedDict", "BUILD"])
+def test_a_container_that_is_copied_thousands_of_times_is_refused(
+    tmp_path, marker, by, monkeypatch
+):
+    """Whole, the copies would be 200 MB; the limit is lowered, to see that it is what holds."""
+    path = tmp_path / "weights.pt"
+    monkeypatch.setattr(pickles, "MAX_COPIES", 2**17)
+    path.write_bytes(in_zip(payloads.repeated_copies(5000, 2**10, by), marker))
+    with at_most(16 * 2**20):
+        assert "copies more than any model's" in refused(path)
+    path.write_bytes(in_zip(payloads.repeated_copies(100, 2**10, by), marker))
+    assert "copies" not in refused(path)
+
+
+def test_the_limit_of_copies_keeps_a_small_file_small(tmp_path, marker):
+    body = payloads.repeated_copies(5000, 2**14, "BUILD")
+    path = write(tmp_path / "weights.pt", in_zip(body, marker))
+    assert path.stat().st_size < 2**18
+    started = time.monotonic()
+    with at_most(256 * 2**20):
+        assert "copies more than any model's" in refused(path)
+    assert time.monotonic() - started < 10
+
+
+def pickles_of(body):
+    return pickles.interpret(io.BytesIO(pickled(body)), {})
+
+
+def test_a_text_that_is_encoded_thousands_of_times_stays_small(tmp_path, marker):
+    length, times = 2**20, 5000
+    raw = text("raw") + payloads.repeated_encoding(times, length)
+    body = one_tensor(4, 0, [4], [1]) + raw + b"s"
+    path = write(tmp_path / "weights.pt", in_zip(body, marker, FOUR))
+    with at_most(16 * length):
+        assert list(open_checkpoint(path).tensors) == ["a"]
+    assert pickles_of(payloads.repeated_encoding(3, 5)) == [b""] * 3
 
 
 def tensor(length, offset, shape, strides, key="0", kind="FloatStorage"):
@@ -406,3 +458,12 @@ def test_a_member_that_is_there_twice_is_refused(tmp_path, marker):
     with zipfile.ZipFile(data, "a") as archive, pytest.warns(UserWarning):
         archive.writestr("archive/data/0", bytes(16))
     assert "there twice" in refused(write(tmp_path / "a.pt", data.getvalue()))
+
+
+def test_calls_with_a_large_tuple_of_arguments_are_counted():
+    size = 2**18
+    call = b"h\x01h\x00R0"
+    counter = b"0ccollections\nCounter\nq\x010"
+    data = b"\x80\x02(" + b"N" * size + b"tq\x00" + counter + call * 5 + b"N."
+    with pytest.raises(ValueError, match="copies more"):
+        pickles.interpret(io.BytesIO(data), {})

@@ -40,7 +40,7 @@ def close(found, expected, atol=2e-5):
 def test_clip_of_hugging_face_gives_every_hidden_state(name):
     converted, variables = opened(name)
     model, expected = clip.build(converted.config), answers("hf_clip")
-    logits, aux = model.apply(variables, expected["image"], expected["ids"])
+    logits, aux = jax.jit(model.apply)(variables, expected["image"], expected["ids"])
     close(jnp.stack(aux["image"]["hidden_states"]), expected["image_states"])
     close(aux["image"]["pooled"], expected["image_pooled"])
     close(jnp.stack(aux["text"]["hidden_states"]), expected["text_states"])
@@ -54,7 +54,7 @@ def test_pictures_of_another_size_interpolate_the_positions():
     converted, variables = opened("hf_clip")
     tower, expected = clip.build_image_encoder(converted.config["image"]), answers("hf_clip")
     parts = {"params": variables["params"]["image_encoder"]}
-    _, aux = tower.apply(parts, expected["large"])
+    _, aux = jax.jit(tower.apply)(parts, expected["large"])
     close(aux["hidden_states"][-1], expected["large_last"])
 
 
@@ -62,7 +62,7 @@ def test_pictures_of_another_size_interpolate_the_positions():
 def test_bert_gives_every_hidden_state(name):
     converted, variables = opened(name)
     expected = answers("cxr_bert")
-    embedding, aux = bert.build(converted.config).apply(
+    embedding, aux = jax.jit(bert.build(converted.config).apply)(
         variables, expected["ids"], expected["mask"]
     )
     close(jnp.stack(aux["hidden_states"]), expected["states"])
@@ -79,7 +79,7 @@ def test_clip_of_openai_gives_every_hidden_state(name, file, atol):
     # The ViT lies in half precision: its answers are those of the rounded weights.
     converted, variables = opened(name, file)
     model, expected = clip.build(converted.config), answers(name)
-    logits, aux = model.apply(variables, expected["image"], expected["ids"])
+    logits, aux = jax.jit(model.apply)(variables, expected["image"], expected["ids"])
     for i, state in enumerate(aux["image"]["hidden_states"]):
         wanted = expected[f"image_state_{i}"]
         close(state, wanted.transpose(0, 2, 3, 1) if wanted.ndim == 4 else wanted, atol)
