@@ -99,6 +99,13 @@ def open_tower(path: str | Path, kind: str, dtype: str = "float32") -> TextTower
     return TextTower(folder, model_folder.identity(config), module, params, tokenizer)
 
 
+def open_configured(config: Mapping[str, Any], dtype: str) -> TextTower | None:
+    """The tower that the fields of `model.text` name; None for the scratch encoder."""
+    if config["encoder"] == "scratch":
+        return None
+    return open_tower(config["weights"], config["encoder"], dtype)
+
+
 def check_vocabulary(path: Path, tokenizer: Tokenizer, rows: int) -> None:
     """Raises UserError where an id lies past the tower's embedding, which jax would not say."""
     largest = max(tokenizer.get_vocab().values(), default=0)

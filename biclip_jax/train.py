@@ -22,7 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from biclip_jax import cli, inference, parallel, sentences
-from biclip_jax.data import pipeline
+from biclip_jax.data import pipeline, subsets
 from biclip_jax.errors import UserError
 from biclip_jax.evaluation import reporting, runner
 from biclip_jax.evaluation import steps as eval_steps
@@ -78,14 +78,13 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """
     with checkpoint.lock(workdir):
         text, data = config.model.text.to_dict(), config.data.to_dict()
-        tower = None
-        if text["encoder"] != "scratch":
-            tower = sentences.open_tower(text["weights"], text["encoder"], config.model.dtype)
+        tower = sentences.open_configured(text, config.model.dtype)
         claim(config, workdir, tower)
         if tower:
             model_folder.link(tower.folder, workdir / "model" / inference.TEXT_ENCODER)
         prepared = pipeline.prepare(data, config.model.image_size)
         splits = pipeline.open_splits(prepared, data)
+        runner.write_json(workdir / "labels.json", subsets.report(r["id"] for r in splits["train"]))
         texts = {split: [record["text"] for record in splits[split]] for split in ("train", "val")}
         spoken = sentences.read(text, texts, tower, prepared, print)
         program = build(config, len(splits["train"]), spoken, tower)
@@ -340,9 +339,11 @@ def keep_best(
     progress.update(best_score=scores["dice_global"], best_step=step, stale=0)
     host_state = parallel.to_host(state)
     checkpoint.save(workdir / "checkpoints/best", host_state, progress, keep=1)
+    model_config = config.model.to_dict()
+    model_config["text"]["weights"] = ""  # a path here; the tower lies inside
     described = {
         "kind": "biclip",
-        "model": config.model.to_dict(),
+        "model": model_config,
         "vocab_size": spoken.tokenizer.get_vocab_size(),
         "tower": spoken.tower,
         "name": config.name,

@@ -20,6 +20,8 @@ def base() -> ConfigDict:
     config.data.cache_dir = ""  # where prepared sets go; empty: the user's cache folder
     config.data.in_memory = True  # decoded pictures stay in host memory
     config.data.sentences = "right"  # "missing" trains and evaluates with empty sentences
+    config.data.label_fraction = 1.0  # share of the training pictures, in whole patients
+    config.data.label_seed = 0  # of the order in which patients join the share
     config.data.num_examples = ConfigDict({"train": 0, "val": 0, "test": 0})  # synthetic only
 
     config.model = ConfigDict()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from biclip_jax.data import builders
+from biclip_jax.data import builders, subsets
 from biclip_jax.data import text as text_lib
 from biclip_jax.data.schema import SPLITS, Batch, Record, Split
 
@@ -54,6 +54,10 @@ def open_splits(
 
 def _open(prepared: Path, split: Split, config: Mapping[str, Any]) -> Sequence[Record]:
     records: Sequence[Record] = builders.open_split(prepared, split)
+    if split == "train" and config["label_fraction"] != 1:
+        ids = [record["id"] for record in records]
+        rows = subsets.labelled(ids, config["label_fraction"], config["label_seed"])
+        records = [records[row] for row in rows]
     if config["in_memory"] or config["sentences"] == "missing":
         records = list(records)
     if config["sentences"] == "missing":

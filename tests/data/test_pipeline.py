@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from biclip_jax.data import pipeline, text
+from biclip_jax.data import pipeline, subsets, text
 
 NUM = 10
 
@@ -111,6 +111,16 @@ def test_missing_sentences_are_empty_everywhere(smoke_config):
     splits = splits_of(smoke_config)
     assert {len(records) for records in splits.values()} == {32, 8}
     assert {record["text"] for records in splits.values() for record in records} == {""}
+
+
+def test_a_share_of_the_labels_takes_training_pictures_alone(smoke_config):
+    whole = splits_of(smoke_config)
+    smoke_config.data.label_fraction = 0.25
+    part = splits_of(smoke_config)
+    assert [len(part[split]) for split in ("train", "val", "test")] == [8, 8, 8]
+    ids = [record["id"] for record in whole["train"]]
+    expected = [ids[row] for row in subsets.labelled(ids, 0.25)]
+    assert [record["id"] for record in part["train"]] == expected
 
 
 def test_reading_from_disk_gives_what_memory_holds(smoke_config):

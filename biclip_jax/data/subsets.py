@@ -1,0 +1,60 @@
+"""Label subsets: nested, the same on every machine, by patient where ids tell the patient."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from biclip_jax.errors import UserError
+
+# BIDS names, as most of QaTa-COV19's are: sub-S09345_ses-E16849_run-1_...
+_PATIENT = re.compile(r"(sub-[A-Za-z0-9]+)_")
+
+
+def patient_of(image_id: str) -> str:
+    """The patient that an image's id names, or the id itself: a patient of its own."""
+    found = _PATIENT.match(image_id)
+    return found.group(1).lower() if found else image_id
+
+
+def labelled(ids: Sequence[str], fraction: float, seed: int = 0) -> list[int]:
+    """Rows of the labelled share, ascending.
+
+    Whole patients are taken in the order of sha256(f"{seed}:{patient}") until
+    `fraction` of the images is reached, so that a smaller share lies inside
+    every larger one of the same seed.
+
+    Args:
+      ids: of the images of a split.
+      fraction: above 0, at most 1.
+      seed: of the order.
+
+    Raises:
+      UserError: another fraction.
+    """
+    if not 0 < fraction <= 1:
+        raise UserError(
+            f"--config.data.label_fraction: {fraction}; expected a share above 0, at most 1"
+        )
+    groups: dict[str, list[int]] = {}
+    for row, image_id in enumerate(ids):
+        groups.setdefault(patient_of(image_id), []).append(row)
+    rows: list[int] = []
+    for patient in sorted(groups, key=lambda name: _order(seed, name)):
+        if len(rows) >= fraction * len(ids):
+            break
+        rows += groups[patient]
+    return sorted(rows)
+
+
+def report(ids: Iterable[str]) -> dict[str, Any]:
+    """What labels.json says of the pictures that a run trains on: counts, and every id."""
+    chosen = list(ids)
+    patients = {patient_of(image_id) for image_id in chosen}
+    return {"num_images": len(chosen), "num_patients": len(patients), "ids": chosen}
+
+
+def _order(seed: int, patient: str) -> str:
+    return hashlib.sha256(f"{seed}:{patient}".encode()).hexdigest()
