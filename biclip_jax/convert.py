@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import sys
@@ -41,10 +42,11 @@ def convert(args: argparse.Namespace) -> Path:
     hf_config = read_hf_config(source, args.activation)
     origin = {"source": source.resolve().name, "read_as": checkpoint.format}
     if args.kind == "biclip":
-        network, tower = architectures.convert_biclip(checkpoint, hf_config, args.max_length)
-        if not 3 <= args.max_length <= tower.config["max_length"]:
-            longest = tower.config["max_length"]
-            raise UserError(f"--max-length {args.max_length}: expected 3 to {longest} tokens")
+        max_length = 32 if args.max_length is None else args.max_length
+        network, tower = architectures.convert_biclip(checkpoint, hf_config, max_length)
+        longest = tower.config["max_length"]
+        if not 3 <= max_length <= longest:
+            raise UserError(f"--max-length {max_length}: expected 3 to {longest} tokens")
         tokenizer = read_tokenizer("bert", source, args.tokenizer, tower)
         folder = output / inference.TEXT_ENCODER
         identity = write_tower("bert", tower, tokenizer, folder, origin)
@@ -270,10 +272,17 @@ def _main(argv: list[str]) -> None:
         help="in place of config.json's; without either quick_gelu for clip, gelu for bert",
     )
     parser.add_argument(
-        "--max-length", type=int, default=32, help="of a biclip's sentences, in tokens (32)"
+        "--max-length",
+        type=int,
+        help="of the sentences, in tokens; kind biclip alone (default: 32)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a model in OUT")
-    convert(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    if args.max_length is not None and args.kind != "biclip":
+        parser.error("--max-length is for biclip; in training it is model.text.max_length")
+    # transformers, which reads tokenizers, would say that PyTorch is missing; it is not needed.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    convert(args)
 
 
 if __name__ == "__main__":

@@ -109,6 +109,12 @@ def predict(args: argparse.Namespace) -> int:
     unknown = unknown_words(predictor.processor.tokenizer, sorted(set(sentences.values())))
     if unknown:
         print(f"words that this model never saw: {', '.join(unknown)}", file=sys.stderr)
+    if not any(sentences.values()):
+        print(
+            "no sentence was given (--text, --texts); a model that was trained with sentences "
+            "finds much less without them",
+            file=sys.stderr,
+        )
     output = Path(args.output)
     if output.resolve() == images[0].parent.resolve():
         raise UserError(f"{output}: holds the pictures themselves; give another --output")

@@ -100,10 +100,21 @@ def open_tower(path: str | Path, kind: str, dtype: str = "float32") -> TextTower
 
 
 def open_configured(config: Mapping[str, Any], dtype: str) -> TextTower | None:
-    """The tower that the fields of `model.text` name; None for the scratch encoder."""
+    """The tower that the fields of `model.text` name; None for the scratch encoder.
+
+    Raises:
+      UserError: as `open_tower` and `check_tower`; weights for the scratch encoder.
+    """
     if config["encoder"] == "scratch":
+        if config["weights"]:
+            raise UserError(
+                f"--config.model.text.weights: {config['weights']!r}, but model.text.encoder is "
+                "'scratch', which takes none; set model.text.encoder to bert or clip"
+            )
         return None
-    return open_tower(config["weights"], config["encoder"], dtype)
+    tower = open_tower(config["weights"], config["encoder"], dtype)
+    check_tower(tower, config)
+    return tower
 
 
 def check_vocabulary(path: Path, tokenizer: Tokenizer, rows: int) -> None:

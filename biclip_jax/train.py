@@ -76,9 +76,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
       UserError: a configuration, a data set or a folder that does not fit.
       SystemExit: 143 or 130 after SIGTERM or SIGINT, the state saved.
     """
+    text, data = config.model.text.to_dict(), config.data.to_dict()
+    tower = sentences.open_configured(text, config.model.dtype)
     with checkpoint.lock(workdir):
-        text, data = config.model.text.to_dict(), config.data.to_dict()
-        tower = sentences.open_configured(text, config.model.dtype)
         claim(config, workdir, tower)
         if tower:
             model_folder.link(tower.folder, workdir / "model" / inference.TEXT_ENCODER)
@@ -116,6 +116,12 @@ def claim(config: ConfigDict, workdir: Path, tower: sentences.TextTower | None) 
             raise UserError(f"{path}: damaged ({error}); give another --workdir") from error
         names = sorted((here.keys() | there.keys()) - set(FREE_FIELDS))
         changed = [name for name in names if here.get(name) != there.get(name)]
+    if "model.text.tower" in changed and there.get("model.text.weights"):
+        before, now = there["model.text.weights"], here["model.text.weights"]
+        raise UserError(
+            f"{path}: this run began with the text tower that lay in {before!r}; the weights or "
+            f"the tokenizer in {now!r} are others; give another --workdir, or that tower"
+        )
     if changed:
         listed = ", ".join(f"{k} ({there.get(k)} -> {here.get(k)})" for k in changed[:5])
         raise UserError(

@@ -517,7 +517,7 @@ def test_a_config_that_is_none_is_named(tmp_path, capsys, text, said):
 
 @pytest.mark.parametrize(("kind", "name"), [("bert", "hf_clip"), ("clip", "cxr_bert")])
 def test_the_kinds_are_not_taken_for_one_another(tmp_path, capsys, kind, name):
-    said = {"bert": "word_embeddings.weight is missing", "clip": "no CLIP: its arrays are bert."}
+    said = {"bert": "no BERT: its arrays are logit_scale", "clip": "no CLIP: its arrays are bert."}
     assert run(kind, TOWERS / name, tmp_path / "out") == 2
     assert said[kind] in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -628,7 +628,7 @@ def test_the_published_network_segments_with_its_tower_s_hidden_states(network):
             "text_encoder.model.bert.encoder.layer.2.output.dense.bias",
             "bert.encoder.layer.2.output.dense.bias is missing",
         ),
-        ("text_encoder.model.", "embeddings.word_embeddings.weight is missing"),
+        ("text_encoder.model.", "text_encoder.model.* is missing"),
         ("generator.", "generator.0.weight is missing"),
         ("down1.", "down1."),
     ],
@@ -658,3 +658,8 @@ def test_a_max_length_that_the_tower_cannot_take_is_refused(network, tmp_path, c
     said = f"--max-length {length}: expected 3 to 40 tokens"
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_length_for_a_tower_alone_is_refused(tmp_path, capsys):
+    assert run("bert", TOWERS / "cxr_bert", tmp_path / "out", "--max-length", "9") == 2
+    assert "model.text.max_length" in capsys.readouterr().err

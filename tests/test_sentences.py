@@ -356,3 +356,10 @@ def test_the_scratch_encoder_stays_and_gets_ids(network):
     fields = sentences.encoder(model, variables, processor)(["left lung.", "a"])
     assert fields["text_ids"].shape == (2, LENGTH)
     assert set(fields) == {"text_ids", "text_mask"}
+
+
+def test_weights_for_the_scratch_encoder_are_refused():
+    config = {"encoder": "scratch", "weights": "weights/cxr_bert"}
+    with pytest.raises(UserError, match=r"model\.text\.encoder is 'scratch'"):
+        sentences.open_configured(config, "float32")
+    assert sentences.open_configured({**config, "weights": ""}, "float32") is None

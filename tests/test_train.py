@@ -317,7 +317,7 @@ def test_a_frozen_tower_is_asked_once_and_travels_with_the_model(
     variables["params"]["norm"]["bias"] += 1
     words = (other / model_folder.TOKENIZER).read_text()
     model_folder.write(other, config=described, variables=variables, tokenizer=words, card="")
-    with pytest.raises(UserError, match=r"model\.text\.tower"):
+    with pytest.raises(UserError, match=r"began with the text tower that lay in .*cxr_bert"):
         train.train_and_evaluate(with_tower(config, other), tmp_path / "run")
 
     # Nor may it take the place of the one that the model was trained with.

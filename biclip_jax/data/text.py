@@ -114,7 +114,7 @@ def warn_of_cut(tokenizer: Tokenizer, sentences: Sequence[str], max_length: int)
     if too_long:
         warnings.warn(
             f"{too_long} of {len(distinct)} sentences are longer than {max_length} tokens and are "
-            "cut; raise model.text.max_length",
+            "cut (model.text.max_length, at most the positions of the text encoder)",
             stacklevel=2,
         )
 

@@ -126,7 +126,7 @@ def _find(kind: str, path: Path) -> tuple[Path, Callable[[Path], str]]:
     raise _bad(
         path,
         "none of its files" if path.is_dir() else "a file of another name",
-        f"one of {', '.join(_READERS[kind])}",
+        f"one of {', '.join(_READERS[kind])}".replace("vocab.json", "vocab.json + merges.txt"),
         f"download the tokenizer files of the {kind} text tower",
     )
 

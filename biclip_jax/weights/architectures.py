@@ -62,6 +62,7 @@ def convert_bert(checkpoint: Checkpoint, hf_config: Mapping[str, Any] | None = N
     Args, Raises: as `convert_clip`.
     """
     path, tensors = checkpoint.path, convert.standard_names(checkpoint)
+    _expect(path, tensors, r"(bert\.)?(encoder\.layer|embeddings)\.", "BERT", "encoder.layer.*")
     prefix = "bert." if any(name.startswith("bert.") for name in tensors) else ""
     config = _bert_config(_Shapes(path, tensors), prefix, hf_config or {})
     table = keys.bert(config, prefix)
@@ -89,12 +90,15 @@ def convert_biclip(
         name.removeprefix("model."): tensor
         for name, tensor in convert.standard_names(checkpoint).items()
     }
+    _expect(path, tensors, r"(inc|text_refiner)\.", "published BiCLIP", "inc.*, text_refiner.*")
     tower_prefix = "text_encoder.model."
     inside = {
         name.removeprefix(tower_prefix): tensors.pop(name)
         for name in list(tensors)
         if name.startswith(tower_prefix)
     }
+    if not inside:
+        raise UserError(f"{path}: {tower_prefix}* is missing; give the whole checkpoint")
     tower = convert_bert(Checkpoint(path, checkpoint.format, inside), hf_config)
     config = _biclip_config(_Shapes(path, tensors), max_length)
     features = jnp.zeros((1, tower.config["width"]))
@@ -155,10 +159,22 @@ def _clip_dialect(path: Path, tensors: Mapping[str, Tensor]) -> str:
         return "hf"
     if any(name.startswith("visual.") for name in tensors):
         return "openai"
+    expected = "vision_model.* (Hugging Face) or visual.* (OpenAI, open_clip)"
+    raise _another_kind(path, tensors, "CLIP", expected)
+
+
+def _expect(
+    path: Path, tensors: Mapping[str, Tensor], pattern: str, kind: str, expected: str
+) -> None:
+    if not any(re.match(pattern, name) for name in tensors):
+        raise _another_kind(path, tensors, kind, expected)
+
+
+def _another_kind(path: Path, tensors: Mapping[str, Tensor], kind: str, expected: str) -> UserError:
     some = ", ".join(sorted(tensors)[:3])
-    raise UserError(
-        f"{path}: no CLIP: its arrays are {some} ...; expected vision_model.* (Hugging Face) or "
-        "visual.* (OpenAI, open_clip); give another kind or file"
+    return UserError(
+        f"{path}: no {kind}: its arrays are {some} ...; expected {expected}; "
+        "give another kind or file"
     )
 
 
