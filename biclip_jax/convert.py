@@ -147,7 +147,7 @@ def read_hf_config(source: Path, activation: str | None) -> dict[str, Any]:
     folder = source if source.is_dir() else source.parent
     config = _json_object(folder / "config.json")
     if not config:
-        config = _from_open_clip(_json_object(folder / "open_clip_config.json"))
+        config = _from_open_clip(folder / "open_clip_config.json")
     if activation:
         config["hidden_act"] = activation
         for part in ("vision_config", "text_config"):
@@ -167,7 +167,8 @@ def _json_object(path: Path) -> dict[str, Any]:
     return config
 
 
-def _from_open_clip(config: dict[str, Any]) -> dict[str, Any]:
+def _from_open_clip(path: Path) -> dict[str, Any]:
+    config = _json_object(path)
     if not config:
         return {}
     try:
@@ -176,8 +177,8 @@ def _from_open_clip(config: dict[str, Any]) -> dict[str, Any]:
         vision, text = model["vision_cfg"], model["text_cfg"]
         if "timm_model_name" in vision or "hf_model_name" in text:
             raise UserError(
-                "open_clip_config.json: a tower of timm or of transformers inside an open_clip "
-                "model; this architecture is not built"
+                f"{path}: a tower of timm or of transformers inside an open_clip model; "
+                "this architecture is not built; give OpenAI's or open_clip's own towers"
             )
         # open_clip leaves out what has its default.
         image_heads = vision.get("width", 768) // vision.get("head_width", 64)
@@ -187,7 +188,7 @@ def _from_open_clip(config: dict[str, Any]) -> dict[str, Any]:
         }
     except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
         raise UserError(
-            f"open_clip_config.json: not as open_clip writes it ({error!r}); download it again"
+            f"{path}: not as open_clip writes it ({error!r}); download it again"
         ) from error
 
 

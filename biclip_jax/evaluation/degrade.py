@@ -29,12 +29,10 @@ class Degradation(NamedTuple):
     Attributes:
       apply: (image, keys, strength) -> image.
       strengths: of the severities 1 to 5.
-      unit: of a strength.
     """
 
     apply: Callable[[Array, Array, float], Array]
     strengths: tuple[float, ...]
-    unit: str
 
 
 def gaussian_noise(
@@ -128,13 +126,13 @@ def downsample(
 
 
 DEGRADATIONS: dict[str, Degradation] = {
-    "gaussian_noise": Degradation(gaussian_noise, (0.02, 0.05, 0.10, 0.15, 0.20), "sd"),
-    "motion_blur": Degradation(motion_blur, (3, 7, 11, 15, 21), "pixels at 224"),
-    "low_contrast": Degradation(low_contrast, (0.9, 0.75, 0.5, 0.35, 0.2), "factor"),
-    "gamma": Degradation(gamma, (0.7, 0.5, 0.4, 0.3, 0.25), "exponent"),
-    "low_dose_ct": Degradation(low_dose_ct, (1e5, 3e4, 1e4, 3e3, 1e3), "photons"),
-    "gaussian_blur": Degradation(gaussian_blur, (0.5, 1, 2, 3, 4), "sd in pixels at 224"),
-    "downsample": Degradation(downsample, (1.5, 2, 3, 4, 6), "factor"),
+    "gaussian_noise": Degradation(gaussian_noise, (0.02, 0.05, 0.10, 0.15, 0.20)),  # sd
+    "motion_blur": Degradation(motion_blur, (3, 7, 11, 15, 21)),  # pixels at 224
+    "low_contrast": Degradation(low_contrast, (0.9, 0.75, 0.5, 0.35, 0.2)),  # factor
+    "gamma": Degradation(gamma, (0.7, 0.5, 0.4, 0.3, 0.25)),  # exponent
+    "low_dose_ct": Degradation(low_dose_ct, (1e5, 3e4, 1e4, 3e3, 1e3)),  # photons
+    "gaussian_blur": Degradation(gaussian_blur, (0.5, 1, 2, 3, 4)),  # sd in pixels at 224
+    "downsample": Degradation(downsample, (1.5, 2, 3, 4, 6)),  # factor
 }
 JPEG_QUALITIES = (80, 50, 30, 15, 8)
 NAMES = (*DEGRADATIONS, "jpeg")

@@ -272,6 +272,7 @@ def plot_degradations(
         axes.set_xlabel("severity (0: as it is)")
         axes.set_ylabel("Dice")
         axes.set_xticks(range(6))
+        axes.set_ylim(0, 1)
         axes.grid(alpha=0.3)
         axes.set_title({"dice_global": "Global Dice", "dice_mean": "Mean Dice"}[kind])
     axes.legend(fontsize="small", loc="lower left")

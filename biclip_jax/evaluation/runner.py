@@ -170,16 +170,17 @@ def evaluate_degradations(
       seed: of the random ones.
     """
     texts = encode([record["text"] for record in records])
+    # One program for all qualities: jpeg damages the pictures before they reach it.
+    undamaged = make(None)
     found: dict[str, dict[int, metrics.Overlap]] = {name: {} for name in names}
     for name in names:
         for severity in severities:
-            damaged, damage = records, None
+            damaged, predict = records, undamaged
             if name == "jpeg":
                 damaged = [_through_jpeg(record, severity) for record in records]
             else:
-                damage = degrade.on_device(name, severity, seed)
-            counts = overlap_at_own_size(make(damage), damaged, texts, batch_size)
-            found[name][severity] = counts
+                predict = make(degrade.on_device(name, severity, seed))
+            found[name][severity] = overlap_at_own_size(predict, damaged, texts, batch_size)
     return found
 
 
