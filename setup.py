@@ -17,6 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     # The experiment configurations lie at the top level and are installed inside the package.
+    package_data={"biclip_jax.evaluation": ["*.jinja"]},
     packages=[*find_packages(include=["biclip_jax", "biclip_jax.*"]), "biclip_jax.configs"],
     package_dir={"biclip_jax.configs": "configs"},
     install_requires=[
@@ -39,6 +40,8 @@ setup(
         "pillow>=11,<14",
         "matplotlib>=3.9,<4",
         "openpyxl>=3.1,<4",
+        "scipy>=1.15,<2",
+        "jinja2>=3.1,<4",
         "rich>=14,<16",
     ],
     extras_require={
@@ -50,7 +53,6 @@ setup(
             "pytest-xdist>=3.6,<4",
             "ruff>=0.12,<1",
             "mypy>=1.15,<3",
-            "scipy>=1.15,<2",
             "beartype>=0.21,<1",
             "build>=1.2,<2",
             "tensorboardX>=2.6,<3",

@@ -81,33 +81,34 @@ def noise(config) -> tuple[np.ndarray, np.ndarray]:
     return image, (image > 200).astype(np.uint8)
 
 
+def sentences_of_noise(config):
+    """Sentences as long as they can be, and a host batch of noise with them."""
+    from biclip_jax import sentences
+
+    image, mask = noise(config)
+    rows = config.batch_size
+    sentence = " ".join(f"word{i % 27}" for i in range(config.model.text.max_length))
+    spoken = sentences.read(config.model.text.to_dict(), {"train": [sentence] * rows}, None)
+    batch = {"image": image, "mask": mask, "row": np.arange(rows, dtype=np.int32)}
+    return spoken, {**batch, **spoken.fields["train"]}
+
+
 def jax_step(config):
     """One call is one step of the training program itself."""
     import jax
 
-    from biclip_jax import parallel, sentences, train
-    from biclip_jax.data import text
+    from biclip_jax import parallel, program
 
-    image, mask = noise(config)
-    rows, length = config.batch_size, config.model.text.max_length
-    tokenizer = text.build_tokenizer([" ".join(f"word{i}" for i in range(27))])
-    one = text.encode_fields(tokenizer, ["word0"], length)
-    program = train.build(config, rows, sentences.Sentences(tokenizer, {"train": one}))
-    batch = parallel.shard(
-        {
-            "image": image,
-            "mask": mask,
-            "text_ids": np.ones((rows, length), np.int32),
-            "text_mask": np.ones((rows, length), bool),
-            "row": np.arange(rows, dtype=np.int32),
-        }
-    )
-    state = parallel.replicate(program.initial)
-    key = parallel.replicate(train.stream(config, "augment"))
+    spoken, batch = sentences_of_noise(config)
+    built = program.build(config, config.batch_size, spoken)
+    labelled = np.arange(config.batch_size) < built.labelled_rows
+    batch = parallel.shard({**batch, "labelled": labelled})
+    state = parallel.replicate(built.initial)
+    key = parallel.replicate(program.stream(config, "augment"))
 
     def step():
         nonlocal state
-        state, _ = jax.block_until_ready(program.train_step(state, batch, key))
+        state, _ = jax.block_until_ready(built.train_step(state, batch, key))
 
     return step
 

@@ -89,9 +89,21 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.text.encoder": ("scratch", "bert", "clip"),
     "model.text.pooling": ("all_tokens", "masked", "embedding"),
+    "model.norm": ("batch", "group"),
+    "model.image.encoder": ("cnn", "clip_vit_b16", "clip_rn50"),
+    "loss.views": ("weak", "both"),
+    "loss.iac_learner": ("weak", "strong", "both"),
+    "loss.cycle_distance": ("l1", "l2"),
     "data.sentences": ("right", "missing"),
 }
-POSITIVE = ("batch_size", "num_epochs", "log_every", "optim.accumulate", "model.num_levels")
+POSITIVE = (
+    "ensemble",
+    "batch_size",
+    "num_epochs",
+    "log_every",
+    "optim.accumulate",
+    "model.num_levels",
+)
 
 
 def check(config: ConfigDict) -> None:
@@ -132,7 +144,7 @@ def config_names() -> list[str]:
     from biclip_jax import configs
 
     files = Path(next(iter(configs.__path__))).glob("*.py")
-    return sorted(f.stem for f in files if f.stem not in ("__init__", "common"))
+    return sorted(f.stem for f in files if f.stem not in ("__init__", "common", "variants"))
 
 
 def _override(config: ConfigDict, override: str) -> None:

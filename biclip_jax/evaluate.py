@@ -1,8 +1,10 @@
 """Evaluates a trained model on a split, with every text condition and the image-free baselines.
 
     python -m biclip_jax.evaluate --workdir runs/qata --split test
+    python -m biclip_jax.evaluate --workdir runs/qata --calibration --tta --degradations all
 
-Writes results.json, per_image.csv and overlays.png to WORKDIR/evaluation/SPLIT.
+Writes results.json, per_image.csv, overlays.png and uncertainty.png to WORKDIR/evaluation/SPLIT,
+and plots for --calibration and --degradations; docs/evaluation.md says what each number is.
 """
 
 from __future__ import annotations
@@ -10,39 +12,52 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from biclip_jax import __version__, cli, inference, sentences
 from biclip_jax.data import pipeline
-from biclip_jax.data.schema import SPLITS
+from biclip_jax.data.schema import SPLITS, Record
 from biclip_jax.errors import UserError
-from biclip_jax.evaluation import degrade, reporting, runner
+from biclip_jax.evaluation import calibration, conditions, degrade, plots, reporting, runner
 from biclip_jax.weights import folder as model_folder
+
+
+class Job(NamedTuple):
+    """What every part of an evaluation takes.
+
+    Attributes:
+      make: damage -> predict, see `runner.make_predict`.
+      predict: without damage.
+      encode: sentences -> the sentence fields of a batch.
+      splits: {name: records}, whole.
+      records: that are evaluated.
+      folder: where the files go.
+    """
+
+    make: Callable[..., runner.Predict]
+    predict: runner.Predict
+    encode: runner.Encode
+    splits: dict[str, Sequence[Record]]
+    records: Sequence[Record]
+    folder: Path
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the evaluation that the command line describes; returns what results.json holds."""
     workdir = Path(args.workdir)
     config = _run_config(workdir)
-    data = dict(config["data"])
-    if args.source:
-        empty = dict.fromkeys(data["num_examples"], 0)
-        data |= {"name": "folder", "source": args.source, "layout": args.layout}
-        data |= {"prompt": "", "num_examples": empty}
-    model, variables, processor = inference.load_model(workdir)
-    needed = SPLITS if args.baselines else (args.split,)
-    prepared = pipeline.prepare(data, processor.image_size)
-    splits = pipeline.open_splits(prepared, data, needed)
-    records = splits[args.split]
+    job = _open(args, config)
     extra = {
         "split": args.split,
-        "data": Path(args.source).name if args.source else data["name"],
+        "subset": args.subset or None,
+        "num_images": len(job.records),
+        "data": Path(args.source).name if args.source else config["data"]["name"],
         "command": f"python -m biclip_jax.evaluate {' '.join(args.argv)}",
         "seed": config["seed"],
         "best_step": _best_step(workdir),
@@ -51,54 +66,106 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
     }
     if args.baselines:
-        train, val = splits["train"], splits["val"]
-        extra["baselines"] = runner.image_free_results(train, val, records)
+        train, val = job.splits["train"], job.splits["val"]
+        extra["baselines"] = runner.image_free_results(train, val, job.records)
     outcome = runner.evaluate(
-        runner.make_predict(model, sentences.without_tower(model, variables)),
-        sentences.encoder(model, variables, processor),
-        records,
-        folder=_output(args),
-        conditions=args.conditions,
+        job.predict,
+        job.encode,
+        job.records,
+        folder=job.folder,
+        conditions=args.text_conditions,
         batch_size=args.batch_size,
         extra=extra,
     )
+    if args.tta:
+        outcome["tta"] = runner.evaluate_tta(
+            job.predict, job.encode, job.records, batch_size=args.batch_size
+        )
+    if args.calibration:
+        outcome["calibration"] = calibrated(job, args.split, args.batch_size)
     if args.degradations:
-        outcome["degradations"] = degraded(args, model, variables, processor, records, outcome)
-    print(f"{args.split}, {len(records)} pictures, percent, at {outcome['size']}:")
-    print(runner.table_of({**outcome["conditions"], **outcome.get("baselines", {})}))
-    print(f"results  {_output(args) / 'results.json'}")
-    print(f"images   {_output(args) / 'per_image.csv'}")
-    print(f"page     {_output(args) / 'overlays.png'}")
-    if args.degradations:
-        _print_degradations(outcome["degradations"])
-        print(f"plot     {_output(args) / 'degradations.png'}")
+        outcome["degradations"] = degraded(args, job, outcome["conditions"]["right"])
+    runner.write_json(job.folder / "results.json", outcome)
+    _print(args, job, outcome)
     return outcome
 
 
-def degraded(
-    args: argparse.Namespace,
-    model: Any,
-    variables: dict[str, Any],
-    processor: inference.Processor,
-    records: Sequence[Any],
-    outcome: dict[str, Any],
-) -> dict[str, Any]:
-    """Evaluates on damaged pictures; adds to results.json and draws degradations.png."""
+def _open(args: argparse.Namespace, config: dict[str, Any]) -> Job:
+    data = dict(config["data"])
+    if args.source:
+        empty = dict.fromkeys(data["num_examples"], 0)
+        data |= {"name": "folder", "source": args.source, "layout": args.layout}
+        data |= {"prompt": "", "num_examples": empty}
+    model, variables, processor = inference.load_model(Path(args.workdir))
+    wanted = {args.split, *(("train", "val") if args.baselines else ())}
+    wanted |= {"val"} if args.calibration else set()
+    prepared = pipeline.prepare(data, processor.image_size)
+    splits = pipeline.open_splits(prepared, data, [name for name in SPLITS if name in wanted])
+    make = partial(runner.make_predict, model, sentences.without_tower(model, variables))
+    return Job(
+        make=make,
+        predict=make(),
+        encode=sentences.encoder(model, variables, processor),
+        splits=dict(splits),
+        records=conditions.subset(splits[args.split], args.subset),
+        folder=_output(args),
+    )
+
+
+def calibrated(job: Job, split: str, batch_size: int) -> dict[str, Any]:
+    """The calibration section, its temperature fitted on the whole validation split."""
+    gather = partial(runner.pixel_histogram, job.predict, job.encode, batch_size=batch_size)
+    counts = gather(job.records)
+    # The evaluated pictures may be the validation split's own; it says so in the results.
+    whole = split == "val" and len(job.records) == len(job.splits["val"])
+    fitted_on = counts if whole else gather(job.splits["val"])
+    section = calibration.report(fitted_on, counts)
+    plots.plot_reliability(section, job.folder / "reliability.png")
+    return section
+
+
+def degraded(args: argparse.Namespace, job: Job, right: dict[str, Any]) -> dict[str, Any]:
+    """The degradations section; draws degradations.png beside `right`, the undamaged scores."""
     found = runner.evaluate_degradations(
-        partial(runner.make_predict, model, sentences.without_tower(model, variables)),
-        sentences.encoder(model, variables, processor),
-        records,
+        job.make,
+        job.encode,
+        job.records,
         names=args.degradations,
         severities=args.severities,
         batch_size=args.batch_size,
     )
     scores = runner.degradation_results(found)
-    folder = _output(args)
-    runner.write_json(folder / "results.json", {**outcome, "degradations": scores})
     cells = {name: rows for name, rows in scores.items() if name != "mean"}
-    right = outcome["conditions"]["right"]
-    reporting.plot_degradations(cells, right, folder / "degradations.png")
+    reporting.plot_degradations(cells, right, job.folder / "degradations.png")
     return scores
+
+
+def _print(args: argparse.Namespace, job: Job, outcome: dict[str, Any]) -> None:
+    print(f"{args.split}, {len(job.records)} pictures, percent, at {outcome['size']}:")
+    tta = {"right_tta": outcome["tta"]["right_tta"]} if args.tta else {}
+    print(runner.table_of({**outcome["conditions"], **tta, **outcome.get("baselines", {})}))
+    if outcome["left_out"]:
+        print(f"left out, as the {args.split} split has none: {', '.join(outcome['left_out'])}")
+    if args.calibration:
+        _print_calibration(outcome["calibration"])
+    if args.degradations:
+        _print_degradations(outcome["degradations"])
+    files = {"results": "results.json", "images": "per_image.csv", "page": "overlays.png"}
+    files["unsure"] = "uncertainty.png"
+    files |= {"curve": "reliability.png"} if args.calibration else {}
+    files |= {"plot": "degradations.png"} if args.degradations else {}
+    for what, name in files.items():
+        print(f"{what:8} {job.folder / name}")
+
+
+def _print_calibration(section: dict[str, Any]) -> None:
+    print(
+        f"calibration, temperature {section['temperature']:.4f} fitted on {section['fitted_on']}:"
+    )
+    if section["at_limit"]:
+        print("the temperature is at the end of its range: these pixels ask for more")
+    rows = [{"": name, **section[name]} for name in ("before", "after")]
+    print(reporting.format_table(rows, ("", *section["before"])))
 
 
 def _print_degradations(scores: dict[str, Any]) -> None:
@@ -137,12 +204,14 @@ def _best_step(workdir: Path) -> int:
     return json.loads((inference.model_path(workdir) / model_folder.CONFIG).read_text())["step"]
 
 
-def _conditions(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    unknown = [name for name in names if name not in runner.CONDITIONS]
-    if unknown or "right" not in names:
-        known = ", ".join(runner.CONDITIONS)
-        raise UserError(f"--conditions {text}: expected a list with right, out of {known}")
+def _text_conditions(text: str) -> tuple[str, ...]:
+    known = conditions.CONDITIONS
+    names = known if text == "all" else tuple(name for name in text.split(",") if name)
+    if "right" not in names or not set(names) <= set(known):
+        raise UserError(
+            f"--text-conditions {text}: expected all, or a list with right, out of "
+            f"{', '.join(known)}"
+        )
     return names
 
 
@@ -175,7 +244,17 @@ def _main(argv: list[str]) -> None:
     parser.add_argument("--split", default="test", choices=SPLITS)
     parser.add_argument("--source", default="", help="another data set on disk, in any layout")
     parser.add_argument("--layout", default="", help="of --source (default: look and see)")
-    parser.add_argument("--conditions", default=",".join(runner.CONDITIONS), metavar="A,B")
+    parser.add_argument("--subset", type=int, default=0, metavar="N", help="fixed N pictures of it")
+    parser.add_argument(
+        "--text-conditions",
+        default="all",
+        metavar="A,B",
+        help=f"all, or right and some of {', '.join(conditions.CONDITIONS[1:])} (default: all)",
+    )
+    parser.add_argument(
+        "--tta", action="store_true", help="also the mean over flips, rotations, contrast"
+    )
+    parser.add_argument("--calibration", action="store_true", help="of the pixels' probabilities")
     parser.add_argument(
         "--degradations",
         default="",
@@ -191,7 +270,9 @@ def _main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: expected at least 1 picture at a time")
-    args.conditions, args.argv = _conditions(args.conditions), argv
+    if args.subset < 0:
+        raise UserError(f"--subset {args.subset}: expected at least 1 picture")
+    args.text_conditions, args.argv = _text_conditions(args.text_conditions), argv
     args.degradations = _degradations(args.degradations)
     args.severities = _severities(args.severities)
     evaluate(args)

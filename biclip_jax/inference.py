@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from biclip_jax import sentences
+from biclip_jax import image_towers, sentences
 from biclip_jax.data import image_io, tokenizers
 from biclip_jax.data import text as text_lib
 from biclip_jax.errors import UserError
 from biclip_jax.evaluation.steps import predict_step
 from biclip_jax.models import bert, biclip, clip
+from biclip_jax.models.ensemble import Ensemble
+from biclip_jax.models.text import PooledTower
 from biclip_jax.weights import architectures
 from biclip_jax.weights import folder as model_folder
 
@@ -89,7 +91,7 @@ class Prediction(NamedTuple):
 class Predictor:
     """A loaded model as a function of a picture and a sentence."""
 
-    def __init__(self, model: biclip.BiCLIP, variables: Mapping[str, Any], processor: Processor):
+    def __init__(self, model: nn.Module, variables: Mapping[str, Any], processor: Processor):
         self.processor = processor
         self._encode = sentences.encoder(model, variables, processor)
         self._variables = jax.device_put(sentences.without_tower(model, variables))
@@ -115,7 +117,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], Processor]:
     """Opens a run's work directory (its best model), a model folder, or a converted tower.
 
     Returns:
-      The model (`BiCLIP`, `CLIP` or `Bert`), its variables (numpy) for
+      The model (`BiCLIP`, an `Ensemble` of it, `CLIP` or `Bert`), its variables (numpy) for
       `model.apply`, and the processor.
 
     Raises:
@@ -162,16 +164,31 @@ def _open_biclip(path, config, variables, tokenizer):
                 f"{path / TEXT_ENCODER}: not the tower that this model was trained with; "
                 "copy the folder again"
             )
-        if not text["trainable"]:
-            variables["params"]["text_encoder"] = {"tower": tower.params}
-    model = biclip.build(
-        config["model"], vocab_size=config["vocab_size"], tower=tower and tower.module
-    )
-    size, length = config["model"]["image_size"], text["max_length"]
-    image, ids = jnp.zeros((1, size, size, 3)), jnp.zeros((1, length), jnp.int32)
-    expected = architectures.shapes_of(model, image, ids, ids > 0)
+    make = partial(_built, config)
+    image = jnp.zeros((1, config["model"]["image_size"], config["model"]["image_size"], 3))
+    ids = jnp.zeros((1, text["max_length"]), jnp.int32)
+    given: dict[str, Any] = {"text_ids": ids, "text_mask": ids > 0}
+    frozen = tower if tower and not text["trainable"] else None
+    if frozen:
+        num_features = PooledTower(frozen.module, text["pooling"]).num_features
+        given = {"text_features": jnp.zeros((1, num_features))}
+    expected = architectures.shapes_of(make(None if frozen else tower), image, **given)
     model_folder.check_shapes(path, variables, expected)
-    return model, variables, Processor(tokenizer, size, length)
+    if frozen:
+        variables["params"]["text_encoder"] = {"tower": frozen.params}
+    processor = Processor(tokenizer, config["model"]["image_size"], text["max_length"])
+    return make(tower), variables, processor
+
+
+def _built(config: Mapping[str, Any], tower: sentences.TextTower | None) -> nn.Module:
+    image_fields, num_members = config.get("image_tower"), config.get("ensemble", 1)
+    model = biclip.build(
+        config["model"],
+        vocab_size=config["vocab_size"],
+        tower=tower and tower.module,
+        image_tower=image_towers.build(image_fields) if image_fields else None,
+    )
+    return Ensemble(model, num_members) if num_members > 1 else model
 
 
 def load(path: str | Path) -> Predictor:
@@ -181,7 +198,7 @@ def load(path: str | Path) -> Predictor:
       UserError: also for a converted tower, which does not segment.
     """
     model, variables, processor = load_model(path)
-    if not isinstance(model, biclip.BiCLIP):
+    if not isinstance(model, biclip.BiCLIP | Ensemble):
         raise UserError(
             f"{path}: holds {type(model).__name__}, which does not segment pictures; give the "
             "workdir of a run, or open it with biclip_jax.load_model"

@@ -26,6 +26,7 @@ def pmap_train_step(step: Callable) -> Callable:
     """(state, sharded batch, key) -> (state, metrics).
 
     The state is donated and has no device axis, neither going in nor coming out.
+    State, key and batch may have a leading axis of members, see `steps.in_turn`.
     """
     return jax.pmap(
         step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=(0,)
@@ -51,17 +52,31 @@ def pmap_predict_step(step: Callable) -> Callable:
     return predict
 
 
-def shard(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def shard(batch: Mapping[str, Any], axis: int = 0) -> dict[str, np.ndarray]:
     """Rows (B, ...) to (devices, B / devices, ...).
+
+    Args:
+      batch: arrays of as many rows.
+      axis: of the rows; what comes before it, members of an ensemble, follows the devices.
 
     Raises:
       ValueError: B is not a multiple of the number of local devices.
     """
     devices = jax.local_device_count()
-    rows = next(iter(batch.values())).shape[0]
+    rows = next(iter(batch.values())).shape[axis]
     if rows % devices:
         raise ValueError(f"a batch of {rows} rows does not divide over {devices} devices")
-    return {k: v.reshape(devices, rows // devices, *v.shape[1:]) for k, v in batch.items()}
+
+    def cut(x: np.ndarray) -> np.ndarray:
+        shape = (*x.shape[:axis], devices, rows // devices, *x.shape[axis + 1 :])
+        return np.moveaxis(x.reshape(shape), axis, 0)
+
+    return {name: cut(x) for name, x in batch.items()}
+
+
+def num_devices() -> int:
+    """Devices that share a batch."""
+    return jax.device_count()
 
 
 def check_batch_size(batch_size: int, accumulate: int) -> None:

@@ -11,24 +11,21 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from biclip_jax import cli, inference, parallel, sentences
+from biclip_jax import cli, image_towers, inference, parallel, sentences
 from biclip_jax.data import pipeline, subsets
 from biclip_jax.errors import UserError
 from biclip_jax.evaluation import reporting, runner
-from biclip_jax.evaluation import steps as eval_steps
-from biclip_jax.models import biclip
-from biclip_jax.models.text import PooledTower
-from biclip_jax.training import checkpoint, optim, steps, views, writers
+from biclip_jax.models import ensemble
+from biclip_jax.program import Program, build, stream
+from biclip_jax.training import checkpoint, steps, writers
 from biclip_jax.training import state as train_state
 from biclip_jax.weights import folder as model_folder
 
@@ -38,28 +35,9 @@ FREE_FIELDS = (
     "data.cache_dir",
     "data.in_memory",
     "model.text.weights",
+    "model.image.weights",
     "final_test",
 )
-
-
-class Program(NamedTuple):
-    """What a configuration compiles to.
-
-    Attributes:
-      initial: the state before the first step.
-      train_step: (state, sharded batch, key) -> (state, metrics), on all devices.
-      eval_step: (variables, sharded batch) -> sums for Dice and IoU.
-      schedule: step -> learning rate.
-      num_steps: of the whole run.
-      eval_every: steps between two evaluations.
-    """
-
-    initial: train_state.TrainState
-    train_step: Callable[..., Any]
-    eval_step: Callable[..., Any]
-    schedule: Callable[[int], Any]
-    num_steps: int
-    eval_every: int
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -78,16 +56,21 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """
     text, data = config.model.text.to_dict(), config.data.to_dict()
     tower = sentences.open_configured(text, config.model.dtype)
+    image_tower = image_towers.open_configured(config.model.image.to_dict(), config.model.dtype)
     with checkpoint.lock(workdir):
-        claim(config, workdir, tower)
+        opened = {"text": tower, "image": image_tower}
+        claim(config, workdir, {name: t.identity if t else "" for name, t in opened.items()})
         if tower:
             model_folder.link(tower.folder, workdir / "model" / inference.TEXT_ENCODER)
         prepared = pipeline.prepare(data, config.model.image_size)
         splits = pipeline.open_splits(prepared, data)
         runner.write_json(workdir / "labels.json", subsets.report(r["id"] for r in splits["train"]))
+        num_labelled = len(splits["train"])
+        unlabelled = pipeline.open_unlabelled(prepared, data, config.model.image_size)
+        splits["train"] = [*splits["train"], *unlabelled] if unlabelled else splits["train"]
         texts = {split: [record["text"] for record in splits[split]] for split in ("train", "val")}
         spoken = sentences.read(text, texts, tower, prepared, print)
-        program = build(config, len(splits["train"]), spoken, tower)
+        program = build(config, num_labelled, spoken, tower, image_tower)
         state, progress = restore_or_init(workdir, program)
         state = loop(config, workdir, program, splits, spoken, state, progress)
         reporting.plot_curves(
@@ -96,18 +79,20 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         return test(workdir, config, splits["test"]) if config.final_test else {}
 
 
-def claim(config: ConfigDict, workdir: Path, tower: sentences.TextTower | None) -> None:
+def claim(config: ConfigDict, workdir: Path, towers: Mapping[str, str]) -> None:
     """Writes the resolved configuration, after a check that a run there began with the same.
 
     Fields that do not change a run, such as where its data lies, may differ; a
-    tower is known by the SHA-256 of its weights and tokenizer.
+    tower is known by the SHA-256 of its weights and tokenizer, `towers` by the
+    names "text" and "image".
 
     Raises:
       UserError: another configuration began this run (naming the fields).
     """
     path = workdir / "config.json"
     resolved = json.loads(config.to_json())
-    resolved["model"]["text"]["tower"] = tower.identity if tower else ""
+    for name, identity in towers.items():
+        resolved["model"][name]["tower"] = identity
     changed: list[str] = []
     if path.exists() and checkpoint.steps(workdir / "checkpoints/last"):
         try:
@@ -116,12 +101,15 @@ def claim(config: ConfigDict, workdir: Path, tower: sentences.TextTower | None) 
             raise UserError(f"{path}: damaged ({error}); give another --workdir") from error
         names = sorted((here.keys() | there.keys()) - set(FREE_FIELDS))
         changed = [name for name in names if here.get(name) != there.get(name)]
-    if "model.text.tower" in changed and there.get("model.text.weights"):
-        before, now = there["model.text.weights"], here["model.text.weights"]
-        raise UserError(
-            f"{path}: this run began with the text tower that lay in {before!r}; the weights or "
-            f"the tokenizer in {now!r} are others; give another --workdir, or that tower"
-        )
+    for name in towers:
+        if f"model.{name}.tower" not in changed:
+            continue
+        before, now = (x.get(f"model.{name}.weights") for x in (there, here))
+        if before:
+            raise UserError(
+                f"{path}: this run began with the {name} tower that lay in {before!r}; the weights "
+                f"or the tokenizer in {now!r} are others; give another --workdir, or that tower"
+            )
     if changed:
         listed = ", ".join(f"{k} ({there.get(k)} -> {here.get(k)})" for k in changed[:5])
         raise UserError(
@@ -129,77 +117,6 @@ def claim(config: ConfigDict, workdir: Path, tower: sentences.TextTower | None) 
             "give another --workdir, or the same fields"
         )
     runner.write_json(path, resolved)
-
-
-def build(
-    config: ConfigDict,
-    num_train: int,
-    spoken: sentences.Sentences,
-    tower: sentences.TextTower | None = None,
-) -> Program:
-    """Model, optimiser and steps, and the state they begin with."""
-    steps_per_epoch = max(num_train // config.batch_size, 1)
-    num_steps = config.num_steps or config.num_epochs * steps_per_epoch
-    try:
-        parallel.check_batch_size(config.batch_size, config.optim.accumulate)
-        model, variables = build_model(config, spoken, tower)
-    except ValueError as error:
-        raise UserError(f"--config: {error}") from error
-    schedule = optim.make_schedule(config.optim.to_dict(), num_steps)
-    optimizer = optim.make_optimizer(config.optim.to_dict(), schedule)
-    objective = partial(
-        steps.published_objective,
-        model=model,
-        weights={name: config.loss[name] for name in ("gen", "iac", "cycle")},
-        geometry=views.Geometry(**config.views),
-        double_sigmoid=config.loss.double_sigmoid,
-    )
-    train_step = partial(
-        steps.train_step,
-        objective=objective,
-        optimizer=optimizer,
-        accumulate=config.optim.accumulate,
-        axis_name=parallel.AXIS,
-    )
-    eval_step = partial(eval_steps.eval_step, model=model, axis_name=parallel.AXIS)
-    return Program(
-        initial=train_state.create(variables, optimizer),
-        train_step=parallel.pmap_train_step(train_step),
-        eval_step=parallel.pmap_eval_step(eval_step),
-        schedule=schedule,
-        num_steps=num_steps,
-        eval_every=config.eval_every or steps_per_epoch,
-    )
-
-
-def build_model(
-    config: ConfigDict, spoken: sentences.Sentences, tower: sentences.TextTower | None
-) -> tuple[biclip.BiCLIP, dict[str, Any]]:
-    """The model as it is trained, and its first variables; a trainable tower begins as converted.
-
-    Raises:
-      ValueError: sizes that do not go together.
-    """
-    make = partial(
-        biclip.build,
-        config.model.to_dict(),
-        vocab_size=spoken.tokenizer.get_vocab_size(),
-        axis_name=parallel.AXIS,
-    )
-    bare, key = make(), stream(config, "params")
-    if tower is None or not config.model.text.trainable:
-        one = {k: jnp.asarray(v[:1]) for k, v in spoken.fields["train"].items()}
-        return bare, biclip.init(bare, key, biclip.text_inputs(one))
-    num_features = PooledTower(tower.module, config.model.text.pooling).num_features
-    variables = biclip.init(bare, key, {"text_features": jnp.zeros((1, num_features))})
-    variables["params"]["text_encoder"] = {"tower": tower.params}
-    return make(tower=tower.module), variables
-
-
-def stream(config: ConfigDict, name: str) -> jax.Array:
-    """The key of a named random stream: derived from the seed, never stored."""
-    names = ("params", "augment")
-    return jax.random.fold_in(jax.random.key(config.seed), names.index(name))
 
 
 def restore_or_init(
@@ -212,7 +129,7 @@ def restore_or_init(
     found = checkpoint.restore_latest(workdir / "checkpoints/last", program.initial, print)
     state, progress = found or (program.initial, progress)
     if found:
-        print(f"{workdir}: goes on after step {int(state.step)} of {program.num_steps}")
+        print(f"{workdir}: goes on after step {train_state.step_of(state)} of {program.num_steps}")
     return parallel.replicate(state), progress
 
 
@@ -232,18 +149,22 @@ def loop(
         batch_size=config.batch_size,
         seed=config.seed,
         position=progress["position"],
+        num_labelled=program.num_labelled,
+        labelled_rows=program.labelled_rows,
+        num_members=program.num_members,
     )
     key = parallel.replicate(stream(config, "augment"))
-    step = int(state.step)
+    step, rows_axis = train_state.step_of(state), int(program.num_members > 1)
     window: list[Any] = []
     with (
         checkpoint.StopSignal() as stop,
         writers.Writer(workdir, program.num_steps, step) as writer,
     ):
-        announce(config, program, len(splits["train"]))
+        announce(config, program)
         since = time.perf_counter()
         while step < program.num_steps and not (0 < config.patience <= progress["stale"]):
-            state, metrics = program.train_step(state, parallel.shard(next(batches)), key)
+            batch = parallel.shard(next(batches), rows_axis)
+            state, metrics = program.train_step(state, batch, key)
             step += 1
             window.append(metrics)
             # One step stays in flight: the device is never idle, the bar and a signal never late.
@@ -251,7 +172,7 @@ def loop(
             writer.advance(step)
             if step % config.log_every == 0 or step == program.num_steps:
                 seconds = time.perf_counter() - since
-                skipped = int(state.skipped)
+                skipped = int(np.max(state.skipped))
                 values = window_values(config, program, window, step, skipped, seconds)
                 writer.write(step, "train", values)
                 check_finite(config, values, step, workdir)
@@ -264,7 +185,7 @@ def loop(
             if due:
                 scores = validate(config, program, splits["val"], spoken.fields["val"], state)
                 writer.write(step, "val", scores)
-                keep_best(config, workdir, spoken, state, scores, progress)
+                keep_best(workdir, program, spoken, state, scores, progress)
             if due or signalled is not None:
                 checkpoint.save(workdir / "checkpoints/last", parallel.to_host(state), progress)
             since += time.perf_counter() - paused
@@ -274,13 +195,13 @@ def loop(
     return state
 
 
-def announce(config: ConfigDict, program: Program, num_train: int) -> None:
+def announce(config: ConfigDict, program: Program) -> None:
     """Says in a line what is about to run."""
     devices = f"{jax.local_device_count()} x {jax.devices()[0].device_kind}"
     print(
         f"{config.name}: {train_state.num_parameters(program.initial.params):,} parameters, "
-        f"{num_train} training pictures, {program.num_steps} steps of {config.batch_size}, "
-        f"on {devices}; the first step compiles"
+        f"{program.num_labelled} labelled pictures, {program.num_steps} steps of "
+        f"{config.batch_size}, on {devices}; the first step compiles"
     )
 
 
@@ -319,7 +240,7 @@ def validate(
     state: train_state.TrainState,
 ) -> dict[str, float | int]:
     """Both kinds of Dice and IoU on the validation split, at the model's size."""
-    variables = train_state.variables_of(state)
+    variables = variables_of(program, state)
     batch_size = parallel.round_up(config.batch_size)
     return runner.validate(
         lambda batch: program.eval_step(variables, parallel.shard(batch)),
@@ -329,9 +250,15 @@ def validate(
     )
 
 
+def variables_of(program: Program, state: train_state.TrainState) -> dict[str, Any]:
+    """The state's part that inference needs, of one model or of an ensemble's members."""
+    variables = train_state.variables_of(state)
+    return ensemble.stacked(variables) if program.num_members > 1 else variables
+
+
 def keep_best(
-    config: ConfigDict,
     workdir: Path,
+    program: Program,
     spoken: sentences.Sentences,
     state: train_state.TrainState,
     scores: Mapping[str, Any],
@@ -341,25 +268,15 @@ def keep_best(
     progress["stale"] += 1
     if scores["dice_global"] <= progress["best_score"]:
         return
-    step = int(state.step)
+    step = train_state.step_of(state)
     progress.update(best_score=scores["dice_global"], best_step=step, stale=0)
     host_state = parallel.to_host(state)
     checkpoint.save(workdir / "checkpoints/best", host_state, progress, keep=1)
-    model_config = config.model.to_dict()
-    model_config["text"]["weights"] = ""  # a path here; the tower lies inside
-    described = {
-        "kind": "biclip",
-        "model": model_config,
-        "vocab_size": spoken.tokenizer.get_vocab_size(),
-        "tower": spoken.tower,
-        "name": config.name,
-        "data": config.data.name,
-        "step": step,
-    }
+    described = {**program.described, "step": step}
     model_folder.write(
         workdir / "model",
         config=described,
-        variables=train_state.variables_of(host_state),
+        variables=variables_of(program, host_state),
         tokenizer=spoken.tokenizer.to_str(),
         card=model_folder.model_card(described, {"validation": scores}),
         scores={"validation": scores},

@@ -1,6 +1,10 @@
 """Every field there is, with its unit and the published default."""
 
+from collections.abc import Callable, Mapping
+
 from ml_collections import ConfigDict
+
+from biclip_jax.configs import variants
 
 
 def base() -> ConfigDict:
@@ -8,6 +12,7 @@ def base() -> ConfigDict:
     config = ConfigDict()
     config.name = "biclip"
     config.seed = 0  # of parameters, shuffling and augmentation
+    config.ensemble = 1  # models trained together, with the seeds seed, seed + 1, ...
     config.batch_size = 16  # pictures a step, over all devices
     config.num_epochs = 150
     config.num_steps = 0  # above 0: takes the place of num_epochs
@@ -22,6 +27,8 @@ def base() -> ConfigDict:
     config.data.sentences = "right"  # "missing" trains and evaluates with empty sentences
     config.data.label_fraction = 1.0  # share of the training pictures, in whole patients
     config.data.label_seed = 0  # of the order in which patients join the share
+    config.data.unlabelled = ""  # trained on without masks: rest (of the pictures), or a folder
+    config.data.unlabelled_ratio = 1.0  # unlabelled pictures for each labelled one of a batch
     config.data.num_examples = ConfigDict({"train": 0, "val": 0, "test": 0})  # synthetic only
 
     config.model = ConfigDict()
@@ -29,6 +36,17 @@ def base() -> ConfigDict:
     config.model.width = 64  # channels of the U-Net's first level; scales every encoder
     config.model.num_levels = 5  # of the U-Net, the bottleneck included
     config.model.dtype = "float32"  # of the computation: float32 or bfloat16
+    config.model.norm = "batch"  # of the U-Net: batch, or group (no statistics of the batch)
+    config.model.pseudo_image = True  # the sentence becomes a picture, the U-Net's second input
+    config.model.bmf = ConfigDict()  # bidirectional multimodal fusion
+    config.model.bmf.vision_to_text = True  # the picture refines the sentence
+    config.model.bmf.text_to_vision = True  # the sentence modulates the levels' features
+    config.model.bmf.levels = ""  # blocks beside the input: all, encoder, bottleneck, decoder_1 ...
+    config.model.bmf.hidden = 256  # features of the levels' refiners
+    config.model.image = ConfigDict()  # the encoder whose embedding refines the sentence
+    config.model.image.encoder = "cnn"  # trained with the rest; clip_vit_b16, clip_rn50: a tower
+    config.model.image.weights = ""  # of a tower: a folder that biclip_jax.convert clip wrote
+    config.model.image.trainable = False  # of a tower
     config.model.text = ConfigDict()
     config.model.text.encoder = "scratch"  # trained on the captions' own words; bert, clip: a tower
     config.model.text.weights = ""  # of bert and clip: a folder that biclip_jax.convert wrote
@@ -40,12 +58,21 @@ def base() -> ConfigDict:
     config.model.text.num_layers = 2
     config.model.text.num_heads = 4
     config.model.text.max_length = 32  # tokens
+    config.model.text.dropout = 0.0  # probability; above 0 an empty sentence has its own vector
 
     config.loss = ConfigDict()
     config.loss.gen = 0.1  # weight of the generator's L1
     config.loss.iac = 0.05  # weight of the consistency between views
     config.loss.cycle = 0.07  # weight of the cycle
     config.loss.double_sigmoid = False  # true: repeats a slip of the published training code
+    config.loss.views = "weak"  # that L_seg is taken on: weak, both
+    config.loss.iac_learner = "weak"  # view that gets the gradient of L_IAC: weak, strong, both
+    config.loss.iac_blocks = "decoder_0"  # U-Net blocks compared: decoder_0,decoder_1 ...; decoder
+    config.loss.cycle_distance = "l1"  # l1 or l2
+    config.loss.pseudo_labels = 0.0  # weight of FixMatch's pseudo-labels, on unlabelled pictures
+    config.loss.confidence = 0.95  # probability from which a pseudo-label counts
+    config.loss.mean_teacher = 0.0  # weight of the squared error to the averaged model, likewise
+    config.loss.ramp_steps = 0  # steps until both have their full weight
 
     config.views = ConfigDict()
     config.views.horizontal_flip = 0.5  # probability
@@ -55,14 +82,24 @@ def base() -> ConfigDict:
     config.views.translation = 0.1  # of the picture's side, either way
     config.views.scale_low = 0.8
     config.views.scale_high = 1.2
+    config.views.geometry_first = False  # true: before the fusion; a flip then swaps the sentence
+    config.views.strong = ConfigDict()  # what the strong view adds
+    config.views.strong.light = True  # gamma, noise, brightness, contrast, blur as published
+    config.views.strong.noise = 0.0  # largest standard deviation
+    config.views.strong.brightness = 0.0  # largest change, either way
+    config.views.strong.contrast = 0.0  # largest change, as a share, either way
+    config.views.strong.elastic = 0.0  # standard deviation of the shifts, of the picture's side
+    config.views.strong.cutmix = 0.0  # probability that a pair of pictures exchanges a box
 
     config.optim = ConfigDict()
     config.optim.name = "adamw"  # adamw or sgd
     config.optim.learning_rate = 1e-4  # at the start of the cosine
+    config.optim.tower_learning_rate = 0.0  # of trained towers; 0: learning_rate
     config.optim.warmup_steps = 0
     config.optim.weight_decay = 0.01
     config.optim.clip_norm = 0.0  # global norm of the gradient; 0: no clipping
     config.optim.accumulate = 1  # parts of a batch whose gradients are averaged
+    config.optim.ema_decay = 0.0  # above 0: averages the parameters; the average is what is kept
     config.optim.non_finite = "skip"  # a loss or gradient that is not finite: skip or abort
 
     config.log_every = 50  # steps
@@ -72,26 +109,34 @@ def base() -> ConfigDict:
     return config
 
 
-def smoke(config: ConfigDict) -> ConfigDict:
+def smoke(config: ConfigDict) -> None:
     """A run of a minute on a CPU over synthetic pictures, with the rest of `config` kept."""
-    config.name += "_smoke"
     config.data.name, config.data.source, config.data.layout = "synthetic", "", ""
     config.data.num_examples = ConfigDict({"train": 32, "val": 8, "test": 8})
     config.model.image_size, config.model.width, config.model.num_levels = 56, 4, 3
     config.batch_size, config.num_steps, config.eval_every = 8, 8, 4
     config.optim.warmup_steps, config.log_every = 0, 2
+
+
+def finish(
+    config: ConfigDict,
+    variant: str | None,
+    own: Mapping[str, Callable[[ConfigDict], None]] | None = None,
+) -> ConfigDict:
+    """The configuration with variants applied to it, in the order in which they are named.
+
+    Args:
+      config: of a page.
+      variant: comma-separated; each adds its name to the configuration's.
+      own: variants of the page, beside `smoke` and those of `configs/variants.py`.
+
+    Raises:
+      ValueError: an unknown variant.
+    """
+    known = {**(own or {}), "smoke": smoke, **variants.METHODS}
+    for name in (variant or "").split(",") if variant else []:
+        if name not in known:
+            raise ValueError(f"no variant {name!r}; the variants are {', '.join(known)}")
+        known[name](config)
+        config.name += f"_{name}"
     return config
-
-
-def finish(config: ConfigDict, variant: str | None) -> ConfigDict:
-    """The configuration itself, or its smoke variant; for pages without other variants."""
-    if variant == "smoke":
-        return smoke(config)
-    if variant:
-        raise unknown_variant(variant, ("smoke",))
-    return config
-
-
-def unknown_variant(variant: str, known: tuple[str, ...]) -> ValueError:
-    """The error for a variant that a configuration does not have."""
-    return ValueError(f"no variant {variant!r}; the variants are {', '.join(known)}")

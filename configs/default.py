@@ -12,7 +12,7 @@ from biclip_jax.configs import common
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    """Variants: none, `smoke`, and `no_text`, which never shows the model a sentence."""
+    """Variants: those of configs/variants.py, `smoke`, `no_text`."""
     config = common.base()
     config.name = "demo"
     config.data.name = "synthetic"
@@ -26,11 +26,9 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.optim.learning_rate = 2e-3
     config.optim.warmup_steps = 50
     config.views.vertical_flip = 0.0
-    if variant == "smoke":
-        return common.smoke(config)
-    if variant == "no_text":
-        config.name = "demo_no_text"
-        config.data.sentences = "missing"
-    elif variant:
-        raise common.unknown_variant(variant, ("smoke", "no_text"))
-    return config
+    return common.finish(config, variant, {"no_text": _no_text})
+
+
+def _no_text(config: ConfigDict) -> None:
+    """Never shows the model a sentence."""
+    config.data.sentences = "missing"

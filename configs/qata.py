@@ -10,34 +10,26 @@ from biclip_jax.configs import common
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    """Variants: none (scratch text encoder, 224 px), `cxr_bert`, `small` (a CPU), `smoke`."""
+    """Variants: those of configs/variants.py, `cxr_bert`, `small` (a CPU), `smoke`.
+
+    None: `published` with the scratch text encoder, 224 px.
+    """
     config = common.base()
     config.name = "qata"
     config.data.name = "qata_cov19"
-    if variant == "smoke":
-        return common.smoke(config)
-    if variant == "small":
-        return _small(config)
-    if variant == "cxr_bert":
-        return _cxr_bert(config)
-    if variant:
-        raise common.unknown_variant(variant, ("cxr_bert", "small", "smoke"))
-    return config
+    return common.finish(config, variant, {"cxr_bert": _cxr_bert, "small": _small})
 
 
-def _cxr_bert(config: ConfigDict) -> ConfigDict:
+def _cxr_bert(config: ConfigDict) -> None:
     """`published` with its own text encoder; make the folder first:
 
     python -m biclip_jax.convert bert FOLDER_OF_CXR_BERT weights/cxr_bert
     """
-    config.name = "qata_cxr_bert"
     config.model.text.encoder = "bert"
     config.model.text.weights = "weights/cxr_bert"
-    return config
 
 
-def _small(config: ConfigDict) -> ConfigDict:
-    config.name = "qata_small"
+def _small(config: ConfigDict) -> None:
     config.model.image_size = 112
     config.model.width = 16
     config.num_steps = 2500
@@ -49,4 +41,3 @@ def _small(config: ConfigDict) -> ConfigDict:
     config.views.rotation = 10.0
     config.views.translation = 0.05
     config.views.scale_low, config.views.scale_high = 0.9, 1.1
-    return config

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from hashlib import sha256
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from biclip_jax import evaluate
+from biclip_jax.data.annotations import VARIANTS
 
 
 def run(*argv):
@@ -26,17 +28,22 @@ def test_every_condition_baseline_and_file(trained, tmp_path, capsys):
         assert set(scores["interval_95"]) == {"dice_global", "iou_global", "dice_mean", "iou_mean"}
     assert results["config"] == json.loads((trained / "config.json").read_text())
     assert results["seed"] == 0
+    assert results["subset"] is None
     out = capsys.readouterr().out
     assert "dice_global" in out
     assert "dice_mean" in out
     assert str(tmp_path / "overlays.png") in out
+    assert str(tmp_path / "uncertainty.png") in out
+    # The synthetic set has no published variants, and the evaluation says so in one line.
+    assert results["left_out"] == list(VARIANTS)
+    assert f"has none: {', '.join(VARIANTS)}\n" in out
     # The same numbers as the run's own test.
     own = json.loads((trained / "test/results.json").read_text())
     assert results["conditions"]["right"] == own["conditions"]["right"]
 
 
 def test_damaged_pictures_have_their_table_and_plot(trained, tmp_path, capsys):
-    options = ("--no-baselines", "--conditions", "right", "--output", str(tmp_path))
+    options = ("--no-baselines", "--text-conditions", "right", "--output", str(tmp_path))
     names = ("--degradations", "gaussian_noise,jpeg", "--severities", "5")
     assert run("--workdir", str(trained), *options, *names) == 0
     results = json.loads((tmp_path / "results.json").read_text())
@@ -51,6 +58,30 @@ def test_damaged_pictures_have_their_table_and_plot(trained, tmp_path, capsys):
     assert Image.open(tmp_path / "degradations.png").size[0] > 600
     for wrong in (("--degradations", "fog"), ("--degradations", "jpeg", "--severities", "0")):
         assert run("--workdir", str(trained), *wrong) == 2
+
+
+def test_calibration_and_views_of_a_subset(trained, tmp_path, capsys):
+    options = ("--subset", "5", "--text-conditions", "right", "--output", str(tmp_path))
+    assert run("--workdir", str(trained), *options, "--calibration", "--tta") == 0
+    out = capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["subset"] == results["num_images"] == 5
+    for scores in (results["conditions"]["right"], results["tta"]["right_tta"]):
+        assert scores["num_images"] == 5
+    assert results["baselines"]["mean_mask"]["num_images"] == 5
+    section = results["calibration"]
+    assert section["fitted_on"] == "val" and section["temperature"] > 0
+    assert section["num_pixels"] == 5 * 56 * 56
+    for when in ("before", "after"):
+        assert set(section[when]) == {"ece", "brier", "nll", "error_auroc"}
+        assert sum(row["count"] for row in section[f"reliability_{when}"]) == 5 * 56 * 56
+    assert section["after"]["error_auroc"] == section["before"]["error_auroc"]
+    assert Image.open(tmp_path / "reliability.png").size[0] > 600
+    assert 0 <= results["tta"]["mean_mutual_information"] <= results["tta"]["mean_entropy"] <= 0.694
+    assert "right_tta" in out and "reliability.png" in out
+    lines = (tmp_path / "per_image.csv").read_text().splitlines()[1:]
+    ids = [line.split(",")[0] for line in lines]
+    assert len(ids) == 5 and ids == sorted(ids, key=lambda i: sha256(f"0:{i}".encode()).hexdigest())
 
 
 def test_another_data_set_needs_its_test_split_alone(trained, tmp_path, capsys):
@@ -76,8 +107,12 @@ def test_another_data_set_needs_its_test_split_alone(trained, tmp_path, capsys):
 def test_mistakes_end_in_a_sentence(trained, tmp_path, capsys):
     assert run("--workdir", str(tmp_path)) == 2
     assert str(tmp_path) in capsys.readouterr().err
-    assert run("--workdir", str(trained), "--conditions", "wrong") == 2
-    assert "mirrored" in capsys.readouterr().err
+    for names in ("wrong", "missing", "right,fog", ""):
+        assert run("--workdir", str(trained), "--text-conditions", names) == 2
+        assert "mirrored" in capsys.readouterr().err
+    for size in ("-1", "9"):
+        assert run("--workdir", str(trained), "--no-baselines", "--subset", size) == 2
+        assert f"--subset {size}" in capsys.readouterr().err
     assert run("--workdir", str(trained), "--batch-size", "0") == 2
     assert "at least 1" in capsys.readouterr().err
     shutil.copytree(trained, tmp_path / "run")

@@ -254,7 +254,9 @@ def test_frozen_fields_are_in_the_order_of_the_sentences(towers, encoded):
     assert f"{len(distinct)} distinct sentences" in lines[0]
     for split, texts in TEXTS.items():
         fields = found.fields[split]
-        assert set(fields) == {"text_features", "mirrored_text_features"}
+        names = {"text_features", "has_text"}
+        assert set(fields) == names | {f"mirrored_{name}" for name in names}
+        assert fields["has_text"].all()
         mirrored = [text_lib.mirror(text) for text in texts]
         rows, other = expected_vectors(tower, texts), expected_vectors(tower, mirrored)
         np.testing.assert_allclose(fields["text_features"], rows, atol=1e-5)
@@ -297,7 +299,7 @@ def test_a_tower_that_is_trained_gets_ids(towers, encoded):
         ids, mask = text_lib.encode(towers["bert"].tokenizer, texts, LENGTH)
         np.testing.assert_array_equal(fields["text_ids"], ids)
         np.testing.assert_array_equal(fields["text_mask"], mask)
-        names = {"text_ids", "text_mask"}
+        names = {"text_ids", "text_mask", "has_text"}
         assert set(fields) == names | {f"mirrored_{name}" for name in names}
 
 
@@ -325,10 +327,10 @@ def test_the_encoder_sees_each_distinct_sentence_once(network, towers, encoded):
     encode = sentences.encoder(*network)
     calls = [["a", "left lung.", "a"], ["left lung."], ["right lung.", "a"], ["a"] * 40]
     for texts in calls:
-        (vectors,) = encode(texts).values()
+        vectors = encode(texts)["text_features"]
         np.testing.assert_allclose(vectors, expected_vectors(towers["bert"], texts), atol=1e-5)
     assert encoded == [["a", "left lung."], ["right lung."]]
-    assert set(encode(["a"])) == {"text_features"}
+    assert set(encode(["a"])) == {"text_features", "has_text"}
 
 
 def test_a_sentence_that_is_cut_is_told_of_once(network):
@@ -355,7 +357,7 @@ def test_the_scratch_encoder_stays_and_gets_ids(network):
     assert sentences.without_tower(model, variables) == variables
     fields = sentences.encoder(model, variables, processor)(["left lung.", "a"])
     assert fields["text_ids"].shape == (2, LENGTH)
-    assert set(fields) == {"text_ids", "text_mask"}
+    assert set(fields) == {"text_ids", "text_mask", "has_text"}
 
 
 def test_weights_for_the_scratch_encoder_are_refused():

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from biclip_jax import cli, convert, inference, sentences, train
+from biclip_jax import cli, convert, inference, program, sentences, train
 from biclip_jax.data import text, tokenizers
 from biclip_jax.errors import UserError
 from biclip_jax.training import checkpoint, writers
@@ -31,8 +31,8 @@ def final_state(config, workdir):
 
 def checkpoint_of(config, workdir, kind):
     """State and progress of the newest checkpoint of a kind."""
-    program = train.build(config, 32, sentences_of(config, workdir))
-    return checkpoint.restore_latest(workdir / "checkpoints" / kind, program.initial, print)
+    built = program.build(config, 32, sentences_of(config, workdir))
+    return checkpoint.restore_latest(workdir / "checkpoints" / kind, built.initial, print)
 
 
 def sentences_of(config, workdir):
@@ -136,18 +136,18 @@ def test_a_finished_run_is_tested_again_without_training(smoke_config, trained, 
 
 
 def test_another_configuration_may_not_go_on_in_the_same_place(smoke_config, tmp_path):
-    train.claim(smoke_config, tmp_path, None)
+    train.claim(smoke_config, tmp_path, {})
     (tmp_path / "checkpoints/last/4").mkdir(parents=True)
     (tmp_path / "checkpoints/last/4.sha256.json").write_text("{}")
     with smoke_config.unlocked():
         smoke_config.data.source = "/moved"
-        train.claim(smoke_config, tmp_path, None)
+        train.claim(smoke_config, tmp_path, {})
         smoke_config.optim.learning_rate = 0.5
     with pytest.raises(UserError, match=r"optim.learning_rate \(0.002 -> 0.5\)"):
-        train.claim(smoke_config, tmp_path, None)
+        train.claim(smoke_config, tmp_path, {})
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json: damaged"):
-        train.claim(smoke_config, tmp_path, None)
+        train.claim(smoke_config, tmp_path, {})
 
 
 def test_a_start_that_failed_does_not_hold_its_place(smoke_config, tmp_path):
@@ -192,12 +192,12 @@ def broken_objective(*args, **kwargs):
     return loss * float("nan"), aux
 
 
-PUBLISHED = train.steps.published_objective
+PUBLISHED = program.objective.objective
 
 
 @pytest.mark.parametrize("policy", ["skip", "abort"])
 def test_a_loss_that_is_not_finite_follows_the_policy(smoke_config, tmp_path, monkeypatch, policy):
-    monkeypatch.setattr(train.steps, "published_objective", broken_objective)
+    monkeypatch.setattr(program.objective, "objective", broken_objective)
     smoke_config.optim.non_finite, smoke_config.final_test = policy, False
     if policy == "abort":
         with pytest.raises(UserError, match="not finite"):
@@ -207,7 +207,7 @@ def test_a_loss_that_is_not_finite_follows_the_policy(smoke_config, tmp_path, mo
     train.train_and_evaluate(smoke_config, tmp_path / "run")
     state, _ = final_state(smoke_config, tmp_path / "run")
     spoken = sentences_of(smoke_config, tmp_path / "run")
-    fresh = train.build(smoke_config, 32, spoken).initial
+    fresh = program.build(smoke_config, 32, spoken).initial
     assert int(state.skipped) == int(state.step) == 8
     jax.tree.map(np.testing.assert_array_equal, state.params, fresh.params)
 

@@ -6,24 +6,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from biclip_jax import program
+from biclip_jax.configs import common, variants
 from biclip_jax.models import biclip
-from biclip_jax.training import optim, state, steps, views
+from biclip_jax.training import objective, optim, state, steps
 
 VOCAB_SIZE, MAX_LENGTH, IMAGE_SIZE = 12, 8, 56
 WEIGHTS = {"gen": 0.1, "iac": 0.05, "cycle": 0.07}
 
 
 def model_config(**changes):
-    """The fields of `config.model`, at tiny size."""
+    """The fields of `config.model` that every model folder has, at tiny size."""
     text = {"encoder": "scratch", "width": 8, "num_layers": 1, "num_heads": 2}
     text["max_length"] = MAX_LENGTH
     config = {"image_size": IMAGE_SIZE, "width": 2, "num_levels": 3, "dtype": "float32"}
     return {**config, "text": text, **changes}
 
 
-def model(axis_name=None, **changes):
-    """The model of `model_config`."""
-    return biclip.build(model_config(**changes), vocab_size=VOCAB_SIZE, axis_name=axis_name)
+def config(method="published", **changes):
+    """The configuration of one of `configs/variants.py`, at tiny size."""
+    fields = common.base()
+    variants.METHODS[method](fields)
+    small = model_config()
+    fields.model.update({**small, "bmf": {"hidden": 8}})
+    fields.update(changes)
+    return fields
+
+
+def model(axis_name=None, method="", **changes):
+    """The model of `model_config`, or of a method."""
+    fields = program.model_fields(config(method)) if method else model_config()
+    return biclip.build({**fields, **changes}, vocab_size=VOCAB_SIZE, axis_name=axis_name)
 
 
 def init(model, seed=0):
@@ -32,17 +45,32 @@ def init(model, seed=0):
     return biclip.init(model, jax.random.key(seed), {"text_ids": ids, "text_mask": ids == 0})
 
 
-def batch(size=4, seed=0):
-    """A `Batch` of noise; the mask is where the picture is bright."""
+def noisy(variables, seed=0, scale=0.1):
+    """Variables away from where training begins: no zeros, and no factor of one."""
+    leaves, tree = jax.tree.flatten(variables)
+    rng = np.random.default_rng(seed)
+    moved = [x + scale * rng.standard_normal(x.shape).astype(np.float32) for x in leaves]
+    return {**jax.tree.unflatten(tree, moved), "batch_stats": variables["batch_stats"]}
+
+
+def batch(size=4, seed=0, labelled=None):
+    """A `Batch` of noise; the mask is where the picture is bright, in the labelled rows."""
     rng = np.random.default_rng(seed)
     shape = (size, IMAGE_SIZE, IMAGE_SIZE)
     image = rng.integers(0, 256, (*shape, 1)).astype(np.uint8)
     ids = rng.integers(3, VOCAB_SIZE, (size, MAX_LENGTH)).astype(np.int32)
+    mask = np.arange(MAX_LENGTH)[None] < rng.integers(2, MAX_LENGTH, (size, 1))
+    known = np.arange(size) < (size if labelled is None else labelled)
     fields = {
         "image": image,
-        "mask": (image > 127).astype(np.uint8),
+        "mask": ((image > 127) & known[:, None, None, None]).astype(np.uint8),
         "text_ids": ids,
-        "text_mask": np.arange(MAX_LENGTH)[None] < rng.integers(2, MAX_LENGTH, (size, 1)),
+        "text_mask": mask,
+        "has_text": np.ones(size, bool),
+        "mirrored_text_ids": ids[:, ::-1],
+        "mirrored_text_mask": mask,
+        "mirrored_has_text": np.ones(size, bool),
+        "labelled": known,
         "row": np.arange(size, dtype=np.int32),
         "index": np.arange(size, dtype=np.int32),
         "valid": np.ones(size, bool),
@@ -50,20 +78,33 @@ def batch(size=4, seed=0):
     return {name: jnp.asarray(value) for name, value in fields.items()}
 
 
-def train_step(axis_name=None, optimizer="adamw", accumulate=1, learning_rate=1e-2):
-    """(step, state, batch, key) with everything but these bound."""
-    tiny = model(axis_name)
-    config = {"name": optimizer, "weight_decay": 0.01, "clip_norm": 0.0}
-    tx = optim.make_optimizer(config, learning_rate)
-    objective = partial(
-        steps.published_objective, model=tiny, weights=WEIGHTS, geometry=views.Geometry()
-    )
+def recipe(method="published", labelled=1.0, **changes):
+    """The recipe of a method, with other values for some of its fields."""
+    made = objective.make_recipe(config(method).to_dict(), labelled)
+    return made._replace(**changes)
+
+
+def train_step(
+    axis_name=None,
+    optimizer="adamw",
+    accumulate=1,
+    learning_rate=1e-2,
+    method="published",
+    size=4,
+):
+    """(step, state, batch, key) with everything but these bound; `semi` has half its masks."""
+    tiny = model(axis_name, method)
+    fields = {"name": optimizer, "weight_decay": 0.01, "clip_norm": 0.0, "tower_learning_rate": 0.0}
+    tx = optim.make_optimizer(fields, learning_rate)
+    half = method == "semi"
+    bound = recipe(method, 0.5, ramp_steps=2, confidence=0.5) if half else recipe(method)
     step = partial(
         steps.train_step,
-        objective=objective,
+        objective=partial(objective.objective, model=tiny, recipe=bound),
         optimizer=tx,
         accumulate=accumulate,
+        ema_decay=0.9 if half else 0.0,
         axis_name=axis_name,
     )
-    variables = init(tiny)
-    return step, state.create(variables, tx), batch(), jax.random.key(1)
+    first = state.create(init(tiny), tx, average=half)
+    return step, first, batch(size, labelled=size // 2 if half else None), jax.random.key(1)

@@ -1,7 +1,8 @@
 """The published BiCLIP network in PyTorch: what the Flax model is compared with.
 
-Parameter names are those of the published checkpoints, without the prefix
-`model.`. The frozen text tower is left out: its pooled answer comes in as
+With `level_hidden` the sentence also meets the picture at every level, as in
+`full`. Parameter names are those of the published checkpoints, without the
+prefix `model.`; those of the levels are our own. The frozen text tower is left out: its pooled answer comes in as
 `text_features`. Pictures are (B, 3, S, S) in [0, 1], masks (B, 1, S, S) in
 {0, 1}; the ImageNet statistics are applied inside `segment` and nowhere else.
 """
@@ -24,17 +25,21 @@ LOSS_WEIGHTS = {"seg": 1.0, "gen": 0.1, "iac": 0.05, "cycle": 0.07}
 EPS = 1e-5
 
 
-class DoubleConv(nn.Module):
-    """Twice: 3x3 convolution without bias, BatchNorm, ReLU."""
+def _norm(kind: str, num: int) -> nn.Module:
+    return nn.BatchNorm2d(num) if kind == "batch" else nn.GroupNorm(math.gcd(8, num), num)
 
-    def __init__(self, num_in: int, num_out: int):
+
+class DoubleConv(nn.Module):
+    """Twice: 3x3 convolution without bias, norm, ReLU."""
+
+    def __init__(self, num_in: int, num_out: int, norm: str):
         super().__init__()
         self.double_conv = nn.Sequential(
             nn.Conv2d(num_in, num_out, 3, padding=1, bias=False),
-            nn.BatchNorm2d(num_out),
+            _norm(norm, num_out),
             nn.ReLU(),
             nn.Conv2d(num_out, num_out, 3, padding=1, bias=False),
-            nn.BatchNorm2d(num_out),
+            _norm(norm, num_out),
             nn.ReLU(),
         )
 
@@ -45,9 +50,9 @@ class DoubleConv(nn.Module):
 class Down(nn.Module):
     """Max-pooling by 2, then a block."""
 
-    def __init__(self, num_in: int, num_out: int):
+    def __init__(self, num_in: int, num_out: int, norm: str):
         super().__init__()
-        self.maxpool_conv = nn.Sequential(nn.MaxPool2d(2), DoubleConv(num_in, num_out))
+        self.maxpool_conv = nn.Sequential(nn.MaxPool2d(2), DoubleConv(num_in, num_out, norm))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.maxpool_conv(x)
@@ -56,10 +61,10 @@ class Down(nn.Module):
 class Up(nn.Module):
     """Transposed convolution halving the channels, concat [skip, up], a block."""
 
-    def __init__(self, num_in: int, num_out: int):
+    def __init__(self, num_in: int, num_out: int, norm: str):
         super().__init__()
         self.up = nn.ConvTranspose2d(num_in, num_out, kernel_size=2, stride=2)
-        self.conv = DoubleConv(2 * num_out, num_out)
+        self.conv = DoubleConv(2 * num_out, num_out, norm)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         return self.conv(torch.cat([skip, self.up(x)], dim=1))
@@ -85,9 +90,10 @@ def _conv_pair(num_in: int, widths: Sequence[int]) -> nn.Sequential:
     )
 
 
-def _mlp(num_in: int, num_out: int) -> nn.Sequential:
+def _mlp(num_in: int, num_out: int, hidden: int | None = None) -> nn.Sequential:
+    hidden = hidden or num_out
     return nn.Sequential(
-        nn.Linear(num_in, num_out), nn.LayerNorm(num_out), nn.GELU(), nn.Linear(num_out, num_out)
+        nn.Linear(num_in, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, num_out)
     )
 
 
@@ -116,12 +122,26 @@ class TextProjection(nn.Module):
 class TextRefiner(nn.Module):
     """BMF, vision -> text: t' = t + g([t; i])."""
 
-    def __init__(self, text_dim: int, image_dim: int):
+    def __init__(self, text_dim: int, image_dim: int, hidden: int | None = None):
         super().__init__()
-        self.mlp = _mlp(text_dim + image_dim, text_dim)
+        self.mlp = _mlp(text_dim + image_dim, text_dim, hidden)
 
     def forward(self, text: Tensor, image_vector: Tensor) -> Tensor:
         return text + self.mlp(torch.cat([text, image_vector], dim=1))
+
+
+class LevelFusion(nn.Module):
+    """BMF at a level: t' = t + g([t; mean F]), then F' = F (1 + gamma(t')) + beta(t')."""
+
+    def __init__(self, text_dim: int, width: int, hidden: int):
+        super().__init__()
+        self.refiner = TextRefiner(text_dim, width, hidden)
+        self.modulation = nn.Linear(text_dim, 2 * width)
+
+    def forward(self, features: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        text = self.refiner(text, features.mean(dim=(2, 3)))
+        gamma, beta = self.modulation(text)[..., None, None].chunk(2, dim=1)
+        return features * (1 + gamma) + beta, text
 
 
 class CycleHead(nn.Module):
@@ -166,6 +186,8 @@ class TorchBiCLIP(nn.Module):
       text_dim: length of t, a square number; t' is reshaped row-major.
       image_size: side S of the square pictures, sqrt(text_dim) * 2^k.
       text_feature_dim: length of the text tower's pooled vector.
+      norm: "batch" or "group".
+      level_hidden: of the refiners at the levels; 0: no fusion there.
     """
 
     def __init__(
@@ -176,6 +198,8 @@ class TorchBiCLIP(nn.Module):
         text_dim: int = 784,
         image_size: int = 224,
         text_feature_dim: int = 768,
+        norm: str = "batch",
+        level_hidden: int = 0,
     ):
         super().__init__()
         self.text_side = math.isqrt(text_dim)
@@ -190,11 +214,18 @@ class TorchBiCLIP(nn.Module):
         self.IAC_proj = nn.Sequential(
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[0], 256), nn.LayerNorm(256)
         )
-        self.inc = DoubleConv(6, widths[0])
+        self.inc = DoubleConv(6, widths[0], norm)
         for level in range(1, len(widths)):
-            setattr(self, f"down{level}", Down(widths[level - 1], widths[level]))
-            setattr(self, f"up{level}", Up(widths[-level], widths[-level - 1]))
+            setattr(self, f"down{level}", Down(widths[level - 1], widths[level], norm))
+            setattr(self, f"up{level}", Up(widths[-level], widths[-level - 1], norm))
         self.outc = OutConv(widths[0])
+        self.fusions = nn.ModuleDict()
+        if level_hidden:
+            places = [("encoder", level) for level in range(len(widths))]
+            places += [("decoder", level) for level in range(len(widths) - 1)]
+            for kind, level in places:
+                fusion = LevelFusion(text_dim, widths[level], level_hidden)
+                self.fusions[f"{kind}_{level}"] = fusion
         mean_std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).reshape(2, 1, 3, 1, 1)
         self.register_buffer("imagenet", mean_std, persistent=False)
 
@@ -219,21 +250,31 @@ class TorchBiCLIP(nn.Module):
             "cycle_text": self.image_to_text(pseudo),
         }
 
-    def segment(self, image: Tensor, pseudo_image: Tensor) -> tuple[Tensor, Tensor]:
+    def segment(
+        self, image: Tensor, pseudo_image: Tensor, text: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The U-Net on [x ; x^], both (B, 3, S, S) in [0, 1], normalised here.
+
+        `text` (B, text_dim) is needed where the levels have a fusion.
 
         Returns:
           logits (B, 1, S, S) and the last decoder features (B, widths[0], S, S).
         """
         image = (image - self.imagenet[0]) / self.imagenet[1]
         pseudo_image = (pseudo_image - PSEUDO_MEAN) / PSEUDO_STD
-        skips = [self.inc(torch.cat([image, pseudo_image], dim=1))]
-        for level in range(1, self.num_poolings + 1):
-            skips.append(getattr(self, f"down{level}")(skips[-1]))
-        x = skips.pop()
+        x, skips = torch.cat([image, pseudo_image], dim=1), []
+        for level in range(self.num_poolings + 1):
+            x = getattr(self, f"down{level}")(x) if level else self.inc(x)
+            x, text = self._fuse_at(f"encoder_{level}", x, text)
+            skips.append(x)
+        skips.pop()
         for level in range(1, self.num_poolings + 1):
             x = getattr(self, f"up{level}")(x, skips.pop())
+            x, text = self._fuse_at(f"decoder_{self.num_poolings - level}", x, text)
         return self.outc(x), x
+
+    def _fuse_at(self, name: str, x: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.fusions[name](x, text) if name in self.fusions else (x, text)
 
     def iac(self, features: Tensor) -> Tensor:
         """Decoder features (B, widths[0], S, S) -> p (B, 256)."""
@@ -241,7 +282,8 @@ class TorchBiCLIP(nn.Module):
 
     def forward(self, image: Tensor, text_features: Tensor) -> Tensor:
         """Logits (B, 1, S, S) of an unaugmented picture."""
-        return self.segment(image, self.fuse(image, text_features)["pseudo_image"])[0]
+        fused = self.fuse(image, text_features)
+        return self.segment(image, fused["pseudo_image"], fused["refined_text"])[0]
 
 
 def segmentation_loss(logits: Tensor, mask: Tensor, double_sigmoid: bool = False) -> Tensor:
@@ -303,6 +345,54 @@ def published_loss(
     return sum(LOSS_WEIGHTS[name] * part for name, part in parts.items()), parts
 
 
+def full_loss(
+    model: TorchBiCLIP,
+    image: Tensor,
+    text_features: Tensor,
+    mask: Tensor,
+    box: Tensor,
+    change: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of `full`: both views learn from masks, the weak one teaches the embedding.
+
+    Args:
+      model: weak goes through its BatchNorm before strong.
+      image, text_features, mask: of the weak view, as for `published_loss`.
+      box: (B, 1, S, S) bool, the same for rows 2j and 2j + 1: the strong view has
+        its partner's pixels there.
+      change: of the strong picture, after the boxes.
+
+    Returns:
+      As `published_loss`.
+    """
+    area = box.to(image.dtype).mean(dim=(1, 2, 3))[:, None]
+
+    def cut(x: Tensor) -> Tensor:
+        return torch.where(box, _partners(x), x)
+
+    def mix(x: Tensor) -> Tensor:
+        return (1 - area) * x + area * _partners(x)
+
+    fused = model.fuse(image, text_features)
+    pseudo, text = fused["pseudo_image"], fused["refined_text"]
+    logits_w, features_w = model.segment(image, pseudo, text)
+    logits_s, features_s = model.segment(change(cut(image)), cut(pseudo), mix(text))
+    target = mix(model.iac(features_w)).detach()
+    cosine = F.cosine_similarity(target, model.iac(features_s), dim=1)
+    parts = {
+        "seg": (segmentation_loss(logits_w, mask) + segmentation_loss(logits_s, cut(mask))) / 2,
+        "gen": (pseudo - image * mask).abs().mean(),
+        "iac": (1 - cosine).mean(),
+        "cycle": (fused["cycle_text"] - fused["text"].detach()).square().mean(),
+    }
+    return sum(LOSS_WEIGHTS[name] * part for name, part in parts.items()), parts
+
+
+def _partners(x: Tensor) -> Tensor:
+    order = [row ^ 1 for row in range(len(x))]
+    return x[order]
+
+
 @torch.no_grad()
 def randomize_(model: nn.Module, seed: int) -> nn.Module:
     """Fills every parameter and running statistic from `seed`, in place.
@@ -319,7 +409,7 @@ def randomize_(model: nn.Module, seed: int) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             normal_(module.weight, 0.0, _kernel_std(module))
-        if isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
+        if isinstance(module, nn.LayerNorm | nn.BatchNorm2d | nn.GroupNorm):
             normal_(module.weight, 1.0, 0.1)
         if isinstance(module, nn.BatchNorm2d):
             normal_(module.running_mean, 0.0, 0.1)

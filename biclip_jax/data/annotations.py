@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -14,6 +14,8 @@ from biclip_jax.errors import DataError
 
 PICTURE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"))
 MAX_LISTED = 20
+# Other published sentences of the same pictures, by what was done to them.
+VARIANTS = ("contradictory", "missing_location", "overdescriptive", "underdescriptive")
 
 
 class Folder(NamedTuple):
@@ -29,6 +31,15 @@ class Row(NamedTuple):
     split: Split
     image: Path
     mask: Path
+    text: str
+    where: str
+
+
+class Variant(NamedTuple):
+    """Another sentence of a picture: a name of `VARIANTS`, the picture's id, where it stands."""
+
+    name: str
+    id: str
     text: str
     where: str
 
@@ -49,6 +60,30 @@ def problems_of(found: Found) -> list[str]:
         + _shared_ids(found.rows)
         + _unnamed_pictures(found.rows, found.picture_dirs)
     )
+
+
+def variants_by_id(
+    variants: Iterable[Variant], ids: Collection[str]
+) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Sorts variants by picture, {id: {name: sentence}}; empty ones are left out.
+
+    Args:
+      variants: in the order of their files.
+      ids: of the pictures that there are.
+
+    Returns:
+      The sentences, and one problem for each picture that is not there or has two.
+    """
+    found: dict[str, dict[str, str]] = {}
+    problems = []
+    for name, image_id, text, where in variants:
+        if image_id not in ids:
+            problems.append(f"{where}: found {image_id!r}; expected an annotated picture; mend it.")
+        elif name in found.get(image_id, {}):
+            problems.append(f"{where}: found {image_id!r} a second time; expected once; delete it.")
+        elif text:
+            found.setdefault(image_id, {})[name] = text
+    return found, problems
 
 
 def collected(source: str, problems: list[str]) -> DataError:

@@ -6,17 +6,21 @@ To add a layout, write a reader `root -> Found` and name it in `_READERS`, its m
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from biclip_jax.data.annotations import (
+    VARIANTS,
     Folder,
     Found,
     Row,
+    Variant,
     collected,
     join,
     list_pictures,
     pick,
     problems_of,
+    variants_by_id,
 )
 from biclip_jax.data.schema import SPLITS, Example, Split
 from biclip_jax.data.tables import read_prompts, read_table, refuse_unsafe
@@ -86,6 +90,36 @@ def read_layout(
     ]
 
 
+def read_variants(
+    root: str | os.PathLike[str], examples: Sequence[Example], layout: str | None = None
+) -> dict[str, dict[str, str]]:
+    """Reads the other published sentences of the same pictures, where a data set has them.
+
+    In medclipseg they lie in Prompts_Folder/Test_text_NAME.xlsx (Train and Val likewise), in csv in
+    columns of these names, NAME out of `annotations.VARIANTS`; other layouts have none.
+
+    Args:
+      root: the data set's folder.
+      examples: what `read_layout` gave.
+      layout: a name of `LAYOUTS`, or None to look.
+
+    Returns:
+      {id: {NAME: sentence}}, of the pictures that have any.
+
+    Raises:
+      DataError: a table that cannot be read, or names another picture or one twice.
+    """
+    root = _existing(root)
+    readers = {"medclipseg": _medclipseg_variants, "csv": _csv_variants}
+    layout = layout or find_layout(root)
+    if layout not in readers:
+        return {}
+    found, problems = variants_by_id(readers[layout](root), {e.id for e in examples})
+    if problems:
+        raise collected(f"{root}, as {layout} layout", problems)
+    return found
+
+
 def _existing(root: str | os.PathLike[str]) -> Path:
     if not os.path.isdir(root):
         raise DataError(f"{root}: found no such folder; expected a data set; check the path.")
@@ -148,6 +182,20 @@ def _medclipseg(root: Path) -> Found:
     return join(parts)
 
 
+def _medclipseg_variants(root: Path) -> list[Variant]:
+    found = []
+    for split in SPLITS:
+        images, _ = _split_folders(root, split, "label")
+        for name in VARIANTS:
+            table = root / "Prompts_Folder" / f"{split.title()}_text_{name}.xlsx"
+            lines = read_table(table, ("Image", "Description")) if table.is_file() else []
+            found += [
+                Variant(name, pick(images, line["Image"]).stem, line["Description"], where)
+                for where, line in lines
+            ]
+    return found
+
+
 def _image_named(split: Split, table: Path, images: Folder, masks: Folder) -> Found:
     """Reads rows that name a picture, and its mask where that has another name."""
     try:
@@ -189,6 +237,16 @@ def _csv(root: Path) -> Found:
         image, mask = _beside(root, "images", line["image"]), _beside(root, "masks", line["mask"])
         rows.append(Row(split, image, mask, line["text"], where))
     return Found(rows, problems, [])
+
+
+def _csv_variants(root: Path) -> list[Variant]:
+    table = _csv_path(root) or root / "annotations.csv"
+    return [
+        Variant(name, Path(line["image"]).stem, line[name], where)
+        for where, line in read_table(table, ("image",), VARIANTS)
+        for name in VARIANTS
+        if name in line
+    ]
 
 
 _READERS = {

@@ -12,6 +12,7 @@ import numpy as np
 from biclip_jax.data import builders, subsets
 from biclip_jax.data import text as text_lib
 from biclip_jax.data.schema import SPLITS, Batch, Record, Split
+from biclip_jax.errors import UserError
 
 
 def prepare(config: Mapping[str, Any], image_size: int) -> Path:
@@ -49,15 +50,51 @@ def open_splits(
     Raises:
       DataError: a split is missing.
     """
-    return {split: _open(prepared, split, config) for split in names}
+    opened: dict[str, Sequence[Record]] = {
+        split: builders.open_split(prepared, split) for split in names
+    }
+    if "train" in opened and config["label_fraction"] != 1:
+        rows, _ = _shares(opened["train"], config)
+        opened["train"] = [opened["train"][row] for row in rows]
+    return {split: _as_configured(records, config) for split, records in opened.items()}
 
 
-def _open(prepared: Path, split: Split, config: Mapping[str, Any]) -> Sequence[Record]:
-    records: Sequence[Record] = builders.open_split(prepared, split)
-    if split == "train" and config["label_fraction"] != 1:
-        ids = [record["id"] for record in records]
-        rows = subsets.labelled(ids, config["label_fraction"], config["label_seed"])
-        records = [records[row] for row in rows]
+def open_unlabelled(prepared: Path, config: Mapping[str, Any], image_size: int) -> Sequence[Record]:
+    """The pictures that are trained on without their masks; see `data.unlabelled`.
+
+    Args:
+      prepared, image_size: what `prepare` returned and was given.
+      config: the fields of `data` in `configs/common.py`.
+
+    Raises:
+      UserError: nothing is left beside the labelled share.
+      DataError: the other data set does not hold together.
+    """
+    if not config["unlabelled"]:
+        return []
+    if config["unlabelled"] != "rest":
+        other = {**config, "name": "folder", "source": config["unlabelled"], "layout": ""}
+        other |= {"prompt": "", "num_examples": {}}
+        records = builders.open_split(prepare(other, image_size), "train")
+        return _as_configured(records, config)
+    train = builders.open_split(prepared, "train")
+    _, rest = _shares(train, config)
+    if not rest:
+        raise UserError(
+            f"--config.data.unlabelled: 'rest', but data.label_fraction "
+            f"{config['label_fraction']} leaves no training picture; lower it"
+        )
+    return _as_configured([train[row] for row in rest], config)
+
+
+def _shares(train: Sequence[Record], config: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """Rows with labels and rows without."""
+    ids = [record["id"] for record in train]
+    rows = subsets.labelled(ids, config["label_fraction"], config["label_seed"])
+    return rows, sorted(set(range(len(ids))) - set(rows))
+
+
+def _as_configured(records: Sequence[Record], config: Mapping[str, Any]) -> Sequence[Record]:
     if config["in_memory"] or config["sentences"] == "missing":
         records = list(records)
     if config["sentences"] == "missing":
@@ -90,6 +127,9 @@ def train_batches(
     batch_size: int,
     seed: int,
     position: dict[str, Any] | None = None,
+    num_labelled: int | None = None,
+    labelled_rows: int | None = None,
+    num_members: int = 1,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Any:
@@ -97,13 +137,17 @@ def train_batches(
 
     The order depends on the seed alone; each process reads its own rows of
     every global batch. Batches run across the edges of epochs, so that every
-    record is met once an epoch.
+    record is met once an epoch. Of unlabelled records the masks are left out.
 
     Args:
-      records: of the split.
+      records: of the split, the labelled ones first.
       texts: `sentence_fields` of the same rows.
       batch_size: global, divisible by `process_count`.
       seed: of the order.
+      num_labelled: of the records; None: all.
+      labelled_rows: first rows of every batch, of labelled records; None: all.
+      num_members: of an ensemble; above 1 a batch has a leading axis of them, the
+        k-th being the batch of seed + k.
       position: what `get_state()` of an earlier iterator gave; goes on there.
       process_index, process_count: of this host.
 
@@ -116,11 +160,33 @@ def train_batches(
     local = slice(process_index * share, (process_index + 1) * share)
     row = np.arange(batch_size, dtype=np.int32)[local]
 
-    def read(index: np.ndarray) -> Batch:
-        return _stack(records, texts, index[local], row)
+    num_labelled = len(records) if num_labelled is None else num_labelled
+    labelled_rows = batch_size if labelled_rows is None else labelled_rows
 
-    order = grain.MapDataset.range(len(records)).shuffle(seed=seed).repeat()
-    batches = order.batch(batch_size).map(read)
+    def order(start: int, stop: int, rows: int, seed: int) -> Any:
+        return grain.MapDataset.range(start, stop).shuffle(seed=seed).repeat().batch(rows)
+
+    def read(index: np.ndarray) -> Batch:
+        batch = _stack(records, texts, index[local], row)
+        known = row < labelled_rows
+        mask = np.where(known[:, None, None, None], batch["mask"], 0).astype(np.uint8)
+        return {**batch, "mask": mask, "labelled": known}
+
+    def member(seed: int) -> Any:
+        indices = order(0, num_labelled, labelled_rows, seed)
+        if labelled_rows < batch_size:
+            others = order(num_labelled, len(records), batch_size - labelled_rows, seed)
+            indices = indices.map_with_index(lambda i, rows: np.concatenate([rows, others[i]]))
+        return indices.map(read)
+
+    def together(i: int, _: Any) -> dict[str, np.ndarray]:
+        rows = [batches[i] for batches in members]
+        return {name: np.stack([batch[name] for batch in rows]) for name in rows[0]}
+
+    members = [member(seed + k) for k in range(num_members)]
+    batches = members[0]
+    if num_members > 1:
+        batches = grain.MapDataset.range(1).repeat().map_with_index(together)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     iterator = iter(batches.to_iter_dataset(options))
     if position is not None:

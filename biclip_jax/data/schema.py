@@ -55,8 +55,10 @@ class Batch(TypedDict, total=False):
       text_ids: (B, L) int32, padded.
       text_mask: (B, L) bool, true where a token is.
       text_features: (B, D) float32, a frozen tower's vector, in place of ids and mask.
-      mirrored_text_ids, mirrored_text_mask, mirrored_text_features: the mirrored
-        sentence, likewise.
+      has_text: (B,) bool, false where the sentence is empty.
+      mirrored_text_ids, mirrored_text_mask, mirrored_text_features, mirrored_has_text:
+        the mirrored sentence, likewise.
+      labelled: (B,) bool, false where the mask is not known and therefore empty.
       row: (B,) int32, the row in the global batch; random keys fold it in.
       index: (B,) int32, the row in the split.
       valid: (B,) bool, false where the row only fills the batch.
@@ -67,9 +69,12 @@ class Batch(TypedDict, total=False):
     text_ids: np.ndarray
     text_mask: np.ndarray
     text_features: np.ndarray
+    has_text: np.ndarray
     mirrored_text_ids: np.ndarray
     mirrored_text_mask: np.ndarray
     mirrored_text_features: np.ndarray
+    mirrored_has_text: np.ndarray
+    labelled: np.ndarray
     row: np.ndarray
     index: np.ndarray
     valid: np.ndarray

@@ -132,13 +132,18 @@ def _room(tokenizer: Tokenizer, max_length: int) -> int:
 def encode_fields(
     tokenizer: Tokenizer, sentences: Sequence[str], max_length: int
 ) -> dict[str, np.ndarray]:
-    """`encode` as the fields text_ids and text_mask of a `Batch`."""
+    """`encode` as the fields text_ids, text_mask and has_text of a `Batch`."""
     ids, mask = encode(tokenizer, sentences, max_length)
-    return {"text_ids": ids, "text_mask": mask}
+    return {"text_ids": ids, "text_mask": mask, "has_text": _has_text(sentences)}
 
 
 def feature_fields(
     features: Mapping[str, np.ndarray], sentences: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """A frozen tower's vectors {sentence: (D,)} as the field text_features of a `Batch`."""
-    return {"text_features": np.stack([features[sentence] for sentence in sentences])}
+    """A frozen tower's vectors {sentence: (D,)} as text_features and has_text of a `Batch`."""
+    vectors = np.stack([features[sentence] for sentence in sentences])
+    return {"text_features": vectors, "has_text": _has_text(sentences)}
+
+
+def _has_text(sentences: Sequence[str]) -> np.ndarray:
+    return np.array([bool(sentence.strip()) for sentence in sentences], bool)

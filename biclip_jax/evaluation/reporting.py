@@ -21,12 +21,14 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 MASK_COLOR = (0, 158, 115)
 PRED_COLOR = (230, 159, 0)
 BANDS = ("best", "median", "worst")
+CASES = 3  # in each band
 COLUMNS, PICTURE, GAP = 3, 256, 14  # cells a line; pixels
 CELL = 2 * PICTURE + GAP
 
 
 @contextlib.contextmanager
-def _written_whole(path: str | os.PathLike) -> Iterator[Path]:
+def written_whole(path: str | os.PathLike) -> Iterator[Path]:
+    """Gives a place beside `path` to write to, and moves it there where that succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -84,6 +86,14 @@ def overlay(
     return canvas
 
 
+def bands(scores: Sequence[float]) -> dict[str, list[int]]:
+    """The rows of the best, the median and the worst `CASES` scores, {band: rows}."""
+    order = np.argsort(np.asarray(scores, float), kind="stable").tolist()
+    middle = max(len(order) // 2 - CASES // 2, 0)
+    chosen = (order[::-1][:CASES], order[middle : middle + CASES], order[:CASES])
+    return dict(zip(BANDS, chosen, strict=True))
+
+
 def overlay_page(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, title: str) -> None:
     """Writes a PNG of labelled cases in three bands: best, median, worst.
 
@@ -109,8 +119,46 @@ def overlay_page(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, tit
         for start in range(0, len(cells), COLUMNS):
             blocks.append(_stack(cells[start : start + COLUMNS], 2 * GAP, across=True))
     page = ImageOps.expand(_stack(blocks, 20), 2 * GAP, "white")
-    with _written_whole(path) as part:
+    with written_whole(path) as part:
         page.save(part, format="PNG")
+
+
+def uncertainty_page(
+    rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, title: str
+) -> None:
+    """Writes a PNG of the same cases: picture, prediction, reference, entropy.
+
+    Args:
+      rows: as `overlay_page` takes them, with uncertainty (H, W), an entropy in nats; black is
+        none, yellow ln 2.
+      path: where the PNG goes.
+      title: the headline.
+    """
+    width = 4 * PICTURE + 3 * GAP
+    names = ("picture", "prediction", "reference", "entropy (yellow: ln 2)")
+    heads = [_text_block(name, PICTURE, size=16, bold=True) for name in names]
+    blocks = [_text_block(title, width, size=26, bold=True), _stack(heads, GAP, across=True)]
+    for row in rows:
+        label = f"{row['band'].capitalize()} | Dice {_dice(row)} | {row['id']}"
+        blocks += [_stack(_tiles(row), GAP, across=True), _text_block(label, width, size=16)]
+    page = ImageOps.expand(_stack(blocks, 8), 2 * GAP, "white")
+    with written_whole(path) as part:
+        page.save(part, format="PNG")
+
+
+def _tiles(row: Mapping[str, Any]) -> list[Image.Image]:
+    import matplotlib
+
+    share = np.clip(row["uncertainty"] / math.log(2), 0, 1)
+    heat = (255 * matplotlib.colormaps["inferno"](share)[..., :3]).astype(np.uint8)
+    image, heat = (_fit(picture, Image.Resampling.LANCZOS) for picture in (row["image"], heat))
+    mask, pred = (_fit(row[name], Image.Resampling.NEAREST) for name in ("mask", "pred"))
+    drawn = (overlay(image), overlay(image, pred=pred), overlay(image, mask), heat)
+    return [ImageOps.pad(Image.fromarray(d), (PICTURE, PICTURE), color="#EEEEEE") for d in drawn]
+
+
+def _dice(row: Mapping[str, Any]) -> str:
+    return "-" if row["dice"] is None else f"{row['dice']:.4f}"
 
 
 def _cell(row: Mapping[str, Any]) -> Image.Image:
@@ -121,8 +169,7 @@ def _cell(row: Mapping[str, Any]) -> Image.Image:
         ImageOps.pad(Image.fromarray(picture), square, color="#EEEEEE")
         for picture in (overlay(image), overlay(image, mask, pred))
     )
-    dice = "-" if row["dice"] is None else f"{row['dice']:.4f}"
-    label = _text_block(f"Dice {dice} | {row['id']}", CELL, size=16, bold=True)
+    label = _text_block(f"Dice {_dice(row)} | {row['id']}", CELL, size=16, bold=True)
     sentence = _text_block(row["text"] or "(no sentence)", CELL, size=16)
     return _stack([_stack([alone, drawn], GAP, across=True), label, sentence], 5)
 
@@ -202,7 +249,7 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike) -
     _plot_scores(scores, [line for line in metrics if line.get("split") == "val"])
     _finish_panel(losses, "Training loss", legend_columns=3)
     _finish_panel(scores, "Validation Dice", legend_columns=1)
-    with _written_whole(path) as part:
+    with written_whole(path) as part:
         figure.savefig(part, format="png")
 
 
@@ -276,12 +323,15 @@ def plot_degradations(
         axes.grid(alpha=0.3)
         axes.set_title({"dice_global": "Global Dice", "dice_mean": "Mean Dice"}[kind])
     axes.legend(fontsize="small", loc="lower left")
-    with _written_whole(path) as part:
+    with written_whole(path) as part:
         figure.savefig(part, format="png")
 
 
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+
 def _csv_cell(value: Any) -> Any:
-    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
+    if isinstance(value, str) and value.startswith(FORMULA_STARTS):
         return "'" + value
     return value.item() if isinstance(value, np.generic) else value
 
@@ -300,10 +350,15 @@ def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> Non
       rows: string, number, bool or None per column; numpy scalars are fine.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with _written_whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with written_whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows([_csv_cell(row.get(key)) for key in columns] for row in rows)
+
+
+def read_csv_cell(cell: str) -> str:
+    """The text that `write_csv` was given, from a cell of its file."""
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith(FORMULA_STARTS) else cell
 
 
 def format_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:

@@ -1,10 +1,10 @@
-"""A model over a split: text conditions, baselines, intervals, and the files they go to."""
+"""A model over a split: text conditions, views, damage, calibration, and the files they go to."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,11 @@ from biclip_jax.data import pipeline
 from biclip_jax.data import text as text_lib
 from biclip_jax.data.image_io import resize_probability
 from biclip_jax.data.schema import Batch, Record
-from biclip_jax.evaluation import baselines, degrade, metrics, reporting
+from biclip_jax.evaluation import baselines, calibration, degrade, metrics, reporting, tta
+from biclip_jax.evaluation import conditions as text_conditions
 from biclip_jax.evaluation.steps import predict_step
 
 THRESHOLD = 0.5
-CONDITIONS = ("right", "missing", "shuffled", "mirrored")
-PAGE_CASES = 3  # in each band of the overlay page
 
 # (batch) -> probabilities (B, S, S, 1), on the host
 Predict = Callable[[Batch], np.ndarray]
@@ -48,29 +47,32 @@ def evaluate(
     batch_size: int,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a split and writes results.json, per_image.csv and overlays.png.
+    """Evaluates a split; writes results.json, per_image.csv, overlays.png and uncertainty.png.
 
     Args:
       predict: batch -> probabilities; see `make_predict`.
       encode: sentences -> the sentence fields of a batch.
       records: of the split.
       folder: made if missing.
-      conditions: of the sentences, "right" among them; see `sentences_of`.
+      conditions: of the sentences, "right" among them; see `conditions.ask`.
       batch_size: pictures at a time.
       extra: more for results.json: split, checkpoint, baselines.
 
     Returns:
-      What results.json holds.
+      What results.json holds; "left_out" names conditions that the split has not.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = evaluate_conditions(
         predict, encode, records, batch_size=batch_size, conditions=conditions
     )
-    outcome = {**(extra or {}), **results(found, records)}
+    left_out = [name for name in conditions if name not in found]
+    outcome = {**(extra or {}), **results(found, records), "left_out": left_out}
     write_json(folder / "results.json", outcome)
     reporting.write_csv(folder / "per_image.csv", per_image_rows(found, records))
     rows = page_rows(predict, encode, records, found["right"], batch_size)
-    reporting.overlay_page(rows, folder / "overlays.png", f"{len(records)} pictures, by Dice")
+    title = f"{len(records)} pictures, by Dice"
+    reporting.overlay_page(rows, folder / "overlays.png", title)
+    reporting.uncertainty_page(rows, folder / "uncertainty.png", title)
     return outcome
 
 
@@ -98,36 +100,34 @@ def validate(
     return scores
 
 
-def sentences_of(condition: str, sentences: Sequence[str], seed: int) -> list[str] | None:
-    """The sentences of a text condition; None where the split cannot have it.
+def at_own_size(
+    predict: Predict, records: Sequence[Record], texts: dict[str, np.ndarray], batch_size: int
+) -> Iterator[tuple[Record, np.ndarray]]:
+    """Each record once, with its maps (C, H, W), brought bilinearly to its mask's own size."""
+    hashes = degrade.hash_ids([record["id"] for record in records])
+    for batch in pipeline.eval_batches(records, texts, batch_size=batch_size):
+        hashed: Any = {**batch, "image_hash": hashes[batch["index"]]}
+        maps = predict(hashed)
+        for i in np.flatnonzero(batch["valid"]):
+            record = records[int(batch["index"][i])]
+            yield record, _resized(maps[i], record["full_mask"].shape[:2])
 
-    right: as they are. missing: empty. shuffled: another image's sentence of
-    the same split, a different string. mirrored: left and right swapped, the
-    picture as it is.
-    """
-    if condition == "missing":
-        return [""] * len(sentences)
-    if condition == "shuffled":
-        return text_lib.shuffle(sentences, seed)
-    if condition == "mirrored":
-        return [text_lib.mirror(sentence) for sentence in sentences]
-    return list(sentences)
+
+def _resized(maps: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    return np.stack([resize_probability(m, size[0], size[1]) for m in np.moveaxis(maps, -1, 0)])
+
+
+def _overlap(probs: np.ndarray, record: Record) -> metrics.Overlap:
+    pred = probs >= THRESHOLD
+    return metrics.overlap(pred[..., None], record["full_mask"], axis=(0, 1, 2))
 
 
 def overlap_at_own_size(
     predict: Predict, records: Sequence[Record], texts: dict[str, np.ndarray], batch_size: int
 ) -> metrics.Overlap:
     """Counts (N,), the probabilities brought bilinearly to each mask's own size, then >= 0.5."""
-    rows = []
-    hashes = degrade.hash_ids([record["id"] for record in records])
-    for batch in pipeline.eval_batches(records, texts, batch_size=batch_size):
-        hashed: Any = {**batch, "image_hash": hashes[batch["index"]]}
-        probs = predict(hashed)
-        for i in np.flatnonzero(batch["valid"]):
-            full = records[int(batch["index"][i])]["full_mask"]
-            pred = resize_probability(probs[i, ..., 0], full.shape[0], full.shape[1]) >= THRESHOLD
-            rows.append(metrics.overlap(pred[..., None], full, axis=(0, 1, 2)))
-    return metrics.stack(rows)
+    pairs = at_own_size(predict, records, texts, batch_size)
+    return metrics.stack([_overlap(maps[0], record) for record, maps in pairs])
 
 
 def evaluate_conditions(
@@ -136,17 +136,62 @@ def evaluate_conditions(
     records: Sequence[Record],
     *,
     batch_size: int,
-    conditions: Sequence[str] = CONDITIONS,
+    conditions: Sequence[str] = text_conditions.CONDITIONS,
     seed: int = 0,
 ) -> dict[str, metrics.Overlap]:
-    """Counts of every text condition that the split can have."""
-    sentences = [record["text"] for record in records]
+    """Counts of every text condition that the split has, on the pictures that have it."""
+    spoken = text_conditions.spoken(records)
     found = {}
     for condition in conditions:
-        changed = sentences_of(condition, sentences, seed)
-        if changed is not None:
-            found[condition] = overlap_at_own_size(predict, records, encode(changed), batch_size)
+        asked = text_conditions.ask(condition, spoken, seed)
+        if asked is None:
+            continue
+        whole = len(asked.rows) == len(records)
+        chosen = records if whole else [records[i] for i in asked.rows]
+        texts = encode(asked.sentences)
+        found[condition] = overlap_at_own_size(predict, chosen, texts, batch_size)
     return found
+
+
+def pixel_histogram(
+    predict: Predict, encode: Encode, records: Sequence[Record], batch_size: int
+) -> calibration.Histogram:
+    """The split's probabilities and masks, with the right sentences, for `calibration`."""
+    texts = encode([record["text"] for record in records])
+    pairs = at_own_size(predict, records, texts, batch_size)
+    return calibration.gather((maps[0], r["full_mask"][..., 0]) for r, maps in pairs)
+
+
+def evaluate_tta(
+    predict: Predict,
+    encode: Encode,
+    records: Sequence[Record],
+    *,
+    batch_size: int,
+    views: Mapping[str, tta.View] = tta.VIEWS,
+) -> dict[str, Any]:
+    """Scores of the mean over views, with the right sentences, and how unsure it is.
+
+    Returns:
+      views (names); right_tta (scores and intervals); mean_entropy and mean_mutual_information,
+      in nats, over all pixels; error_auroc of the mean's entropy, see `calibration.error_auroc`.
+    """
+    texts = pipeline.sentence_fields(encode, [record["text"] for record in records])
+    looked = partial(tta.predict_views, predict, views=list(views.values()))
+    counts, sums, num_pixels = [], np.zeros(2), 0
+    histogram = calibration.gather([])
+    for record, maps in at_own_size(looked, records, texts, batch_size):
+        counts.append(_overlap(maps[0], record))
+        histogram += calibration.histogram(maps[0], record["full_mask"][..., 0])
+        sums += maps[1:].sum((1, 2), dtype=np.float64)
+        num_pixels += maps[0].size
+    return {
+        "views": list(views),
+        "right_tta": _with_intervals(metrics.stack(counts)),
+        "mean_entropy": float(sums[0] / num_pixels),
+        "mean_mutual_information": float(sums[1] / num_pixels),
+        "error_auroc": calibration.error_auroc(histogram),
+    }
 
 
 def evaluate_degradations(
@@ -206,10 +251,16 @@ def results(found: Mapping[str, metrics.Overlap], records: Sequence[Record]) -> 
     """Scores and intervals of each condition, as results.json holds them.
 
     `mirrored_changed` and `right_where_mirrored_changes` are the images whose
-    sentence mirroring changes: the symmetric ones cannot tell anything.
+    sentence mirroring changes: the symmetric ones cannot tell anything. Where
+    only some images have a condition, `right_where_NAME` is of these.
     """
     found = dict(found)
-    changed = np.array([text_lib.mirror(r["text"]) != r["text"] for r in records])
+    spoken = text_conditions.spoken(records)
+    changed = np.array([text_lib.mirror(r["text"]) != r["text"] for r in spoken])
+    for name in list(found):
+        rows = text_conditions.rows_of(name, spoken)
+        if len(rows) < len(spoken):
+            found[f"right_where_{name}"] = metrics.take(found["right"], rows)
     if "mirrored" in found and changed.any():
         found["mirrored_changed"] = metrics.take(found["mirrored"], changed)
         found["right_where_mirrored_changes"] = metrics.take(found["right"], changed)
@@ -238,17 +289,22 @@ def _with_intervals(counts: metrics.Overlap) -> dict[str, Any]:
 def per_image_rows(
     found: Mapping[str, metrics.Overlap], records: Sequence[Record]
 ) -> list[dict[str, Any]]:
-    """One row an image: id, sentence, Dice and IoU of every condition, areas in pixels."""
-    columns: dict[str, np.ndarray] = {}
+    """One row an image: id, sentence, Dice and IoU of every condition, areas in pixels.
+
+    None where an image has no sentence of a condition.
+    """
+    spoken = text_conditions.spoken(records)
+    rows: list[dict[str, Any]] = [{"id": r["id"], "text": r["text"]} for r in spoken]
     for condition, counts in found.items():
-        columns[f"dice_{condition}"] = np.asarray(metrics.dice(counts))
-        columns[f"iou_{condition}"] = np.asarray(metrics.iou(counts))
-    columns["pred_area_right"] = np.asarray(found["right"].pred_area)
-    columns["mask_area"] = np.asarray(found["right"].mask_area)
-    return [
-        {"id": r["id"], "text": r["text"], **{k: v[i].item() for k, v in columns.items()}}
-        for i, r in enumerate(records)
-    ]
+        of_kind = {"dice": metrics.dice(counts), "iou": metrics.iou(counts)}
+        places = {int(row): i for i, row in enumerate(text_conditions.rows_of(condition, spoken))}
+        for kind, values in of_kind.items():
+            for i, row in enumerate(rows):
+                row[f"{kind}_{condition}"] = values[places[i]].item() if i in places else None
+    for i, row in enumerate(rows):
+        row["pred_area_right"] = int(found["right"].pred_area[i])
+        row["mask_area"] = int(found["right"].mask_area[i])
+    return rows
 
 
 def page_rows(
@@ -258,18 +314,11 @@ def page_rows(
     counts: metrics.Overlap,
     batch_size: int,
 ) -> list[dict[str, Any]]:
-    """The best, median and worst cases by Dice, as `reporting.overlay_page` takes them."""
+    """The best, median and worst cases by Dice, as the pages of `reporting` take them."""
     scores = np.asarray(metrics.dice(counts))
-    order = np.argsort(scores, kind="stable")
-    middle = max(len(order) // 2 - PAGE_CASES // 2, 0)
-    bands = {
-        "best": order[::-1][:PAGE_CASES],
-        "median": order[middle : middle + PAGE_CASES],
-        "worst": order[:PAGE_CASES],
-    }
     return [
-        _page_row(band, predict, encode, records[int(i)], float(scores[i]), batch_size)
-        for band, rows in bands.items()
+        _page_row(band, predict, encode, records[i], float(scores[i]), batch_size)
+        for band, rows in reporting.bands(scores.tolist()).items()
         for i in rows
     ]
 
@@ -292,6 +341,7 @@ def _page_row(band, predict, encode, record, score, batch_size) -> dict[str, Any
         "image": np.clip(np.rint(np.stack(grey, -1)), 0, 255).astype(np.uint8),
         "mask": record["full_mask"],
         "pred": probs >= THRESHOLD,
+        "uncertainty": tta.entropy(probs),
         "dice": score,
         "text": record["text"],
     }

@@ -13,11 +13,22 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from biclip_jax.models import fusion
 from biclip_jax.models.layers import full_precision
 from biclip_jax.models.text import PooledTower, TextEncoder
-from biclip_jax.models.unet import UNet
+from biclip_jax.models.unet import UNet, block_names
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 PSEUDO_MEAN, PSEUDO_STD = 0.5, 0.25
+HEADS = ("cycle", "iac")
+
+# What a configuration that says less than today's means: the model `published`.
+DEFAULTS: dict[str, Any] = {
+    "norm": "batch",
+    "pseudo_image": True,
+    "bmf": {"vision_to_text": True, "text_to_vision": True, "levels": "", "hidden": 256},
+    "image": {"encoder": "cnn"},
+    "heads": HEADS,
+    "iac_blocks": ("decoder_0",),
+}
 
 
 class Fused(NamedTuple):
@@ -28,55 +39,117 @@ class Fused(NamedTuple):
       refined_text: (B, 784) t' = t + g([t; i]).
       pseudo_image: (B, H, W, 3) in [0, 1], the sentence as a picture.
       cycle_text: (B, 784) the sentence read back from the pseudo-image; None outside training.
+
+    What the model's fields switch off is None.
     """
 
-    text: Float[Array, "b t"]
-    refined_text: Float[Array, "b t"]
-    pseudo_image: Float[Array, "b h w 3"]
+    text: Float[Array, "b t"] | None
+    refined_text: Float[Array, "b t"] | None
+    pseudo_image: Float[Array, "b h w 3"] | None
     cycle_text: Float[Array, "b t"] | None
 
 
-class TwoViews(NamedTuple):
-    """Logits (B, H, W, 1) of the weak view, and the embeddings (B, 256) of both."""
+class View(NamedTuple):
+    """What the U-Net sees of a batch.
 
-    weak_logits: Float[Array, "b h w 1"]
-    weak_embedding: Float[Array, "b p"]
-    strong_embedding: Float[Array, "b p"]
+    Attributes:
+      image, pseudo_image: (B, H, W, 3) in [0, 1]; no pseudo-image where the model makes none.
+      text: (B, 784) the sentence's embedding for the U-Net's levels; None without them.
+    """
+
+    image: Float[Array, "b h w 3"]
+    pseudo_image: Float[Array, "b h w 3"] | None
+    text: Float[Array, "b t"] | None = None
+
+
+class Segmented(NamedTuple):
+    """Logits (B, H, W, 1), and {block: embedding (B, 256)} of the consistency heads."""
+
+    logits: Float[Array, "b h w 1"]
+    embeddings: dict[str, Array]
 
 
 class BiCLIP(nn.Module):
-    """The network `published` with this paper.
+    """The network of this paper; its fields make `published`, `full` and their rivals.
 
     Pictures are float32 in [0, 1], (B, H, W, 3), H = W = image_size; every
     normalisation after that happens here. A sentence comes either as
     `text_ids` and `text_mask` (B, L), or as `text_features` (B, D), the pooled
-    output of a frozen text tower.
+    output of a frozen text tower. Without a pseudo-image and without modulated
+    levels the model is the image-only U-Net and looks at no sentence.
 
     Attributes:
       image_size: 28 * 2^k, divisible by 2 to the number of poolings.
       widths: channels of the U-Net's levels.
+      norm: of the U-Net's blocks, "batch" or "group".
       encoder_widths, cycle_widths: channels of the image encoder and of the cycle head.
+      pseudo_image: whether the sentence becomes a picture, the U-Net's second input.
+      vision_to_text: whether the picture refines the sentence, at the input and at the levels.
+      text_to_vision: whether the sentence modulates the levels.
+      levels: blocks of the U-Net where both meet again, see `unet.block_names`.
+      level_hidden: of the refiners there.
+      no_text: whether an empty sentence has a learned vector of its own.
+      heads: those that only training uses: "cycle", "iac", both or none.
+      iac_blocks: decoder blocks with a consistency head.
       text_encoder: maps (ids, mask) to (B, D); None where features are given.
+      image_tower: pretrained, maps pictures to (B, Di); None: a small CNN of our own.
       axis_name: device axis for BatchNorm's statistics in training.
       dtype: of the computation; parameters, statistics, logits are float32.
     """
 
     image_size: int = 224
     widths: Sequence[int] = (64, 128, 256, 512, 1024)
+    norm: str = "batch"
     encoder_widths: Sequence[int] = (64, 256)
     cycle_widths: Sequence[int] = (32, 64)
+    pseudo_image: bool = True
+    vision_to_text: bool = True
+    text_to_vision: bool = True
+    levels: Sequence[str] = ()
+    level_hidden: int = 256
+    no_text: bool = False
+    heads: Sequence[str] = HEADS
+    iac_blocks: Sequence[str] = ("decoder_0",)
     text_encoder: nn.Module | None = None
+    image_tower: nn.Module | None = None
     axis_name: str | None = None
     dtype: Any = jnp.float32
 
+    @property
+    def uses_text(self) -> bool:
+        """Whether the sentence has any way to the mask."""
+        return self.pseudo_image or (self.text_to_vision and bool(self.levels))
+
     def setup(self):
+        self.unet = UNet(
+            self.widths,
+            norm=self.norm,
+            fused_blocks=self.levels if self.uses_text else (),
+            vision_to_text=self.vision_to_text,
+            text_to_vision=self.text_to_vision,
+            fusion_hidden=self.level_hidden,
+            axis_name=self.axis_name,
+            dtype=self.dtype,
+        )
+        if "iac" in self.heads:
+            self.consistency_heads = {
+                block: fusion.ConsistencyHead(name=_consistency_name(block))
+                for block in self.iac_blocks
+            }
+        if not self.uses_text:
+            return
         self.text_projection = fusion.TextMLP(dtype=self.dtype)
-        self.image_encoder = fusion.ImageEncoder(self.encoder_widths, dtype=self.dtype)
-        self.refiner = fusion.TextRefiner(dtype=self.dtype)
-        self.generator = fusion.Generator(self.image_size, dtype=self.dtype)
-        self.cycle_head = fusion.CycleHead(widths=self.cycle_widths, dtype=self.dtype)
-        self.unet = UNet(self.widths, axis_name=self.axis_name, dtype=self.dtype)
-        self.consistency_head = fusion.ConsistencyHead()
+        if self.no_text:
+            table = nn.initializers.normal(0.02)
+            self.no_text_embedding = self.param("no_text_embedding", table, (fusion.TEXT_DIM,))
+        if self.vision_to_text:
+            encoder = fusion.ImageEncoder(self.encoder_widths, dtype=self.dtype)
+            self.image_encoder = self.image_tower or encoder
+            self.refiner = fusion.TextRefiner(dtype=self.dtype)
+        if self.pseudo_image:
+            self.generator = fusion.Generator(self.image_size, dtype=self.dtype)
+        if self.pseudo_image and "cycle" in self.heads:
+            self.cycle_head = fusion.CycleHead(widths=self.cycle_widths, dtype=self.dtype)
 
     def __call__(
         self,
@@ -84,22 +157,21 @@ class BiCLIP(nn.Module):
         text_ids: Int[Array, "b l"] | None = None,
         text_mask: Bool[Array, "b l"] | None = None,
         text_features: Float[Array, "b d"] | None = None,
+        has_text: Bool[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "b h w 1"], dict[str, Array]]:
         """Inference: one pass; returns logits and the named intermediates.
 
-        The intermediates are text, refined_text, pseudo_image (see `Fused`) and
-        features (B, H, W, widths[0]), the decoder's last.
+        The intermediates are features (B, H, W, widths[0]), the decoder's last,
+        and, where the model has them, text, refined_text, pseudo_image (see `Fused`).
+        `has_text` is false for empty sentences; see `no_text`.
         """
+        fused = self.fuse(image, text_ids, text_mask, text_features, has_text)
+        view = View(image, fused.pseudo_image, fused.refined_text)
+        logits, features = self.segment(view)
         if self.is_initializing():
-            self._touch_training_heads()
-        fused = self.fuse(image, text_ids, text_mask, text_features)
-        logits, features = self.segment(image, fused.pseudo_image)
-        return logits, {
-            "text": fused.text,
-            "refined_text": fused.refined_text,
-            "pseudo_image": fused.pseudo_image,
-            "features": features,
-        }
+            self._touch_training_heads(fused, features)
+        named = {"features": features["decoder_0"], **fused._asdict()}
+        return logits, {name: value for name, value in named.items() if value is not None}
 
     def fuse(
         self,
@@ -107,52 +179,55 @@ class BiCLIP(nn.Module):
         text_ids: Int[Array, "b l"] | None = None,
         text_mask: Bool[Array, "b l"] | None = None,
         text_features: Float[Array, "b d"] | None = None,
+        has_text: Bool[Array, " b"] | None = None,
         train: bool = False,
     ) -> Fused:
         """The picture refines the sentence, the sentence becomes a pseudo-image."""
+        if not self.uses_text:
+            return Fused(None, None, None, None)
         if text_features is None:
             if self.text_encoder is None:
                 raise ValueError("this model has no text encoder; give text_features")
             text_features = self.text_encoder(text_ids, text_mask)
-        text = full_precision(self.text_projection(text_features))
-        refined_text = full_precision(self.refiner(text, self.image_encoder(image)))
+        text = refined_text = full_precision(self.text_projection(text_features))
+        if self.no_text and has_text is not None:
+            text = refined_text = jnp.where(has_text[:, None], text, self.no_text_embedding)
+        if self.vision_to_text:
+            refined_text = self.refiner(text, self.image_encoder(image))
+        if not self.pseudo_image:
+            return Fused(text, refined_text, None, None)
         pseudo_image = self.generator(refined_text)
-        cycle_text = self.cycle_head(pseudo_image) if train else None
+        read_back = train and "cycle" in self.heads
+        cycle_text = self.cycle_head(pseudo_image) if read_back else None
         return Fused(text, refined_text, pseudo_image, cycle_text)
 
     def segment(
-        self,
-        image: Float[Array, "b h w 3"],
-        pseudo_image: Float[Array, "b h w 3"],
-        train: bool = False,
-    ) -> tuple[Float[Array, "b h w 1"], Float[Array, "b h w d"]]:
-        """Picture and pseudo-image, each in [0, 1], to logits and decoder features."""
-        image = (image - jnp.asarray(IMAGENET_MEAN)) / jnp.asarray(IMAGENET_STD)
-        pseudo_image = (pseudo_image - PSEUDO_MEAN) / PSEUDO_STD
-        return self.unet(jnp.concatenate([image, pseudo_image], axis=-1), train)
+        self, view: View, train: bool = False
+    ) -> tuple[Float[Array, "b h w 1"], dict[str, Array]]:
+        """A view to logits and {name: features of the decoder block}."""
+        x = (view.image - jnp.asarray(IMAGENET_MEAN)) / jnp.asarray(IMAGENET_STD)
+        if view.pseudo_image is not None:
+            x = jnp.concatenate([x, (view.pseudo_image - PSEUDO_MEAN) / PSEUDO_STD], axis=-1)
+        return self.unet(x, train, view.text)
 
-    def two_views(
-        self,
-        weak: tuple[Float[Array, "b h w 3"], Float[Array, "b h w 3"]],
-        strong: tuple[Float[Array, "b h w 3"], Float[Array, "b h w 3"]],
-    ) -> TwoViews:
-        """Training: both views, each a (picture, pseudo-image) in [0, 1].
+    def segment_views(self, views: Sequence[View]) -> list[Segmented]:
+        """Training: several views in turn; BatchNorm's running statistics take each in turn."""
+        return [self._with_embeddings(*self.segment(view, train=True)) for view in views]
 
-        The weak one goes first: BatchNorm's running statistics take both in turn.
-        """
-        weak_logits, weak_features = self.segment(*weak, train=True)
-        _, strong_features = self.segment(*strong, train=True)
-        return TwoViews(
-            weak_logits,
-            self.consistency_head(weak_features),
-            self.consistency_head(strong_features),
-        )
+    def _with_embeddings(self, logits, features):
+        heads = self.consistency_heads if "iac" in self.heads else {}
+        return Segmented(logits, {block: head(features[block]) for block, head in heads.items()})
 
-    def _touch_training_heads(self):
+    def _touch_training_heads(self, fused, features):
         """Creates the parameters that only training uses, so that one init makes them all."""
-        size = self.image_size
-        self.cycle_head(jnp.zeros((1, size, size, 3)))
-        self.consistency_head(jnp.zeros((1, 1, 1, self.widths[0])))
+        self._with_embeddings(None, features)
+        if fused.pseudo_image is not None and "cycle" in self.heads:
+            self.cycle_head(fused.pseudo_image)
+
+
+def _consistency_name(block: str) -> str:
+    """The published network has one head, on the last features."""
+    return "consistency_head" if block == "decoder_0" else f"consistency_head_{block}"
 
 
 def to_unit_rgb(image: Array) -> Float[Array, "b h w 3"]:
@@ -164,7 +239,7 @@ def to_unit_rgb(image: Array) -> Float[Array, "b h w 3"]:
 def text_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The sentence as the model takes it: ids and mask, or a frozen tower's features."""
     names = ("text_features",) if "text_features" in batch else ("text_ids", "text_mask")
-    return {name: batch[name] for name in names}
+    return {name: batch[name] for name in (*names, "has_text") if name in batch}
 
 
 def init(model: BiCLIP, key: Key[Array, ""], text: Mapping[str, Array]) -> dict[str, Any]:
@@ -176,7 +251,8 @@ def init(model: BiCLIP, key: Key[Array, ""], text: Mapping[str, Array]) -> dict[
       text: of one sentence, as the model takes it; see `text_inputs`.
     """
     size = model.image_size
-    return jax.jit(model.init)(key, jnp.zeros((1, size, size, 3)), **text)
+    variables = jax.jit(model.init)(key, jnp.zeros((1, size, size, 3)), **text)
+    return {"batch_stats": {}, **variables}
 
 
 def build(
@@ -184,37 +260,84 @@ def build(
     *,
     vocab_size: int = 0,
     tower: nn.Module | None = None,
+    image_tower: nn.Module | None = None,
     axis_name: str | None = None,
 ) -> BiCLIP:
     """The model that a resolved `model` configuration describes.
 
     Args:
-      config: fields image_size, width, num_levels, dtype and text.{encoder,
-        pooling, width, num_layers, num_heads, max_length}; see `configs/common.py`.
+      config: the fields of `model` in `configs/common.py`; what is missing is as in
+        `published`, see `DEFAULTS`.
       vocab_size: of the tokenizer, for the scratch text encoder.
       tower: pretrained, for the other text encoders; None: the model takes
         text_features alone.
+      image_tower: pretrained, for the other image encoders.
       axis_name: device axis of training; None for inference.
 
     Raises:
-      ValueError: an image size that the generator or the poolings cannot make.
+      ValueError: an image size that the generator or the poolings cannot make, a block
+        that the U-Net does not have.
     """
-    size, levels, width = config["image_size"], config["num_levels"], config["width"]
-    fusion.generator_widths(size)
-    if size % 2 ** (levels - 1):
-        raise ValueError(
-            f"image_size is {size}; {levels} levels need a multiple of {2 ** (levels - 1)}"
-        )
-    dtype = jnp.dtype(config["dtype"])
-    return BiCLIP(
+    config = {**DEFAULTS, **config}
+    size, num_levels, width = config["image_size"], config["num_levels"], config["width"]
+    _check_size(size, num_levels, config["pseudo_image"])
+    dtype, bmf = jnp.dtype(config["dtype"]), config["bmf"]
+    model = BiCLIP(
         image_size=size,
-        widths=tuple(width * 2**i for i in range(levels)),
+        widths=tuple(width * 2**i for i in range(num_levels)),
+        norm=config["norm"],
         encoder_widths=(width, 4 * width),
         cycle_widths=(width // 2, width),
-        text_encoder=_text_encoder(config["text"], vocab_size, tower, dtype),
+        pseudo_image=config["pseudo_image"],
+        vision_to_text=bmf["vision_to_text"],
+        text_to_vision=bmf["text_to_vision"],
+        levels=named_blocks(bmf["levels"], num_levels),
+        level_hidden=bmf["hidden"],
+        no_text=config["text"].get("dropout", 0) > 0,
+        heads=tuple(config["heads"]),
+        iac_blocks=tuple(config["iac_blocks"]),
+        image_tower=image_tower,
         axis_name=axis_name,
         dtype=dtype,
     )
+    if not model.uses_text:
+        return model
+    return model.clone(text_encoder=_text_encoder(config["text"], vocab_size, tower, dtype))
+
+
+def named_blocks(names: str, num_levels: int) -> tuple[str, ...]:
+    """Blocks of the U-Net, in the order of the data.
+
+    Args:
+      names: comma-separated: names of `unet.block_names`, or all, encoder,
+        bottleneck, decoder for all of a kind; empty for none.
+      num_levels: of the U-Net.
+
+    Raises:
+      ValueError: another name.
+    """
+    blocks = block_names(num_levels)
+    groups = {
+        "all": blocks,
+        "encoder": blocks[: num_levels - 1],
+        "bottleneck": blocks[num_levels - 1 : num_levels],
+        "decoder": blocks[num_levels:],
+    } | {block: (block,) for block in blocks}
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in groups]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is no block of the U-Net; expected {', '.join(groups)}")
+    chosen = {block for name in wanted for block in groups[name]}
+    return tuple(block for block in blocks if block in chosen)
+
+
+def _check_size(size: int, num_levels: int, pseudo_image: bool) -> None:
+    if pseudo_image:
+        fusion.generator_widths(size)
+    if size % 2 ** (num_levels - 1):
+        raise ValueError(
+            f"image_size is {size}; {num_levels} levels need a multiple of {2 ** (num_levels - 1)}"
+        )
 
 
 def _text_encoder(

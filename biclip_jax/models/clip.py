@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -255,6 +256,24 @@ class CLIP(nn.Module):
 def _unit(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
     x = full_precision(x)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+class ImageTower(nn.Module):
+    """A pretrained image tower as the embedding of pictures that were not prepared for it.
+
+    Attributes:
+      tower: a `VisionTransformer` or `ModifiedResNet`, used as at inference.
+    """
+
+    tower: nn.Module
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "b h w 3"]) -> Float[Array, "b e"]:
+        """Pictures in [0, 1] of any size, resized bilinearly to the tower's, to embeddings."""
+        size = self.tower.image_size
+        image = jax.image.resize(image, (len(image), size, size, 3), "bilinear")
+        embedding, _ = self.tower((image - jnp.asarray(MEAN)) / jnp.asarray(STD))
+        return full_precision(embedding)
 
 
 def build_image_encoder(

@@ -16,21 +16,28 @@ TEXT_DIM = SEED_SIZE**2
 
 
 class TextMLP(nn.Module):
-    """Linear, LayerNorm, GELU, Linear: the text projection and the refiner are both this."""
+    """Linear, LayerNorm, GELU, Linear: the text projection and the refiners are all this.
+
+    Attributes:
+      features: of the output.
+      hidden: between the two layers; None: as many as `features`.
+    """
 
     features: int = TEXT_DIM
+    hidden: int | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b f"]:
-        x = dense(self.features, self.dtype, name="in")(x)
+        x = dense(self.hidden or self.features, self.dtype, name="in")(x)
         x = gelu(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x))
         return dense(self.features, self.dtype, name="out")(x)
 
 
 class TextRefiner(nn.Module):
-    """Vision to text: t' = t + g([t; i])."""
+    """Vision to text: t' = t + g([t; i]); `hidden` as in `TextMLP`."""
 
+    hidden: int | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -38,7 +45,41 @@ class TextRefiner(nn.Module):
         self, text: Float[Array, "b t"], image_embedding: Float[Array, "b i"]
     ) -> Float[Array, "b t"]:
         both = jnp.concatenate([text, image_embedding], axis=-1)
-        return text + TextMLP(text.shape[-1], self.dtype, name="mlp")(both)
+        mlp = TextMLP(text.shape[-1], self.hidden, self.dtype, name="mlp")
+        return text + full_precision(mlp(both))
+
+
+class LevelFusion(nn.Module):
+    """BMF at one level of the U-Net: vision to text, then text to vision.
+
+    t_l = t_{l-1} + g_l([t_{l-1}; mean(F_l)]);  F_l' = F_l (1 + gamma_l(t_l)) + beta_l(t_l).
+    gamma and beta begin at zero, so that training begins at the plain U-Net.
+
+    Attributes:
+      vision_to_text, text_to_vision: each direction can be off.
+      hidden: of g_l.
+    """
+
+    vision_to_text: bool = True
+    text_to_vision: bool = True
+    hidden: int = 256
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, features: Float[Array, "b h w c"], text: Float[Array, "b t"]
+    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b t"]]:
+        if self.vision_to_text:
+            pooled = full_precision(features).mean(axis=(1, 2))
+            text = TextRefiner(self.hidden, self.dtype, name="refiner")(text, pooled)
+        if self.text_to_vision:
+            zeros = nn.initializers.zeros
+            modulation = nn.Dense(
+                2 * features.shape[-1], dtype=self.dtype, kernel_init=zeros, name="modulation"
+            )
+            gamma, beta = jnp.split(modulation(text)[:, None, None], 2, axis=-1)
+            features = features * (1 + gamma) + beta
+        return features, text
 
 
 class ImageEncoder(nn.Module):

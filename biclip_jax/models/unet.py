@@ -1,7 +1,8 @@
-"""The U-Net of the published network: blocks of two convolutions, skips, any number of levels."""
+"""The U-Net of the published network, with the sentence at any of its levels."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,13 +10,23 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from biclip_jax.models.fusion import LevelFusion
 from biclip_jax.models.layers import BatchNorm, UpConv2x2, conv3x3, full_precision, max_pool_2x2
+
+GROUPS = 8  # of GroupNorm, at most: fewer where the channels do not divide
+
+
+def block_names(num_levels: int) -> tuple[str, ...]:
+    """The U-Net's blocks in the order of the data; the last encoder is the bottleneck."""
+    down = [f"encoder_{level}" for level in range(num_levels)]
+    return (*down, *(f"decoder_{level}" for level in reversed(range(num_levels - 1))))
 
 
 class DoubleConv(nn.Module):
-    """(3x3 convolution without bias, BatchNorm, ReLU) twice."""
+    """(3x3 convolution without bias, norm, ReLU) twice; the norm is "batch" or "group"."""
 
     features: int
+    norm: str = "batch"
     axis_name: str | None = None
     dtype: Any = jnp.float32
 
@@ -23,9 +34,14 @@ class DoubleConv(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w d"]:
         for i in range(2):
             x = conv3x3(self.features, self.dtype, use_bias=False, name=f"conv_{i}")(x)
-            norm = BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name=f"norm_{i}")
-            x = nn.relu(norm(x, train))
+            x = nn.relu(self._normalize(x, train, f"norm_{i}"))
         return x
+
+    def _normalize(self, x, train, name):
+        if self.norm == "batch":
+            return BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name=name)(x, train)
+        groups = math.gcd(GROUPS, self.features)
+        return nn.GroupNorm(groups, epsilon=1e-5, dtype=self.dtype, name=name)(x)
 
 
 class UNet(nn.Module):
@@ -34,32 +50,57 @@ class UNet(nn.Module):
     Attributes:
       widths: channels of the levels, from full size to the bottleneck; each
         twice the one before, since an up-convolution halves the channels.
+      norm: "batch" or "group".
+      fused_blocks: names of the blocks after which the sentence joins, see `block_names`.
+      vision_to_text, text_to_vision, fusion_hidden: of `fusion.LevelFusion`.
       axis_name: device axis over which BatchNorm takes its statistics.
       dtype: of the computation; parameters are float32.
     """
 
     widths: Sequence[int] = (64, 128, 256, 512, 1024)
+    norm: str = "batch"
+    fused_blocks: Sequence[str] = ()
+    vision_to_text: bool = True
+    text_to_vision: bool = True
+    fusion_hidden: int = 256
     axis_name: str | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], train: bool
-    ) -> tuple[Float[Array, "b h w 1"], Float[Array, "b h w d"]]:
-        """Maps a picture to logits and to the decoder's last features (d = widths[0]).
+        self,
+        x: Float[Array, "b h w c"],
+        train: bool,
+        text: Float[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b h w 1"], dict[str, Array]]:
+        """Maps a picture to logits and to {name: features of the decoder block}.
 
-        H and W must be divisible by 2 ** (len(widths) - 1).
+        The last, decoder_0, is (B, H, W, widths[0]). H and W must be divisible
+        by 2 ** (len(widths) - 1). `text` is needed where `fused_blocks` are named.
         """
-        block = {"axis_name": self.axis_name, "dtype": self.dtype}
-        skips = []
+        skips, features = [], {}
         for level, width in enumerate(self.widths):
             x = max_pool_2x2(x) if level else x
-            x = DoubleConv(width, **block, name=f"encoder_{level}")(x, train)
+            x, text = self._block(f"encoder_{level}", width, x, train, text)
             skips.append(x)
         skips.pop()
         for level, width in reversed(list(enumerate(self.widths[:-1]))):
             x = UpConv2x2(width, dtype=self.dtype, name=f"up_{level}")(x)
             x = jnp.concatenate([skips[level], x], axis=-1)
-            x = DoubleConv(width, **block, name=f"decoder_{level}")(x, train)
+            x, text = self._block(f"decoder_{level}", width, x, train, text)
+            features[f"decoder_{level}"] = x
         logits = nn.Conv(1, (1, 1), dtype=full_precision(x).dtype, name="head")(x)
-        return logits, x
+        return logits, features
+
+    def _block(self, name, width, x, train, text):
+        x = DoubleConv(width, self.norm, self.axis_name, self.dtype, name=name)(x, train)
+        if name not in self.fused_blocks:
+            return x, text
+        fuse = LevelFusion(
+            self.vision_to_text,
+            self.text_to_vision,
+            self.fusion_hidden,
+            self.dtype,
+            name=f"fusion_{name}",
+        )
+        return fuse(x, text)

@@ -30,7 +30,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from biclip_jax.errors import UserError
-from biclip_jax.training.state import TrainState
+from biclip_jax.training.state import TrainState, step_of
 
 KEEP_LAST = 2
 
@@ -50,7 +50,7 @@ def save(folder: Path, state: TrainState, meta: dict[str, Any], keep: int = KEEP
     Raises:
       UserError: the folder cannot be written; what was there before is intact.
     """
-    step = folder / str(int(state.step))
+    step = folder / str(step_of(state))
     try:
         _discard(step)
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:

@@ -64,16 +64,66 @@ def generator_loss(
 
 
 def consistency_loss(
-    weak_embedding: Float[Array, "b p"], strong_embedding: Float[Array, "b p"]
+    weak_embedding: Float[Array, "b p"],
+    strong_embedding: Float[Array, "b p"],
+    learner: str = "weak",
 ) -> Float[Array, " b"]:
-    """L_IAC: 1 - cos(p_w, p_s), the gradient only into p_w. 0 to 2."""
-    strong_embedding = jax.lax.stop_gradient(strong_embedding)
+    """L_IAC: 1 - cos(p_w, p_s). 0 to 2.
+
+    Args:
+      weak_embedding, strong_embedding: of both views.
+      learner: which of them gets the gradient: "weak" as published, "strong"
+        (the weak view is the teacher), or "both".
+    """
+    if learner != "both":
+        target = weak_embedding if learner == "strong" else strong_embedding
+        fixed = jax.lax.stop_gradient(target)
+        pair = (fixed, strong_embedding) if learner == "strong" else (weak_embedding, fixed)
+        weak_embedding, strong_embedding = pair
     dot = (weak_embedding * strong_embedding).sum(-1)
     squares = jnp.square(weak_embedding).sum(-1) * jnp.square(strong_embedding).sum(-1)
     # Under the root, so that the gradient of an embedding of zeros is finite.
     return 1 - dot * jax.lax.rsqrt(jnp.maximum(squares, 1e-16))
 
 
-def cycle_loss(text: Float[Array, "b t"], cycle_text: Float[Array, "b t"]) -> Float[Array, " b"]:
-    """L_cycle: mean |t - t^|, with t held fixed."""
-    return jnp.abs(jax.lax.stop_gradient(text) - cycle_text).mean(-1)
+def cycle_loss(
+    text: Float[Array, "b t"], cycle_text: Float[Array, "b t"], distance: str = "l1"
+) -> Float[Array, " b"]:
+    """L_cycle: mean |t - t^| ("l1", as published) or mean (t - t^)^2 ("l2"), t held fixed."""
+    difference = jax.lax.stop_gradient(text) - cycle_text
+    return (jnp.abs(difference) if distance == "l1" else jnp.square(difference)).mean(-1)
+
+
+def pseudo_label_loss(
+    logits: Float[Array, "b h w 1"], target_probs: Float[Array, "b h w 1"], confidence: float
+) -> Float[Array, " b"]:
+    """Soft Dice plus cross-entropy against the teacher's own answer, where it is confident.
+
+    FixMatch (Sohn et al., arXiv 2001.07685) for masks: the target is p >= 0.5, and pixels
+    with max(p, 1 - p) below `confidence` are left out of both terms. An image without a
+    confident pixel gives 0.
+
+    Args:
+      logits: of the strong view.
+      target_probs: of the teacher on the weak view, moved like the strong one; held fixed.
+      confidence: 0.5 to 1; 0.5 keeps every pixel.
+    """
+    target_probs = jax.lax.stop_gradient(target_probs)
+    target = (target_probs >= 0.5).astype(logits.dtype)
+    certain = jnp.maximum(target_probs, 1 - target_probs) >= confidence
+    count = certain.sum((1, 2, 3))
+    entropy = jnp.maximum(logits, 0) - logits * target + jnp.log1p(jnp.exp(-jnp.abs(logits)))
+    entropy = (entropy * certain).sum((1, 2, 3)) / jnp.maximum(count, 1)
+    probs = jax.nn.sigmoid(logits) * certain
+    intersection = (probs * target).sum((1, 2, 3))
+    total = probs.sum((1, 2, 3)) + (target * certain).sum((1, 2, 3))
+    dice = 1 - (2 * intersection + SMOOTH) / (total + SMOOTH)
+    return jnp.where(count > 0, dice + entropy, 0.0)
+
+
+def squared_error(
+    logits: Float[Array, "b h w 1"], target_probs: Float[Array, "b h w 1"]
+) -> Float[Array, " b"]:
+    """Mean (p - p_teacher)^2, the teacher held fixed: Mean Teacher (arXiv 1703.01780)."""
+    difference = jax.nn.sigmoid(logits) - jax.lax.stop_gradient(target_probs)
+    return jnp.square(difference).mean((1, 2, 3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import optax
 
 
@@ -32,13 +33,31 @@ def make_optimizer(
     """AdamW or SGD on all parameters, after clipping by global norm where `clip_norm` is above 0.
 
     Args:
-      config: fields name ("adamw" or "sgd"), weight_decay, clip_norm.
+      config: fields name ("adamw" or "sgd"), weight_decay, clip_norm, learning_rate, and
+        tower_learning_rate: where it is above 0, pretrained towers have the schedule
+        scaled to it.
       schedule: step -> learning rate.
     """
-    if config["name"] == "sgd":
-        optimizer = optax.sgd(schedule)
-    else:
-        optimizer = optax.adamw(schedule, weight_decay=config["weight_decay"])
+    optimizer = _rule(config, schedule)
+    if config["tower_learning_rate"] > 0:
+        factor = config["tower_learning_rate"] / config["learning_rate"]
+        slow = _rule(config, lambda step: factor * schedule(step))
+        optimizer = optax.multi_transform({"tower": slow, "rest": optimizer}, tower_labels)
     if config["clip_norm"] <= 0:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(config["clip_norm"]), optimizer)
+
+
+def tower_labels(params: Any) -> Any:
+    """A tree like `params`: "tower" for what belongs to a pretrained tower, else "rest"."""
+
+    def label(path: tuple[Any, ...], _: Any) -> str:
+        return "tower" if any(getattr(key, "key", "") == "tower" for key in path) else "rest"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _rule(config: Mapping[str, Any], schedule: optax.Schedule) -> optax.GradientTransformation:
+    if config["name"] == "sgd":
+        return optax.sgd(schedule)
+    return optax.adamw(schedule, weight_decay=config["weight_decay"])

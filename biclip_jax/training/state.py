@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Int
 
@@ -21,6 +23,8 @@ class TrainState:
         schedule follows the optimiser's own count, step - skipped.
       params, batch_stats: of the model, float32.
       opt_state: of the optimiser.
+      frozen: parameters that are never trained, beside `params` in the model's tree.
+      ema: {"params", "batch_stats"}: exponential moving averages; None without.
     """
 
     step: Int[Array, ""]
@@ -28,23 +32,52 @@ class TrainState:
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
+    frozen: Any = flax.struct.field(default_factory=dict)
+    ema: Any = None
 
 
-def create(variables: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step, from `model.init`'s variables."""
+def create(
+    variables: dict[str, Any],
+    optimizer: optax.GradientTransformation,
+    frozen: Collection[str] = (),
+    average: bool = False,
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      variables: of `model.init`.
+      optimizer: of the parameters that are trained.
+      frozen: names at the top of the parameters' tree, of the others.
+      average: whether to keep moving averages.
+    """
+    params = {name: part for name, part in variables["params"].items() if name not in frozen}
+    averaged = {"params": params, "batch_stats": variables["batch_stats"]}
     # Arrays, not Python integers: those would cost a second compilation.
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
-        params=variables["params"],
+        params=params,
         batch_stats=variables["batch_stats"],
-        opt_state=optimizer.init(variables["params"]),
+        opt_state=optimizer.init(params),
+        frozen={name: variables["params"][name] for name in frozen},
+        ema=averaged if average else None,
     )
 
 
 def variables_of(state: TrainState) -> dict[str, Any]:
-    """The state's part that inference needs, as `model.apply` takes it."""
-    return {"params": state.params, "batch_stats": state.batch_stats}
+    """The state's part that inference needs, as `model.apply` takes it; averages where kept."""
+    kept = state.ema or {"params": state.params, "batch_stats": state.batch_stats}
+    return {**kept, "params": {**kept["params"], **state.frozen}}
+
+
+def stack(states: Sequence[TrainState]) -> TrainState:
+    """The states of an ensemble's members as one, with a leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
+def step_of(state: TrainState) -> int:
+    """Steps taken; the members of an ensemble take them together."""
+    return int(np.ravel(state.step)[0])
 
 
 def num_parameters(params: Any) -> int:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
-from biclip_jax.models.biclip import BiCLIP, text_inputs, to_unit_rgb
-from biclip_jax.training import losses, views
 from biclip_jax.training.state import TrainState
 
-# (params, batch_stats, batch, keys) -> (loss, (batch_stats, {name: value of each example}))
+# (params, state, batch, keys) -> (loss, (batch_stats, {name: value of each example}))
 Objective = Callable[..., tuple[Array, tuple[Any, dict[str, Array]]]]
 
 
@@ -25,60 +24,6 @@ def example_keys(
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), rows)
 
 
-def published_objective(
-    params: Any,
-    batch_stats: Any,
-    batch: Mapping[str, Array],
-    keys: Key[Array, " b"],
-    *,
-    model: BiCLIP,
-    weights: Mapping[str, float],
-    geometry: views.Geometry,
-    double_sigmoid: bool = False,
-) -> tuple[Float[Array, ""], tuple[Any, dict[str, Float[Array, " b"]]]]:
-    """L = L_seg + w_gen L_gen + w_iac L_IAC + w_cycle L_cycle, meaned over the batch.
-
-    The pseudo-image is made from the picture as it is and compared with it;
-    the views come after, so that the sentence never meets a flipped picture.
-
-    Args:
-      params, batch_stats: of the model.
-      batch: a `Batch`; B is this device's share.
-      keys: (B,) one key an example.
-      model: bound with `functools.partial`, like what follows.
-      weights: {"gen": .1, "iac": .05, "cycle": .07} as published.
-      geometry: of the joint augmentation.
-      double_sigmoid: see `losses.segmentation_loss`.
-
-    Returns:
-      The loss, and (new batch statistics, {name: (B,) values}).
-    """
-    image, mask = to_unit_rgb(batch["image"]), batch["mask"].astype(jnp.float32)
-    variables = {"params": params, "batch_stats": batch_stats}
-    fused = model.apply(variables, image, **text_inputs(batch), train=True, method=model.fuse)
-    view = jax.vmap(views.weak_and_strong, (0, 0, 0, 0, None))(
-        keys, image, fused.pseudo_image, mask, geometry
-    )
-    # The strong view is only a target: no gradient, so no backward work through it.
-    strong = (view.strong_image, jax.lax.stop_gradient(view.pseudo_image))
-    out, updates = model.apply(
-        variables,
-        (view.weak_image, view.pseudo_image),
-        strong,
-        method=model.two_views,
-        mutable=["batch_stats"],
-    )
-    parts = {
-        "seg": losses.segmentation_loss(out.weak_logits, view.mask, double_sigmoid),
-        "gen": losses.generator_loss(fused.pseudo_image, image, mask),
-        "iac": losses.consistency_loss(out.weak_embedding, out.strong_embedding),
-        "cycle": losses.cycle_loss(fused.text, fused.cycle_text),
-    }
-    total = parts["seg"] + sum(weights[name] * parts[name] for name in ("gen", "iac", "cycle"))
-    values = {"loss": total, **{f"loss_{name}": part for name, part in parts.items()}}
-    return total.mean(), (updates["batch_stats"], values)
-
-
 def train_step(
     state: TrainState,
     batch: Mapping[str, Array],
@@ -87,6 +32,7 @@ def train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     accumulate: int = 1,
+    ema_decay: float = 0.0,
     axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, tuple[Array, Array]]]:
     """One step of gradient descent.
@@ -101,6 +47,8 @@ def train_step(
       objective: the loss with everything but data and parameters bound.
       optimizer: the one whose state `state` holds.
       accumulate: the gradient is the mean over this many parts taken in turn.
+      ema_decay: of the moving averages, where the state keeps them; the first steps
+        average over fewer, min(decay, (1 + step) / (10 + step)).
       axis_name: device axis; None runs the global batch under plain jit.
 
     Returns:
@@ -115,21 +63,35 @@ def train_step(
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"][0])
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    after = (optax.apply_updates(state.params, updates), batch_stats, opt_state)
-    before = (state.params, state.batch_stats, state.opt_state)
-    params, batch_stats, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), after, before
+    moved = dataclasses.replace(
+        state,
+        params=optax.apply_updates(state.params, updates),
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+    )
+    if state.ema is not None:
+        moved = dataclasses.replace(moved, ema=_average(moved, ema_decay))
+    new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
+    new_state = dataclasses.replace(
+        new_state, step=state.step + 1, skipped=state.skipped + (1 - finite.astype(jnp.int32))
     )
     one = jnp.float32(1)
     metrics |= {"grad_norm": (norm, one), "skipped": (one - finite, one)}
-    new_state = TrainState(
-        state.step + 1,
-        state.skipped + (1 - finite.astype(jnp.int32)),
-        params,
-        batch_stats,
-        opt_state,
-    )
     return new_state, metrics
+
+
+def in_turn(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step of an ensemble: every argument and the state have a leading axis of members.
+
+    Members step in turn inside one program: `vmap` would make grouped convolutions of
+    their convolutions, which are slower. Metrics are summed over the members.
+    """
+
+    def mapped(states: TrainState, batches: Any, keys: Any) -> tuple[TrainState, dict[str, Any]]:
+        states, metrics = jax.lax.map(lambda one: step(*one), (states, batches, keys))
+        return states, jax.tree.map(lambda x: x.sum(0), metrics)
+
+    return mapped
 
 
 def mean_metrics(
@@ -149,11 +111,19 @@ def mean_metrics(
     return {**means, "skipped": len(window) - len(taken)}
 
 
+def _average(state, decay):
+    """The averages after a step; BatchNorm's statistics are averaged like the parameters."""
+    step = state.step.astype(jnp.float32)
+    decay = jnp.minimum(decay, (1 + step) / (10 + step))
+    latest = {"params": state.params, "batch_stats": state.batch_stats}
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, latest)
+
+
 def _gradient(state, batch, keys, objective, accumulate):
     """Gradient, statistics and per-example values, over `accumulate` parts in turn."""
     gradient = jax.value_and_grad(objective, has_aux=True)
     if accumulate == 1:
-        (_, (batch_stats, values)), grads = gradient(state.params, state.batch_stats, batch, keys)
+        (_, (batch_stats, values)), grads = gradient(state.params, state, batch, keys)
         return grads, batch_stats, values
 
     def split(x):
@@ -161,7 +131,8 @@ def _gradient(state, batch, keys, objective, accumulate):
 
     def part(carry, inputs):
         batch_stats, total = carry
-        (_, (batch_stats, values)), grads = gradient(state.params, batch_stats, *inputs)
+        before = dataclasses.replace(state, batch_stats=batch_stats)
+        (_, (batch_stats, values)), grads = gradient(state.params, before, *inputs)
         return (batch_stats, jax.tree.map(jnp.add, total, grads)), values
 
     start = (state.batch_stats, jax.tree.map(jnp.zeros_like, state.params))

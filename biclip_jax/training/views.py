@@ -1,20 +1,23 @@
-"""Weak and strong views, on the device: pure functions of a key and one example.
+"""Weak and strong views, on the device: pure functions of keys.
 
-Column `published` of docs/method.md: one geometry moves picture, pseudo-image
-and mask together; the strong view then changes the picture's light. Pictures
-are float32 (H, W, C) in [0, 1]; batches come by `jax.vmap` with one key an
-example, so that any number of devices sees the same pictures.
+See the columns `published` and `full` of docs/method.md. Pictures are float32
+(H, W, C) in [0, 1]. There is one key an example, so that any number of devices
+sees the same pictures; CutMix pairs the rows 2j and 2j + 1 of a batch.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 BLUR_TAPS = 5
+ELASTIC_GRID = 7  # control points of the elastic deformation, each way
+CUTMIX_AREA = (0.1, 0.5)  # of the picture: a larger box is the partner's smaller one
 
 
 class Geometry(NamedTuple):
@@ -29,38 +32,146 @@ class Geometry(NamedTuple):
     scale_high: float = 1.2
 
 
-class Views(NamedTuple):
-    """Weak picture, strong picture, pseudo-image, mask after one joint geometry."""
+class Strong(NamedTuple):
+    """What the strong view adds to the weak one; 0 is off and costs nothing.
 
-    weak_image: Float[Array, "h w 3"]
-    strong_image: Float[Array, "h w 3"]
-    pseudo_image: Float[Array, "h w 3"]
-    mask: Float[Array, "h w 1"]
+    Attributes:
+      light: whether to change the light as published, see `change_light`.
+      noise: largest standard deviation of Gaussian noise.
+      brightness, contrast: largest change, x + b and x (1 + c), either way.
+      elastic: standard deviation of the control points' shifts, in widths.
+      cutmix: probability that a pair of rows exchanges a box.
+    """
+
+    light: bool = True
+    noise: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    elastic: float = 0.0
+    cutmix: float = 0.0
 
 
-def weak_and_strong(
-    key: Key[Array, ""],
-    image: Float[Array, "h w 3"],
-    pseudo_image: Float[Array, "h w 3"],
-    mask: Float[Array, "h w 1"],
-    geometry: Geometry,
-) -> Views:
-    """Both views of one example."""
-    geometry_key, light_key = jax.random.split(key)
-    matrix, shift = random_geometry(geometry_key, geometry)
-    stack = jnp.concatenate([image, pseudo_image], axis=-1)
-    stack = warp(stack, matrix, shift)
-    image, pseudo_image = stack[..., :3], stack[..., 3:]
-    mask = jnp.round(warp(mask, matrix, shift))
-    return Views(image, change_light(light_key, image), pseudo_image, mask)
+class Deformation(NamedTuple):
+    """How the strong view moves a batch; None where it does not.
+
+    Attributes:
+      source: (B, H, W, 2) the pixel each pixel comes from, (row, column).
+      box: (B, H, W, 1) where a row shows its partner.
+    """
+
+    source: Float[Array, "b h w 2"] | None
+    box: Bool[Array, "b h w 1"] | None
+
+
+def move(
+    keys: Key[Array, " b"], maps: Sequence[Float[Array, "b h w _"]], geometry: Geometry
+) -> tuple[list[Float[Array, "b h w _"]], Bool[Array, " b"]]:
+    """The joint geometry: several maps of each example moved alike, 0 outside.
+
+    Returns:
+      The maps, and (B,) whether the example was flipped from left to right.
+    """
+    matrix, shift, flipped = jax.vmap(lambda key: random_geometry(key, geometry))(keys)
+    moved = jax.vmap(warp)(jnp.concatenate(list(maps), axis=-1), matrix, shift)
+    return _unstack(moved, maps), flipped
+
+
+def random_deformation(
+    keys: Key[Array, " b"], height: int, width: int, strong: Strong
+) -> Deformation:
+    """Draws the elastic deformation of each example and the box of each pair.
+
+    Args:
+      keys: B of them; B is even where there is CutMix.
+      height, width: of the maps.
+      strong: ranges.
+    """
+    source = box = None
+    if strong.elastic:
+        source = jax.vmap(lambda key: elastic_source(key, height, width, strong.elastic))(keys)
+    if strong.cutmix:
+        pairs = jax.vmap(lambda key: random_box(key, height, width, strong.cutmix))(keys[::2])
+        box = jnp.repeat(pairs, 2, axis=0)
+    return Deformation(source, box)
+
+
+def deform(
+    maps: Sequence[Float[Array, "b h w _"]], deformation: Deformation
+) -> list[Float[Array, "b h w _"]]:
+    """Maps of a batch after the elastic deformation, then with the partners' boxes."""
+    stack = jnp.concatenate(list(maps), axis=-1)
+    if deformation.source is not None:
+        stack = jax.vmap(sample)(stack, deformation.source)
+    if deformation.box is not None:
+        stack = jnp.where(deformation.box, swap_pairs(stack), stack)
+    return _unstack(stack, maps)
+
+
+def mix(vectors: Float[Array, "b d"], deformation: Deformation) -> Float[Array, "b d"]:
+    """Vectors of a batch, each mixed with its partner's by the area of the box."""
+    if deformation.box is None:
+        return vectors
+    area = deformation.box.mean((1, 2, 3))[:, None]
+    return (1 - area) * vectors + area * swap_pairs(vectors)
+
+
+def swap_pairs(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+    """Rows 2j and 2j + 1 exchanged."""
+    return x.reshape(-1, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
+
+
+def change_strongly(
+    key: Key[Array, ""], image: Float[Array, "h w 3"], strong: Strong
+) -> Float[Array, "h w 3"]:
+    """The strong view's change of one picture's values, clipped to [0, 1]."""
+    if strong.light:
+        image = change_light(key, image)
+    keys = jax.random.split(jax.random.fold_in(key, 1), 5)
+    if strong.contrast:
+        factor = 1 + _uniform(keys[0], -strong.contrast, strong.contrast)
+        image = image.mean() + factor * (image - image.mean())
+    if strong.brightness:
+        image = image + _uniform(keys[1], -strong.brightness, strong.brightness)
+    if strong.noise:
+        # One noise for all channels: most medical pictures are grey.
+        noise = jax.random.normal(keys[2], (*image.shape[:2], 1))
+        image = image + _uniform(keys[3], 0.0, strong.noise) * noise
+    return jnp.clip(image, 0.0, 1.0)
+
+
+def elastic_source(
+    key: Key[Array, ""], height: int, width: int, scale: float
+) -> Float[Array, "h w 2"]:
+    """Where each pixel comes from when a coarse grid of points is shifted at random.
+
+    Cubic between the points, which makes the field smooth.
+    """
+    shifts = scale * jax.random.normal(key, (ELASTIC_GRID, ELASTIC_GRID, 2))
+    field = jax.image.resize(shifts, (height, width, 2), "cubic")
+    return _grid(height, width) + field * jnp.array([height, width])
+
+
+def random_box(
+    key: Key[Array, ""], height: int, width: int, probability: float
+) -> Bool[Array, "h w 1"]:
+    """A box of CUTMIX_AREA of the picture, sides up to 1 : 2; empty with 1 - probability."""
+    keys = jax.random.split(key, 5)
+    area = _uniform(keys[0], *CUTMIX_AREA)
+    stretch = jnp.exp2(_uniform(keys[1], -0.5, 0.5))
+    sides = jnp.minimum(jnp.sqrt(area) * jnp.stack([stretch, 1 / stretch]), 1.0)
+    start = jax.random.uniform(keys[2], (2,)) * (1 - sides)
+    position = (_grid(height, width) + 0.5) / jnp.array([height, width])
+    inside = ((position >= start) & (position < start + sides)).all(-1, keepdims=True)
+    return inside & jax.random.bernoulli(keys[3], probability)
 
 
 def random_geometry(
     key: Key[Array, ""], geometry: Geometry
-) -> tuple[Float[Array, "2 2"], Float[Array, " 2"]]:
+) -> tuple[Float[Array, "2 2"], Float[Array, " 2"], Bool[Array, ""]]:
     """Draws flips and an affine map as one matrix and a shift, from output to input.
 
-    Coordinates are (y, x) from the centre, in units of the picture's width.
+    Coordinates are (y, x) from the centre, in units of the picture's width. The
+    third value tells whether left and right are exchanged.
     """
     keys = jax.random.split(key, 6)
     angle = jnp.deg2rad(_uniform(keys[0], -geometry.rotation, geometry.rotation))
@@ -71,8 +182,9 @@ def random_geometry(
     affine = jax.random.bernoulli(keys[3], geometry.affine)
     matrix = jnp.where(affine, rotation, jnp.eye(2))
     flip_y = 1 - 2.0 * jax.random.bernoulli(keys[4], geometry.vertical_flip)
-    flip_x = 1 - 2.0 * jax.random.bernoulli(keys[5], geometry.horizontal_flip)
-    return matrix * jnp.stack([flip_y, flip_x])[:, None], jnp.where(affine, shift, 0.0)
+    flipped = jax.random.bernoulli(keys[5], geometry.horizontal_flip)
+    flips = jnp.stack([flip_y, 1 - 2.0 * flipped])
+    return matrix * flips[:, None], jnp.where(affine, shift, 0.0), flipped
 
 
 def warp(
@@ -84,9 +196,13 @@ def warp(
     """
     height, width, _ = image.shape
     size = jnp.array([height, width], jnp.float32)
-    grid = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), -1)
-    centred = grid - (size - 1) / 2
-    source = centred @ matrix.T + shift * size + (size - 1) / 2
+    centred = _grid(height, width) - (size - 1) / 2
+    return sample(image, centred @ matrix.T + shift * size + (size - 1) / 2)
+
+
+def sample(image: Float[Array, "h w c"], source: Float[Array, "h w 2"]) -> Float[Array, "h w c"]:
+    """The picture's values at (row, column) of each output pixel, bilinear, 0 outside."""
+    size = jnp.array(image.shape[:2], jnp.float32)
     # Far outside is black whatever the distance; the bound keeps integers in range.
     source = jnp.clip(source, -2.0, size + 1)
     corner = jnp.floor(source)
@@ -152,3 +268,12 @@ def _uniform(key, low, high):
 def _maybe(key, probability, image, changed):
     chosen = jax.random.bernoulli(key, probability)
     return jnp.where(chosen, jnp.clip(changed, 0.0, 1.0), image)
+
+
+def _grid(height, width):
+    return jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), -1)
+
+
+def _unstack(stack, maps):
+    edges = list(itertools.accumulate(x.shape[-1] for x in maps))
+    return jnp.split(stack, edges[:-1], axis=-1)

@@ -126,3 +126,12 @@ def plain_csv(root: Path, made: list[Sample], name: str = "annotations.csv") -> 
     rows = [(s.split, f"{s.name}.png", f"mask_{s.name}.png", s.text, "1") for s in made]
     table(root / name, header, rows)
     return root
+
+
+def medclipseg_variants(root: Path, made: list[Sample], names: tuple[str, ...]) -> Path:
+    """Beside `medclipseg`'s workbooks, one a name; {name} stands before each test sentence."""
+    for name in names:
+        rows = [(f"{s.name}.png", f"{name}: {s.text}\n") for s in made if s.split == "test"]
+        book = root / f"Prompts_Folder/Test_text_{name}.xlsx"
+        workbook(book, ("Image", "Description"), rows[::-1])
+    return root

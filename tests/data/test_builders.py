@@ -56,6 +56,20 @@ def test_another_size_or_source_is_another_folder(tmp_path):
     assert len(sets) == 3 and all(path.name.startswith("folder-") for path in sets)
 
 
+def test_records_carry_the_variants_and_these_make_another_folder(tmp_path):
+    made = fixtures.samples()
+    source = fixtures.medclipseg(tmp_path / "a", made)
+    args = {"data_dir": tmp_path / "out", "image_size": 16, "source_dir": source}
+    plain = prepare("folder", **args)
+    assert [r["variants"] for r in open_split(plain, "test")] == [{}, {}]
+    fixtures.medclipseg_variants(source, made, ("contradictory",))
+    path = prepare("folder", **args)
+    assert path != plain
+    variants = [r["variants"] for r in open_split(path, "test")]
+    assert variants == [{"contradictory": f"contradictory: {s.text}"} for s in made[-2:]]
+    assert [r["variants"] for r in open_split(path, "train")] == [{}] * 4
+
+
 def test_records_are_the_resized_files(tmp_path):
     made = fixtures.samples()
     source = fixtures.medvlsm(tmp_path / "source", made)

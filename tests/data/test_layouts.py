@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from biclip_jax.data.layouts import LAYOUTS, find_layout, read_layout
+from biclip_jax.data.layouts import LAYOUTS, find_layout, read_layout, read_variants
 from biclip_jax.errors import DataError
 
 from . import fixtures
@@ -173,3 +173,42 @@ def test_first_twenty_problems_and_the_count(tmp_path):
     text = message(tmp_path)
     assert "30 problem(s)" in text and text.count("not found") == 20
     assert text.endswith("... and 10 more")
+
+
+def test_variants_of_medclipseg_are_sorted_by_picture(tmp_path):
+    made = fixtures.samples()
+    root = fixtures.medclipseg(tmp_path, made)
+    assert read_variants(root, read_layout(root)) == {}
+    fixtures.medclipseg_variants(root, made, ("contradictory", "underdescriptive"))
+    examples = read_layout(root)
+    assert [e.text for e in examples] == [s.text for s in made]
+    assert read_variants(root, examples) == {
+        s.name: {n: f"{n}: {s.text}" for n in ("contradictory", "underdescriptive")}
+        for s in made[-2:]
+    }
+
+
+def test_variants_of_csv_are_columns_and_empty_ones_are_none(tmp_path):
+    made = fixtures.samples()
+    root = fixtures.plain_csv(tmp_path, made)
+    header = ("split", "image", "mask", "text", "Contradictory")
+    rows = [(s.split, f"{s.name}.png", f"mask_{s.name}.png", s.text, "") for s in made]
+    rows[-1] = (*rows[-1][:4], "no lesion.")
+    fixtures.table(root / "annotations.csv", header, rows)
+    found = read_variants(root, read_layout(root))
+    assert found == {"case_6": {"contradictory": "no lesion."}}
+    other = fixtures.lvit(tmp_path / "lvit", made)
+    assert read_variants(other, read_layout(other)) == {}
+
+
+def test_variants_of_no_picture_or_twice_are_problems(tmp_path):
+    made = fixtures.samples()
+    root = fixtures.medclipseg(tmp_path, made)
+    rows = [("case_5.png", "a"), ("case_5.png", "b"), ("nobody.png", "c")]
+    book = root / "Prompts_Folder/Test_text_missing_location.xlsx"
+    fixtures.workbook(book, ("Image", "Description"), rows)
+    with pytest.raises(DataError) as caught:
+        read_variants(root, read_layout(root))
+    text = str(caught.value)
+    assert "Test_text_missing_location.xlsx row 3: found 'case_5' a second time" in text
+    assert "row 4: found 'nobody'" in text and "2 problem(s)" in text

@@ -4,8 +4,10 @@ from functools import partial
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from biclip_jax.data import pipeline, subsets, text
+from biclip_jax.errors import UserError
 
 NUM = 10
 
@@ -130,3 +132,109 @@ def test_reading_from_disk_gives_what_memory_holds(smoke_config):
     for a, b in zip(in_memory, on_disk, strict=True):
         assert a["text"] == b["text"]
         np.testing.assert_array_equal(a["image"], b["image"])
+
+
+HALF = {"batch_size": 4, "seed": 1, "num_labelled": 6, "labelled_rows": 2}
+
+
+def test_labelled_records_come_first_and_the_masks_of_the_others_are_left_out(split):
+    records, texts = split
+    iterator = pipeline.train_batches(records, texts, **HALF)
+    for batch in (next(iterator) for _ in range(8)):
+        assert batch["labelled"].tolist() == [True, True, False, False]
+        assert (batch["index"][:2] < 6).all()
+        assert (batch["index"][2:] >= 6).all()
+        for place, index in enumerate(batch["index"]):
+            mask = records[index]["mask"] if place < 2 else 0
+            np.testing.assert_array_equal(batch["mask"][place], np.broadcast_to(mask, (2, 2, 1)))
+            assert (batch["image"][place] == index).all()
+            np.testing.assert_array_equal(batch["text_ids"][place], texts["text_ids"][index])
+
+
+def test_everything_is_labelled_where_nothing_else_is_said(split):
+    batch = next(pipeline.train_batches(*split, batch_size=4, seed=1))
+    assert batch["labelled"].tolist() == [True] * 4
+    assert batch["labelled"].dtype == bool
+
+
+def test_each_kind_is_met_once_an_epoch_of_its_own(split):
+    stream = np.array(indices(pipeline.train_batches(*split, **HALF), 12))
+    labelled, others = stream[:, :2].ravel(), stream[:, 2:].ravel()
+    for epoch in labelled.reshape(-1, 6):
+        assert sorted(epoch) == list(range(6))
+    for epoch in others.reshape(-1, 4):
+        assert sorted(epoch) == [6, 7, 8, 9]
+    assert len({tuple(epoch) for epoch in others.reshape(-1, 4)}) > 1
+    assert len({tuple(epoch) for epoch in labelled.reshape(-1, 6)}) > 1
+
+
+def test_the_order_of_the_labelled_does_not_depend_on_the_others(split):
+    with_others = np.array(indices(pipeline.train_batches(*split, **HALF), 5))[:, :2]
+    records, texts = split
+    fewer = records[:6], {name: values[:6] for name, values in texts.items()}
+    alone = np.array(indices(pipeline.train_batches(*fewer, batch_size=2, seed=1), 5))
+    np.testing.assert_array_equal(with_others, alone)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 7])
+def test_a_saved_position_goes_on_with_both_kinds(split, stop):
+    whole = indices(pipeline.train_batches(*split, **HALF), stop + 4)
+    iterator = pipeline.train_batches(*split, **HALF)
+    assert indices(iterator, stop) == whole[:stop]
+    resumed = pipeline.train_batches(*split, **HALF, position=iterator.get_state())
+    assert indices(resumed, 4) == whole[stop:]
+
+
+def test_processes_share_the_labelled_rows_by_place(split):
+    whole = next(pipeline.train_batches(*split, **HALF))
+    parts = [
+        next(pipeline.train_batches(*split, **HALF, process_index=p, process_count=2))
+        for p in (0, 1)
+    ]
+    for name in ("index", "labelled", "mask"):
+        np.testing.assert_array_equal(whole[name], np.concatenate([p[name] for p in parts]))
+    assert parts[0]["labelled"].all()
+    assert not parts[1]["labelled"].any()
+
+
+def unlabelled_of(config):
+    data = config.data.to_dict()
+    return pipeline.open_unlabelled(pipeline.prepare(data, 56), data, 56)
+
+
+def test_the_rest_is_what_the_labels_leave(smoke_config):
+    whole = [record["id"] for record in splits_of(smoke_config)["train"]]
+    assert unlabelled_of(smoke_config) == []
+    smoke_config.data.label_fraction, smoke_config.data.unlabelled = 0.25, "rest"
+    labelled = [record["id"] for record in splits_of(smoke_config)["train"]]
+    rest = [record["id"] for record in unlabelled_of(smoke_config)]
+    assert len(labelled) == 8
+    assert sorted(labelled + rest) == sorted(whole)
+    smoke_config.data.sentences = "missing"
+    assert {record["text"] for record in unlabelled_of(smoke_config)} == {""}
+
+
+def test_nothing_left_is_an_error_that_names_the_field(smoke_config):
+    smoke_config.data.unlabelled = "rest"
+    with pytest.raises(UserError, match=r"data\.unlabelled: 'rest', .* label_fraction 1\.0 leaves"):
+        unlabelled_of(smoke_config)
+
+
+def test_unlabelled_pictures_may_lie_in_another_folder(smoke_config, tmp_path):
+    """Its training split, whatever the data set's own name, layout and prompt are."""
+    lines = ["image,mask,text,split"]
+    for i in range(6):
+        for kind in ("image", "mask"):
+            value = 40 * i if kind == "image" else 255 * (i % 2)
+            pixels = np.full((20, 30), value, np.uint8)
+            pixels[5:9, 5:9] = 255 - value
+            Image.fromarray(pixels).save(tmp_path / f"{kind}_{i}.png")
+        split = "train" if i < 4 else "val" if i == 4 else "test"
+        lines.append(f"image_{i}.png,mask_{i}.png,left lung {i},{split}")
+    (tmp_path / "data.csv").write_text("\n".join(lines) + "\n")
+    with smoke_config.unlocked():
+        smoke_config.data.unlabelled = str(tmp_path)
+    records = unlabelled_of(smoke_config)
+    assert [record["id"] for record in records] == [f"image_{i}" for i in range(4)]
+    assert records[0]["image"].shape == (56, 56, 1)
+    assert [record["text"] for record in records] == [f"left lung {i}" for i in range(4)]

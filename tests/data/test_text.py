@@ -37,6 +37,19 @@ def test_encode_puts_cls_first_pads_and_masks():
     assert ids.dtype == np.int32
 
 
+def test_fields_say_whether_there_is_a_sentence():
+    tokenizer, texts = text.build_tokenizer(SENTENCES), ["left lung", "", "  "]
+    fields = text.encode_fields(tokenizer, texts, 4)
+    ids, mask = text.encode(tokenizer, texts, 4)
+    assert fields["has_text"].tolist() == [True, False, False]
+    np.testing.assert_array_equal(fields["text_ids"], ids)
+    np.testing.assert_array_equal(fields["text_mask"], mask)
+    vectors = {sentence: np.full(3, len(sentence), np.float32) for sentence in texts}
+    found = text.feature_fields(vectors, texts[::-1])
+    assert found["has_text"].tolist() == [False, False, True]
+    assert found["text_features"][:, 0].tolist() == [2, 0, 9]
+
+
 def test_encode_cuts_what_is_too_long():
     ids, mask = text.encode(text.build_tokenizer(SENTENCES), SENTENCES, 5)
     assert ids.shape == (2, 5)

@@ -115,6 +115,15 @@ def test_page_puts_the_bands_in_order_and_wraps_after_three_cells(tmp_path):
     )
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, 9])
+def test_bands_are_the_ends_and_the_middle(count):
+    scores = np.random.default_rng(count).permutation(count) / 10
+    found = {band: scores[rows].tolist() for band, rows in reporting.bands(scores.tolist()).items()}
+    assert found["best"] == sorted(scores, reverse=True)[:3]
+    assert found["worst"] == sorted(scores)[:3]
+    assert np.sort(scores)[count // 2] in found["median"]
+
+
 def test_page_takes_odd_cases(tmp_path):
     wide = {name: case("median")[name][:10] for name in ("image", "mask", "pred")}
     rows = [case("median", text="", dice=None, **wide), case("worst", id="i" * 200)]
@@ -123,6 +132,25 @@ def test_page_takes_odd_cases(tmp_path):
     with pytest.raises(ValueError, match="'good'"):
         reporting.overlay_page([case("good")], tmp_path / "bad.png", "Title")
     assert not (tmp_path / "bad.png").exists()
+
+
+def test_uncertainty_page_has_four_tiles_a_case_and_the_heat_in_the_last(tmp_path):
+    flat = {"image": np.zeros((40, 40), np.uint8), "mask": np.zeros((40, 40), bool)}
+    sure, torn = np.zeros((40, 40)), np.full((40, 40), np.log(2))
+    rows = [case("best", uncertainty=sure, **flat), case("worst", uncertainty=torn, dice=None)]
+    reporting.uncertainty_page(rows, tmp_path / "page.png", "Title")
+    page = read_png(tmp_path / "page.png")
+    side, gap = reporting.PICTURE, reporting.GAP
+    assert page.shape[1] == 4 * side + 7 * gap
+    tile = 2 * gap + np.arange(4) * (side + gap)
+    heat = page[:, tile[3] + side // 2]
+    yellow = (heat[:, 0] > 240) & (heat[:, 1] > 240) & (heat[:, 2] > 140) & (heat[:, 2] < 180)
+    assert yellow.sum() == side, "ln 2 everywhere, in one of the cases"
+    assert np.flatnonzero(yellow)[0] > page.shape[0] // 2
+    orange = np.argwhere((page == PRED_COLOR).all(-1))[:, 1]
+    green = np.argwhere((page == MASK_COLOR).all(-1))[:, 1]
+    assert ((orange >= tile[1]) & (orange < tile[1] + side)).all() and len(orange)
+    assert ((green >= tile[2]) & (green < tile[2] + side)).all() and len(green)
 
 
 @pytest.mark.parametrize("text", ["", "one", "some words to wrap " * 9, "w" * 300, "a " + "b" * 99])

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from biclip_jax.evaluation import baselines, degrade, metrics, runner
+from biclip_jax.data.image_io import resize_probability
+from biclip_jax.evaluation import baselines, calibration, degrade, metrics, runner, tta
 
 SIZE, FULL = 8, 16
 LEFT, RIGHT = "one area, lower left lung.", "one area, lower right lung."
@@ -69,6 +70,61 @@ def test_a_split_with_one_sentence_has_no_shuffled_condition():
     assert "shuffled" not in runner.evaluate_conditions(predict, encode, same, batch_size=4)
 
 
+def test_published_variants_are_counted_on_the_pictures_that_have_them():
+    # The first eight are told that the lesion is on the other side.
+    varied = [
+        {**r, "variants": {"contradictory": LEFT if r["text"] == RIGHT else RIGHT} if i < 8 else {}}
+        for i, r in enumerate(RECORDS)
+    ]
+    found = runner.evaluate_conditions(predict, encode, varied, batch_size=4)
+    scores = runner.results(found, varied)["conditions"]
+    assert "missing_location" not in scores
+    assert scores["contradictory"]["num_images"] == 8
+    assert scores["contradictory"]["dice_global"] == 0
+    same = metrics.summarize(metrics.take(found["right"], np.arange(8)))
+    assert scores["right_where_contradictory"]["dice_mean"] == same["dice_mean"]
+    rows = runner.per_image_rows(found, varied)
+    assert [row["dice_contradictory"] for row in rows] == [0.0] * 8 + [None] * 3
+    assert rows[9]["dice_right"] == metrics.dice(found["right"])[9]
+
+
+def test_pixel_histogram_is_of_all_pixels_at_their_own_size():
+    def unsure(batch):
+        return 0.05 + 0.9 * predict(batch)
+
+    found = runner.pixel_histogram(unsure, encode, RECORDS, batch_size=4)
+    texts = encode(TEXTS)
+    expected = np.zeros_like(found)
+    for i, r in enumerate(RECORDS):
+        maps = unsure({"image": r["image"][None], "text_ids": texts["text_ids"][i : i + 1]})
+        full = r["full_mask"][..., 0]
+        expected += calibration.histogram(resize_probability(maps[0, ..., 0], *full.shape), full)
+    np.testing.assert_array_equal(found, expected)
+    assert found.sum() == sum(r["full_mask"].size for r in RECORDS)
+
+
+def test_views_of_an_equivariant_predictor_change_nothing():
+    views = {name: tta.VIEWS[name] for name in ("identity", "horizontal_flip", "contrast_0.9")}
+
+    # The mirrored sentence names the other side, and the flipped prediction is there.
+    def follows(batch):
+        probs = predict({**batch, "text_ids": np.ones_like(batch["text_ids"])})
+        right = batch["text_ids"][:, 0] == 2
+        probs[right] = probs[right][:, :, ::-1]
+        return probs
+
+    found = runner.evaluate_tta(follows, encode, RECORDS, batch_size=4, views=views)
+    counts = runner.overlap_at_own_size(follows, RECORDS, encode(TEXTS), 4)
+    right = metrics.summarize(counts)
+    assert {name: found["right_tta"][name] for name in right} == right
+    assert found["views"] == list(views)
+    assert found["mean_mutual_information"] == pytest.approx(0, abs=1e-7)
+    own = runner.pixel_histogram(follows, encode, RECORDS, 4)
+    assert found["error_auroc"] == calibration.error_auroc(own)
+    # 0.9 in one sixteenth and a half of the picture, certain elsewhere.
+    assert 0 < found["mean_entropy"] < 0.1
+
+
 def test_results_report_mirrored_images_that_change_apart():
     symmetric = {**RECORDS[0], "id": "s", "text": "all left lung and all right lung"}
     records = [*RECORDS, symmetric]
@@ -93,6 +149,7 @@ def test_evaluate_writes_numbers_lines_and_pictures_that_agree(tmp_path):
     )
     assert json.loads((tmp_path / "out/results.json").read_text()) == outcome
     assert outcome["split"] == "test"
+    assert outcome["left_out"] == []
     assert set(outcome["conditions"]) == {"right", "missing"}
     with open(tmp_path / "out/per_image.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -104,6 +161,7 @@ def test_evaluate_writes_numbers_lines_and_pictures_that_agree(tmp_path):
         "overlays.png",
         "per_image.csv",
         "results.json",
+        "uncertainty.png",
     ]
 
 

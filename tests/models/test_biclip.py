@@ -62,7 +62,8 @@ def test_call_is_fuse_and_segment(initialised):
     image, sentence = inputs()
     logits, _ = model.apply(variables, image, **sentence)
     fused = model.apply(variables, image, **sentence, method=model.fuse)
-    again, _ = model.apply(variables, image, fused.pseudo_image, method=model.segment)
+    view = biclip.View(image, fused.pseudo_image, fused.refined_text)
+    again, _ = model.apply(variables, view, method=model.segment)
     np.testing.assert_array_equal(logits, again)
     assert fused.cycle_text is None
 
@@ -96,7 +97,7 @@ def test_an_empty_sentence_is_legal(initialised):
 
 
 def test_text_features_take_the_place_of_ids():
-    model = biclip.BiCLIP(56, (2, 4, 8), (2, 8), (1, 2))
+    model = biclip.BiCLIP(56, (2, 4, 8), encoder_widths=(2, 8), cycle_widths=(1, 2))
     image, features = jnp.zeros((1, 56, 56, 3)), jnp.ones((1, 24))
     variables = jax.jit(model.init)(jax.random.key(0), image, text_features=features)
     logits, _ = model.apply(variables, image, text_features=features)
@@ -107,12 +108,12 @@ def test_two_views_chain_the_statistics_weak_first(initialised):
     model, variables = initialised
     image, sentence = inputs()
     pseudo = model.apply(variables, image, **sentence, method=model.fuse).pseudo_image
-    weak, strong = (image, pseudo), (image * 0.3, pseudo)
-    _, both = model.apply(variables, weak, strong, method=model.two_views, mutable=["batch_stats"])
+    seen = [biclip.View(image, pseudo), biclip.View(image * 0.3, pseudo)]
+    _, both = model.apply(variables, seen, method=model.segment_views, mutable=["batch_stats"])
     state = variables
-    for view in (weak, strong):
+    for view in seen:
         _, updates = model.apply(
-            state, *view, train=True, method=model.segment, mutable=["batch_stats"]
+            state, view, train=True, method=model.segment, mutable=["batch_stats"]
         )
         state = {**state, **updates}
     jax.tree.map(np.testing.assert_array_equal, both["batch_stats"], state["batch_stats"])

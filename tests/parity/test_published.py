@@ -7,11 +7,13 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from biclip_jax.models import biclip, layers
-from biclip_jax.training import steps, views
+from biclip_jax.training import objective, views
+from biclip_jax.training import state as train_state
 
 torch = pytest.importorskip("torch")
 from tests.torch_twin import TorchBiCLIP, published_loss, randomize_  # noqa: E402
@@ -32,6 +34,8 @@ NAMES = [
     (r"up(?P<up>\d)\.up", "unet/up_{decoder}"),
     (r"up(?P<up>\d)\.conv\.double_conv\.(\d)", "unet/decoder_{decoder}/{double}"),
     (r"outc\.conv", "unet/head"),
+    (r"fusions\.(?P<block>\w+)\.refiner\.mlp\.(\d)", "unet/fusion_{block}/refiner/mlp/{mlp}"),
+    (r"fusions\.(?P<block>\w+)\.modulation", "unet/fusion_{block}/modulation"),
 ]
 MLP = {0: "in", 1: "norm", 3: "out"}
 DOUBLE = {0: "conv_0", 1: "norm_0", 3: "conv_1", 4: "norm_1"}
@@ -44,7 +48,8 @@ def flax_name(name: str, levels: int) -> tuple[str, str, str]:
     for pattern, ours in NAMES:
         match = re.fullmatch(pattern, stem)
         if match:
-            number = int(match.groups()[-1]) if match.groups() else 0
+            last = match.groups()[-1] if match.groups() else ""
+            number = int(last) if last.isdigit() else 0
             groups = match.groupdict()
             path = ours.format(
                 half=number // 2,
@@ -52,6 +57,7 @@ def flax_name(name: str, levels: int) -> tuple[str, str, str]:
                 double=DOUBLE.get(number),
                 iac=IAC.get(number),
                 level=groups.get("level"),
+                block=groups.get("block"),
                 decoder=levels - 1 - int(groups.get("up") or 0),
             )
             return ("batch_stats" if leaf.startswith("running") else "params"), path, leaf
@@ -188,19 +194,20 @@ def check_training_step(double_sigmoid):
         parameter.data = parameter.grad
     gradients = flatten_dict(to_flax(twin)["params"], sep="/")
 
-    objective = functools.partial(
-        steps.published_objective,
+    bound = functools.partial(
+        objective.objective,
         model=model,
-        weights=WEIGHTS,
-        geometry=views.Geometry(horizontal_flip=1.0, vertical_flip=0.0, affine=0.0),
-        double_sigmoid=double_sigmoid,
+        recipe=objective.Recipe(
+            WEIGHTS,
+            views.Geometry(horizontal_flip=1.0, vertical_flip=0.0, affine=0.0),
+            double_sigmoid=double_sigmoid,
+        ),
     )
     batch = {"image": pixels, "mask": mask.astype(jnp.uint8), "text_features": text}
     keys = jax.random.split(jax.random.key(0), len(pixels))
-    step = jax.jit(jax.value_and_grad(objective, has_aux=True))
-    (loss, (updated, values)), grads = step(
-        variables["params"], variables["batch_stats"], batch, keys
-    )
+    step = jax.jit(jax.value_and_grad(bound, has_aux=True))
+    state = train_state.create(variables, optax.sgd(1.0))
+    (loss, (updated, values)), grads = step(variables["params"], state, batch, keys)
     assert float(loss) == pytest.approx(total.item(), rel=1e-6)
     for name, part in parts.items():
         found = float(values[f"loss_{name}"].mean())

@@ -2,12 +2,13 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from biclip_jax.training import optim
 
-ADAMW = {"name": "adamw", "weight_decay": 0.01, "clip_norm": 0.0}
+ADAMW = {"name": "adamw", "weight_decay": 0.01, "clip_norm": 0.0, "tower_learning_rate": 0.0}
 
 
 @pytest.mark.parametrize("step", [0, 1, 37, 99, 100])
@@ -39,9 +40,57 @@ def test_first_adamw_step_is_the_sign_of_the_gradient_plus_decay():
 
 
 def test_clipping_scales_to_the_global_norm():
-    optimizer = optim.make_optimizer({"name": "sgd", "clip_norm": 1.0}, lambda step: 1.0)
+    optimizer = optim.make_optimizer({**ADAMW, "name": "sgd", "clip_norm": 1.0}, lambda step: 1.0)
     params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
     gradient = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
     updates, _ = optimizer.update(gradient, optimizer.init(params), params)
     assert float(updates["a"][0]) == pytest.approx(-0.6)
     assert float(updates["b"][0]) == pytest.approx(-0.8)
+
+
+def nested():
+    """Towers where the models have them, beside what only sounds like one."""
+    leaf = jnp.array([1.0])
+    return {
+        "image_encoder": {"tower": {"blocks_0": {"kernel": leaf}}},
+        "text_encoder": {"tower": {"words": leaf}},
+        "unet": {"towers": leaf, "head": leaf},
+    }
+
+
+def test_labels_tell_towers_from_the_rest():
+    assert optim.tower_labels(nested()) == {
+        "image_encoder": {"tower": {"blocks_0": {"kernel": "tower"}}},
+        "text_encoder": {"tower": {"words": "tower"}},
+        "unet": {"towers": "rest", "head": "rest"},
+    }
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_towers_have_the_schedule_scaled_to_their_own_rate(name):
+    config = {**ADAMW, "name": name, "learning_rate": 0.1, "tower_learning_rate": 0.001}
+    schedule = optim.make_schedule({"learning_rate": 0.1, "warmup_steps": 2}, 10)
+    optimizer = optim.make_optimizer(config, schedule)
+    params = nested()
+    state = optimizer.init(params)
+    gradient = jax.tree.map(lambda x: 0.5 * x, params)
+    for step in range(4):
+        updates, state = optimizer.update(gradient, state, params)
+        rate = float(schedule(step))
+        # AdamW's own step is the sign of a gradient that never changes, plus the decay.
+        expected = -rate * (0.5 if name == "sgd" else 1.01)
+        slow = (updates["image_encoder"]["tower"]["blocks_0"]["kernel"], updates["text_encoder"])
+        assert float(updates["unet"]["head"][0]) == pytest.approx(expected, rel=1e-3, abs=1e-9)
+        assert float(updates["unet"]["towers"][0]) == pytest.approx(expected, rel=1e-3, abs=1e-9)
+        for update in (slow[0], slow[1]["tower"]["words"]):
+            assert float(update[0]) == pytest.approx(expected / 100, rel=1e-3, abs=1e-11)
+
+
+def test_the_global_norm_is_that_of_towers_and_rest_together():
+    config = {**ADAMW, "name": "sgd", "learning_rate": 1.0, "tower_learning_rate": 0.1}
+    optimizer = optim.make_optimizer({**config, "clip_norm": 1.0}, lambda step: 1.0)
+    params = {"tower": jnp.zeros(1), "rest": jnp.zeros(1)}
+    gradient = {"tower": jnp.array([3.0]), "rest": jnp.array([4.0])}
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    assert float(updates["tower"][0]) == pytest.approx(-0.06)
+    assert float(updates["rest"][0]) == pytest.approx(-0.8)

@@ -10,7 +10,6 @@ from biclip_jax.training import views
 
 RNG = np.random.default_rng(0)
 IMAGE = jnp.asarray(RNG.random((16, 20, 3)), jnp.float32)
-NO_GEOMETRY = views.Geometry(horizontal_flip=0.0, vertical_flip=0.0, affine=0.0)
 
 
 def test_identity_and_flips_are_exact():
@@ -45,7 +44,7 @@ def test_far_outside_is_black():
 def test_random_geometry_keeps_its_ranges_and_probabilities():
     keys = jax.random.split(jax.random.key(0), 2000)
     geometry = views.Geometry()
-    matrix, shift = jax.vmap(views.random_geometry, (0, None))(keys, geometry)
+    matrix, shift, flipped = jax.vmap(views.random_geometry, (0, None))(keys, geometry)
     determinant = np.abs(np.linalg.det(matrix))
     moved = determinant != 1.0
     assert moved.mean() == pytest.approx(0.7, abs=0.04)
@@ -58,49 +57,56 @@ def test_random_geometry_keeps_its_ranges_and_probabilities():
     angle = np.degrees(np.arctan(rows[:, 1, 0] / rows[:, 1, 1]))
     assert np.abs(angle).max() <= 20.01
     assert (np.sign(rows[:, 0, 0]) < 0).mean() == pytest.approx(0.5, abs=0.04)
-    assert (np.sign(rows[:, 1, 1]) < 0).mean() == pytest.approx(0.5, abs=0.04)
+    np.testing.assert_array_equal(flipped, rows[:, 1, 1] < 0)
+    assert flipped.mean() == pytest.approx(0.5, abs=0.04)
 
 
-def test_one_geometry_moves_picture_pseudo_image_and_mask():
-    mask = (IMAGE[..., :1] > 0.5).astype(jnp.float32)
+def test_one_geometry_moves_all_maps_of_an_example():
+    keys = jax.random.split(jax.random.key(3), 2)
+    pictures = jnp.stack([IMAGE, 1 - IMAGE])
+    masks = (pictures[..., :1] > 0.5).astype(jnp.float32)
     geometry = views.Geometry(horizontal_flip=1.0, vertical_flip=0.0, affine=0.0)
-    view = views.weak_and_strong(jax.random.key(3), IMAGE, 1 - IMAGE, mask, geometry)
-    np.testing.assert_array_equal(view.weak_image, IMAGE[:, ::-1])
-    np.testing.assert_array_equal(view.pseudo_image, 1 - IMAGE[:, ::-1])
-    np.testing.assert_array_equal(view.mask, mask[:, ::-1])
+    (moved, pseudo, mask), flipped = views.move(keys, (pictures, 1 - pictures, masks), geometry)
+    np.testing.assert_array_equal(moved, pictures[:, :, ::-1])
+    np.testing.assert_array_equal(pseudo, 1 - pictures[:, :, ::-1])
+    np.testing.assert_array_equal(mask, masks[:, :, ::-1])
+    assert flipped.tolist() == [True, True]
 
 
-def test_masks_stay_binary_and_pictures_in_range():
-    mask = (IMAGE[..., :1] > 0.5).astype(jnp.float32)
-    for seed in range(20):
-        view = views.weak_and_strong(jax.random.key(seed), IMAGE, IMAGE, mask, views.Geometry())
-        assert set(np.unique(view.mask)) <= {0.0, 1.0}
-        for picture in (view.weak_image, view.strong_image, view.pseudo_image):
-            assert picture.min() >= 0
-            assert picture.max() <= 1
+def test_each_example_moves_by_its_own_key_and_says_whether_it_was_flipped():
+    keys = jax.random.split(jax.random.key(0), 16)
+    geometry = views.Geometry(horizontal_flip=0.5, vertical_flip=0.0, affine=0.0)
+    pictures = jnp.broadcast_to(IMAGE, (16, *IMAGE.shape))
+    (moved,), flipped = views.move(keys, [pictures], geometry)
+    expected = np.where(np.asarray(flipped)[:, None, None, None], pictures[:, :, ::-1], pictures)
+    np.testing.assert_array_equal(moved, expected)
+    assert 0 < flipped.sum() < 16
+    (again,), _ = views.move(keys[4:6], [pictures[4:6]], geometry)
+    np.testing.assert_array_equal(again, moved[4:6])
 
 
-def test_light_changes_the_strong_picture_alone_and_by_key():
-    mask = jnp.zeros((16, 20, 1))
-    first = views.weak_and_strong(jax.random.key(0), IMAGE, IMAGE, mask, NO_GEOMETRY)
-    again = views.weak_and_strong(jax.random.key(0), IMAGE, IMAGE, mask, NO_GEOMETRY)
-    other = views.weak_and_strong(jax.random.key(1), IMAGE, IMAGE, mask, NO_GEOMETRY)
-    np.testing.assert_array_equal(first.weak_image, IMAGE)
-    np.testing.assert_array_equal(first.pseudo_image, IMAGE)
-    np.testing.assert_array_equal(first.strong_image, again.strong_image)
-    assert np.abs(first.strong_image - IMAGE).max() > 1e-3
-    assert np.abs(first.strong_image - other.strong_image).max() > 1e-3
+def test_moved_pictures_stay_in_range_and_mask_and_picture_move_alike():
+    keys = jax.random.split(jax.random.key(0), 20)
+    mask = jnp.broadcast_to((IMAGE[..., :1] > 0.5).astype(jnp.float32), (20, 16, 20, 1))
+    (moved, other), _ = views.move(keys, (jnp.repeat(mask, 3, -1), mask), views.Geometry())
+    np.testing.assert_array_equal(moved, np.repeat(other, 3, -1))
+    assert 0 <= moved.min() < moved.max() <= 1
+
+
+def test_light_changes_by_key_and_stays_in_range():
+    strong = views.Strong()
+    first, again, other = (
+        views.change_strongly(jax.random.key(seed), IMAGE, strong) for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - IMAGE).max() > 1e-3
+    assert np.abs(first - other).max() > 1e-3
+    assert 0 <= first.min() < first.max() <= 1
 
 
 def test_gradient_reaches_the_pseudo_image_through_the_geometry():
-    mask = jnp.zeros((16, 20, 1))
-
-    def total(pseudo):
-        return views.weak_and_strong(
-            jax.random.key(0), IMAGE, pseudo, mask, views.Geometry()
-        ).pseudo_image.sum()
-
-    gradient = jax.grad(total)(IMAGE)
+    keys = jax.random.split(jax.random.key(0), 1)
+    gradient = jax.grad(lambda x: views.move(keys, [x], views.Geometry())[0][0].sum())(IMAGE[None])
     assert np.isfinite(gradient).all()
     assert np.abs(gradient).sum() > 0
 

@@ -66,9 +66,21 @@ class LayoutDataset(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS: ClassVar = list(CONFIGS)
 
-    def __init__(self, *, examples: list[Example], image_size: int, channels: int, **kwargs: Any):
-        """Keeps what `_info` needs before TFDS calls it; see `survey` for `channels`."""
-        self.examples, self.image_size, self.channels = examples, image_size, channels
+    def __init__(
+        self,
+        *,
+        examples: list[Example],
+        variants: dict[str, dict[str, str]],
+        image_size: int,
+        channels: int,
+        **kwargs: Any,
+    ):
+        """Keeps what `_info` needs before TFDS calls it.
+
+        See `layouts.read_variants` for `variants`, `survey` for `channels`.
+        """
+        self.examples, self.variants = examples, variants
+        self.image_size, self.channels = image_size, channels
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -88,7 +100,8 @@ class LayoutDataset(tfds.core.GeneratorBasedBuilder):
         chosen = (example for example in self.examples if example.split == split)
         for index, example in enumerate(chosen):
             record = read_record(example, self.image_size, self.channels)
-            yield index, records.encode(record)
+            variants = self.variants.get(example.id, {})
+            yield index, records.encode(records.VariedRecord(**record, variants=variants))
 
 
 def read_record(example: Example, image_size: int, channels: int) -> Record:

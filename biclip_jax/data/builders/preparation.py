@@ -17,12 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from biclip_jax.data.builders.prepared import verify, write_checksums
-from biclip_jax.data.layouts import read_layout
+from biclip_jax.data.layouts import read_layout, read_variants
 from biclip_jax.data.schema import SPLITS, Example, Split
 from biclip_jax.errors import DataError
 
 # Part of every folder's name: raise it whenever the same source would give other records.
-FORMAT = 1
+FORMAT = 2
 
 
 def prepare(
@@ -38,7 +38,7 @@ def prepare(
     """Writes a data set as array_record files, or finds it written and undamaged.
 
     The folder's name holds `name`, `image_size` and a hash of the source: the names, sizes and
-    times of its files, and the sentences.
+    times of its files, and all sentences.
 
     Args:
       name: "synthetic", or a config of `builders.layout`: "qata_cov19", "mosmed_plus",
@@ -117,18 +117,20 @@ def _from_folder(
     if source_dir is None:
         raise DataError(f"source_dir: found none; expected the folder of {name!r}; give its path.")
     examples = read_layout(source_dir, layout, prompt)
+    variants = read_variants(source_dir, examples, layout)
 
     def make(data_dir: Path) -> LayoutDataset:
         return LayoutDataset(
             data_dir=data_dir,
             config=name,
             examples=examples,
+            variants=variants,
             image_size=image_size,
             channels=survey(os.fspath(source_dir), examples),
             file_format="array_record",
         )
 
-    return make, _identity(Path(source_dir), examples)
+    return make, [_identity(Path(source_dir), examples), variants]
 
 
 def _identity(root: Path, examples: list[Example]) -> list:

@@ -7,12 +7,24 @@ arrays with TensorFlow only.
 from __future__ import annotations
 
 import io
+import json
 from typing import Any
 
 import tensorflow_datasets as tfds
 
 from biclip_jax.data.image_io import decode_png, encode_png
 from biclip_jax.data.schema import Record
+
+
+class VariedRecord(Record, total=False):
+    """A Record with the other published sentences of its picture.
+
+    Attributes:
+      variants: {name of `annotations.VARIANTS`: sentence}, those that the data set has.
+    """
+
+    variants: dict[str, str]
+
 
 PICTURES = ("image", "mask", "full_mask")
 
@@ -27,22 +39,26 @@ def features(image_size: int, channels: int) -> tfds.features.FeaturesDict:
             "mask": tfds.features.Image(shape=(size, size, 1), encoding_format="png"),
             "full_mask": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
             "text": tfds.features.Text(),
+            # JSON: TFDS would give every picture every key.
+            "variants": tfds.features.Text(),
         }
     )
 
 
-def encode(record: Record) -> dict[str, Any]:
+def encode(record: VariedRecord) -> dict[str, Any]:
     """Returns the example that a TFDS generator yields for a record."""
     example: dict[str, Any] = dict(record)
+    example["variants"] = json.dumps(record.get("variants", {}), sort_keys=True)
     return example | {name: io.BytesIO(encode_png(example[name])) for name in PICTURES}
 
 
-def decode(example: dict[str, Any]) -> Record:
+def decode(example: dict[str, Any]) -> VariedRecord:
     """Returns the record of an example read with its pictures left as PNG bytes."""
-    return Record(
+    return VariedRecord(
         id=example["id"].decode(),
         image=decode_png(example["image"]),
         mask=decode_png(example["mask"]),
         full_mask=decode_png(example["full_mask"]),
         text=example["text"].decode(),
+        variants=json.loads(example["variants"]),
     )

@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 
 from biclip_jax.data.builders import records
 from biclip_jax.data.builders.drawing import draw_example
-from biclip_jax.data.schema import Record, Split
+from biclip_jax.data.schema import Split
 
 DEFAULT_SIZES: dict[Split, int] = {"train": 800, "val": 100, "test": 200}
 # Another seed a split, so that no split's pictures depend on another's size.
@@ -41,7 +41,7 @@ class Synthetic(tfds.core.GeneratorBasedBuilder):
         for index in range(self.num_examples[split]):
             image, mask, text = draw_example(SEEDS[split], index, self.image_size)
             name = f"{split}_{index:05d}"
-            yield (
-                index,
-                records.encode(Record(id=name, image=image, mask=mask, full_mask=mask, text=text)),
+            record = records.VariedRecord(
+                id=name, image=image, mask=mask, full_mask=mask, text=text
             )
+            yield index, records.encode(record)

@@ -1,0 +1,86 @@
+"""Time of a train step of K models: one program each, one program in turn, one program mapped.
+
+    python -m benchmarks.ensemble --config qata:small,published --members 3 --steps 5
+
+Over the same noise, in turn in one process, warm, median. One JSON line each: seconds for one
+step of all K, seconds until the first one was done; and a line with the ratios to K single steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from biclip_jax import cli
+
+
+def main() -> None:
+    """Builds the three, then times them in turn."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="qata:small")
+    parser.add_argument("--members", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5, help="warm steps")
+    args, overrides = parser.parse_known_args()
+    cli.set_xla_flags()
+    config = cli.load_config(args.config, [*overrides, f"--config.ensemble={args.members}"])
+    takers = build(config)
+    first = {name: seconds_of(take) for name, take in takers.items()}
+    warm: dict[str, list[float]] = {name: [] for name in takers}
+    for _ in range(args.steps):
+        for name, take in takers.items():
+            warm[name].append(seconds_of(take))
+    step = {name: statistics.median(seconds) for name, seconds in warm.items()}
+    for name in takers:
+        line = {"name": name, "config": config.name, "members": args.members}
+        print(json.dumps({**line, "first_step_s": first[name], "step_s": step[name]}))
+    ratios = {f"speed_{name}_over_single": step["single"] / step[name] for name in takers}
+    print(json.dumps(ratios))
+
+
+def seconds_of(take: Callable[[], Any]) -> float:
+    """One call, to its end."""
+    import jax
+
+    start = time.perf_counter()
+    jax.block_until_ready(take())
+    return time.perf_counter() - start
+
+
+def build(config: Any) -> dict[str, Callable[[], Any]]:
+    """{name: one step of all members}; each keeps its own state, all begin alike."""
+    import jax
+    import numpy as np
+
+    from benchmarks.train_step import sentences_of_noise
+    from biclip_jax import program
+    from biclip_jax.training import objective, optim, state, steps
+
+    spoken, batch = sentences_of_noise(config)
+    model, variables = program.build_model(config, spoken, None, None)
+    optimizer = optim.make_optimizer(config.optim.to_dict(), config.optim.learning_rate)
+    recipe = objective.make_recipe(config.to_dict())
+    step = partial(
+        steps.train_step,
+        objective=partial(objective.objective, model=model, recipe=recipe),
+        optimizer=optimizer,
+    )
+    states = [state.create(fresh, optimizer) for fresh in variables]
+    keys = program.member_keys(config, "augment")
+    batches = {name: np.stack([rows] * len(states)) for name, rows in batch.items()}
+    together, stacked_keys = state.stack(states), program.stream(config, "augment")
+    single = jax.jit(step)
+    in_turn, mapped = jax.jit(steps.in_turn(step)), jax.jit(jax.vmap(step))
+    return {
+        "single": lambda: [single(s, batch, key) for s, key in zip(states, keys, strict=True)],
+        "in_turn": lambda: in_turn(together, batches, stacked_keys),
+        "vmap": lambda: mapped(together, batches, stacked_keys),
+    }
+
+
+if __name__ == "__main__":
+    main()

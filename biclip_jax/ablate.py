@@ -1,0 +1,228 @@
+"""Trains variants of one experiment, with several seeds and shares of labels, and compares them.
+
+    python -m biclip_jax.ablate --config qata:small --variants ef_unet,published,full \
+        --seeds 0,1,2 --label-fractions 0.01,1 --workdir runs/ablation --config.data.source=DIR
+
+Each run is `biclip_jax.train` in WORKDIR/VARIANT/FRACTION/SEED and tested there. The same command
+again goes on where it stopped and repeats nothing; runs that were added are trained, too.
+Writes ablation.json and ablation.md, the table with mean and spread over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from biclip_jax import cli
+from biclip_jax.errors import UserError
+from biclip_jax.evaluation import reporting, runner
+
+METRICS = ("dice_global", "dice_mean", "iou_global", "iou_mean")
+
+
+class Cell(NamedTuple):
+    """One run of the comparison.
+
+    Attributes:
+      variant: of `configs/variants.py` or of the page.
+      fraction: share of the labels.
+      seed: of the run.
+      workdir: of the run, below the comparison's.
+    """
+
+    variant: str
+    fraction: float
+    seed: int
+    workdir: Path
+
+
+def compare(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
+    """Trains what is missing, then writes and prints the table.
+
+    Raises:
+      UserError: a configuration that cannot be, or runs that failed (after all others).
+    """
+    root = Path(args.workdir)
+    cells = [
+        Cell(variant, fraction, seed, root / variant / f"labels_{fraction:g}" / f"seed_{seed}")
+        for fraction in args.label_fractions
+        for seed in args.seeds
+        for variant in args.variants
+    ]
+    commands = {cell: command_of(cell, args.config, overrides) for cell in cells}
+    for command in commands.values():
+        cli.load_config(command[1], command[2:-2])  # every mistake before the first hour
+    root.mkdir(parents=True, exist_ok=True)
+    failed = [cell for cell in cells if not train(cell, commands[cell])]
+    finished = [cell for cell in cells if cell not in failed]
+    rows = [row_of(group, root) for group in grouped(finished)]
+    outcome = {
+        "command": f"python -m biclip_jax.ablate {' '.join(args.argv)}",
+        "rows": rows,
+        "runs": {
+            str(cell.workdir.relative_to(root)): f"python -m biclip_jax.train {' '.join(command)}"
+            for cell, command in commands.items()
+        },
+    }
+    runner.write_json(root / "ablation.json", outcome)
+    (root / "ablation.md").write_text(markdown(rows), encoding="utf-8")
+    print(table(rows))
+    print(f"table  {root / 'ablation.md'}\njson   {root / 'ablation.json'}")
+    if failed:
+        names = ", ".join(str(cell.workdir) for cell in failed)
+        raise UserError(f"{len(failed)} of {len(cells)} runs failed, see train.log in {names}")
+    return outcome
+
+
+def command_of(cell: Cell, config: str, overrides: Sequence[str]) -> list[str]:
+    """The arguments of `biclip_jax.train` for one run."""
+    joined = f"{config},{cell.variant}" if ":" in config else f"{config}:{cell.variant}"
+    return [
+        "--config",
+        joined,
+        *overrides,
+        f"--config.seed={cell.seed}",
+        f"--config.data.label_fraction={cell.fraction:g}",
+        "--workdir",
+        str(cell.workdir),
+    ]
+
+
+def train(cell: Cell, command: Sequence[str]) -> bool:
+    """Runs one training, or goes on with it; true when its test results are there."""
+    if results_path(cell).exists():
+        return True
+    print(f"{cell.workdir}: trains", flush=True)
+    cell.workdir.mkdir(parents=True, exist_ok=True)
+    # A process of its own: a run that dies takes none of the others with it.
+    with (cell.workdir / "train.log").open("a", encoding="utf-8") as log:
+        program = [sys.executable, "-m", "biclip_jax.train", *command]
+        status = subprocess.run(program, stdout=log, stderr=subprocess.STDOUT, check=False)
+    if status.returncode < 0 or status.returncode in (130, 143):
+        sys.exit(status.returncode)
+    if status.returncode:
+        lines = (cell.workdir / "train.log").read_text(encoding="utf-8").splitlines()
+        print(f"{cell.workdir}: failed: {lines[-1] if lines else status.returncode}", flush=True)
+    return results_path(cell).exists()
+
+
+def results_path(cell: Cell) -> Path:
+    """Where a finished run has its test results."""
+    return cell.workdir / "test" / "results.json"
+
+
+def grouped(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """The runs of each variant and share, over the seeds."""
+    groups: dict[tuple[float, str], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.fraction, cell.variant), []).append(cell)
+    return list(groups.values())
+
+
+def row_of(group: Sequence[Cell], root: Path) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds, in [0, 1], and each seed's value and folder.
+
+    The deviation is that of a sample; None for one seed.
+    """
+    found = {cell: read_results(cell) for cell in group}
+    row: dict[str, Any] = {"variant": group[0].variant, "label_fraction": group[0].fraction}
+    for name in METRICS:
+        values = [result["conditions"]["right"][name] for result in found.values()]
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        row[name] = {"mean": statistics.fmean(values), "sd": spread}
+    row["missing_text"] = statistics.fmean(
+        result["conditions"]["missing"]["dice_global"] for result in found.values()
+    )
+    row["num_labelled"] = json.loads((group[0].workdir / "labels.json").read_text())["num_images"]
+    row["seeds"] = {
+        str(cell.seed): {
+            "run": str(cell.workdir.relative_to(root)),
+            **{name: result["conditions"]["right"][name] for name in METRICS},
+        }
+        for cell, result in found.items()
+    }
+    return row
+
+
+def read_results(cell: Cell) -> dict[str, Any]:
+    """The test results of a finished run.
+
+    Raises:
+      UserError: they cannot be read.
+    """
+    path = results_path(cell)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); delete it and run again") from error
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The console's table, in percent."""
+    columns = ("labels", "variant", *METRICS, "missing_text", "seeds")
+    return reporting.format_table([_cells(row) for row in rows], columns)
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table with every seed linked to its run."""
+    columns = ("labels", "variant", *METRICS, "missing_text")
+    head = f"| {' | '.join(columns)} | runs |\n|{'---|' * (len(columns) + 1)}\n"
+    lines = []
+    for row in rows:
+        cells = _cells(row)
+        runs = " ".join(f"[{seed}]({found['run']})" for seed, found in row["seeds"].items())
+        lines.append(f"| {' | '.join(cells[name] for name in columns)} | {runs} |\n")
+    note = "\nPercent; mean and standard deviation over the seeds; missing_text is dice_global.\n"
+    return head + "".join(lines) + note
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    def percent(value: dict[str, Any]) -> str:
+        spread = "" if value["sd"] is None else f" ± {100 * value['sd']:.2f}"
+        return f"{100 * value['mean']:.2f}{spread}"
+
+    return {
+        "labels": f"{100 * row['label_fraction']:g} % ({row['num_labelled']})",
+        "variant": row["variant"],
+        **{name: percent(row[name]) for name in METRICS},
+        "missing_text": f"{100 * row['missing_text']:.2f}",
+        "seeds": str(len(row["seeds"])),
+    }
+
+
+def _list(text: str, option: str, kind: type) -> list[Any]:
+    try:
+        values = [kind(part) for part in text.split(",") if part]
+    except ValueError as error:
+        raise UserError(f"{option} {text}: expected {kind.__name__}s with commas") from error
+    if not values or len(set(values)) < len(values):
+        raise UserError(f"{option} {text}: expected a list without repetitions")
+    return values
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    cli.run(_main, argv)
+
+
+def _main(argv: list[str]) -> None:
+    parser = cli.config_parser(__doc__)
+    parser.add_argument("--variants", required=True, metavar="A,B")
+    parser.add_argument("--seeds", default="0", metavar="0,1")
+    parser.add_argument("--label-fractions", default="1", metavar="0.01,1")
+    args, overrides = parser.parse_known_args(argv)
+    args.argv, args.workdir = argv, args.workdir or "runs/ablation"
+    args.variants = _list(args.variants, "--variants", str)
+    args.seeds = _list(args.seeds, "--seeds", int)
+    args.label_fractions = _list(args.label_fractions, "--label-fractions", float)
+    compare(args, overrides)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Text conditions: what the sentences of a split become before the model reads them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from biclip_jax.data import text as text_lib
+from biclip_jax.data.annotations import VARIANTS
+from biclip_jax.data.schema import Record
+from biclip_jax.errors import UserError
+
+MADE = ("right", "missing", "shuffled", "mirrored")  # from the right sentences
+CONDITIONS = (*MADE, *VARIANTS)
+
+
+class Asked(NamedTuple):
+    """The sentences of a condition, and the pictures that have one.
+
+    Attributes:
+      rows: (M,) int, in the split's order; all of them but for published variants.
+      sentences: of these pictures.
+    """
+
+    rows: np.ndarray
+    sentences: list[str]
+
+
+def spoken(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """id, text and variants of each record: what conditions need, and no picture."""
+    light: list[dict[str, Any]] = []
+    for record in records:
+        fields: Mapping[str, Any] = record
+        variants = fields.get("variants", {})
+        light.append({"id": record["id"], "text": record["text"], "variants": variants})
+    return light
+
+
+def rows_of(condition: str, spoken: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """The rows (M,) of the pictures that have a sentence of the condition."""
+    if condition not in VARIANTS:
+        return np.arange(len(spoken))
+    # A data set that is read without its sentences has no variants of them.
+    if not any(one["text"] for one in spoken):
+        return np.arange(0)
+    return np.flatnonzero([bool(one["variants"].get(condition)) for one in spoken])
+
+
+def ask(condition: str, spoken: Sequence[Mapping[str, Any]], seed: int = 0) -> Asked | None:
+    """The sentences of a text condition; None where the split has none of it.
+
+    right: as they are. missing: empty. shuffled: another image's sentence of the same pictures, a
+    different string. mirrored: left and right swapped, the picture as it is. contradictory,
+    missing_location, overdescriptive and underdescriptive: as the data set brings them, on those
+    pictures that have one.
+
+    Args:
+      condition: of `CONDITIONS`.
+      spoken: see there.
+      seed: of the shuffled ones.
+    """
+    rows = rows_of(condition, spoken)
+    sentences = [one["text"] for one in spoken]
+    made: list[str] | None = sentences
+    if condition in VARIANTS:
+        made = [spoken[i]["variants"][condition] for i in rows] or None
+    elif condition == "missing":
+        made = [""] * len(sentences)
+    elif condition == "shuffled":
+        made = text_lib.shuffle(sentences, seed)
+    elif condition == "mirrored":
+        made = [text_lib.mirror(sentence) for sentence in sentences]
+    return None if made is None else Asked(rows, made)
+
+
+def subset(records: Sequence[Record], size: int, seed: int = 0) -> Sequence[Record]:
+    """`size` fixed pictures, in the order of the SHA-256 of "seed:id": the same on every machine.
+
+    A smaller subset is the beginning of a larger one.
+
+    Args:
+      records: of a split.
+      size: in pictures; 0 takes the split as it is.
+      seed: of the order.
+
+    Raises:
+      UserError: the split is smaller.
+    """
+    if not size:
+        return records
+    if not 0 < size <= len(records):
+        raise UserError(
+            f"--subset {size}: the split has {len(records)} pictures; expected 1 to that many"
+        )
+
+    def order(row: int) -> str:
+        return hashlib.sha256(f"{seed}:{ids[row]}".encode()).hexdigest()
+
+    ids = [record["id"] for record in records]
+    return [records[row] for row in sorted(range(len(ids)), key=order)[:size]]

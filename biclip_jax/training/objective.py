@@ -1,0 +1,289 @@
+"""The loss of one batch: views, two passes of the U-Net, and the parts of L put together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from biclip_jax.models.biclip import BiCLIP, Fused, Segmented, View, text_inputs, to_unit_rgb
+from biclip_jax.training import losses, views
+from biclip_jax.training.state import TrainState
+
+TEXT_STREAM = 2  # of an example's key; 0 and 1 are the two views'
+
+
+class Recipe(NamedTuple):
+    """What training does, as values that a compiled step is bound to.
+
+    Attributes:
+      weights: {"gen", "iac", "cycle", "pseudo_labels", "mean_teacher"}: of the parts; 0 is off.
+      geometry: of the weak view.
+      geometry_first: whether the picture moves before it meets the sentence (`full`),
+        whose sides are then exchanged by a flip, or after (`published`).
+      strong: of the strong view.
+      segment_strong: whether L_seg is the mean over both views, or the weak view's.
+      double_sigmoid: see `losses.segmentation_loss`.
+      iac_learner: see `losses.consistency_loss`.
+      cycle_distance: see `losses.cycle_loss`.
+      text_dropout: probability that an example loses its sentence.
+      labelled: share of a batch that has masks.
+      confidence: see `losses.pseudo_label_loss`.
+      ramp_steps: until the unlabelled losses have their full weight.
+      ema_teacher: whether their targets come from the average of the parameters.
+    """
+
+    weights: Mapping[str, float]
+    geometry: views.Geometry = views.Geometry()
+    geometry_first: bool = False
+    strong: views.Strong = views.Strong()
+    segment_strong: bool = False
+    double_sigmoid: bool = False
+    iac_learner: str = "weak"
+    cycle_distance: str = "l1"
+    text_dropout: float = 0.0
+    labelled: float = 1.0
+    confidence: float = 0.95
+    ramp_steps: int = 0
+    ema_teacher: bool = False
+
+    @property
+    def learns_from_teacher(self) -> bool:
+        """Whether the teacher's masks are a target."""
+        return self.on("pseudo_labels") or self.on("mean_teacher")
+
+    @property
+    def needs_strong_view(self) -> bool:
+        """Whether anything is asked of the second pass."""
+        return self.segment_strong or self.on("iac") or self.learns_from_teacher
+
+    def on(self, name: str) -> bool:
+        """Whether a part of the loss has a weight."""
+        return self.weights.get(name, 0.0) > 0
+
+
+def make_recipe(config: Mapping[str, Any], labelled: float = 1.0) -> Recipe:
+    """The recipe of a resolved configuration.
+
+    Args:
+      config: with the fields loss, views, model.text.dropout and optim.ema_decay.
+      labelled: share of a batch that has masks.
+
+    Raises:
+      ValueError: losses of unlabelled pictures where there are none.
+    """
+    loss, geometry = config["loss"], dict(config["views"])
+    strong = views.Strong(**geometry.pop("strong"))
+    geometry_first = geometry.pop("geometry_first")
+    names = ("gen", "iac", "cycle", "pseudo_labels", "mean_teacher")
+    recipe = Recipe(
+        weights={name: loss[name] for name in names},
+        geometry=views.Geometry(**geometry),
+        geometry_first=geometry_first,
+        strong=strong,
+        segment_strong=loss["views"] == "both",
+        double_sigmoid=loss["double_sigmoid"],
+        iac_learner=loss["iac_learner"],
+        cycle_distance=loss["cycle_distance"],
+        text_dropout=config["model"]["text"]["dropout"],
+        labelled=labelled,
+        confidence=loss["confidence"],
+        ramp_steps=loss["ramp_steps"],
+        ema_teacher=config["optim"]["ema_decay"] > 0,
+    )
+    if recipe.learns_from_teacher and labelled == 1:
+        raise ValueError(
+            "loss.pseudo_labels and loss.mean_teacher are of unlabelled pictures; "
+            "set data.unlabelled, or both to 0"
+        )
+    return recipe
+
+
+class Example(NamedTuple):
+    """A batch as the model meets it.
+
+    Attributes:
+      image, mask: (B, H, W, 3) and (B, H, W, 1) in [0, 1].
+      text: the sentence's fields, see `models.biclip.text_inputs`.
+      labelled: (B,) 1 where the mask counts, else 0.
+    """
+
+    image: Float[Array, "b h w 3"]
+    mask: Float[Array, "b h w 1"]
+    text: dict[str, Array]
+    labelled: Float[Array, " b"]
+
+
+def objective(
+    params: Any,
+    state: TrainState,
+    batch: Mapping[str, Array],
+    keys: Key[Array, " b"],
+    *,
+    model: BiCLIP,
+    recipe: Recipe,
+) -> tuple[Float[Array, ""], tuple[Any, dict[str, Float[Array, " b"]]]]:
+    """L = L_seg + sum of w_k L_k, meaned over the batch.
+
+    L_seg and L_gen are meaned over the labelled examples alone: each is divided by the
+    share of them, which is the same in every batch.
+
+    Args:
+      params: of the model, those that are trained.
+      state: for the rest: frozen parameters, statistics, average, step.
+      batch: a `Batch`; B is this device's share.
+      keys: (B,) one key an example.
+      model: bound with `functools.partial`, like `recipe`.
+
+    Returns:
+      The loss, and (new batch statistics, {name: (B,) values}).
+    """
+    geometry_keys, strong_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    example = read(batch, keys, geometry_keys, recipe)
+    variables = {"params": {**params, **state.frozen}, "batch_stats": state.batch_stats}
+    fused = model.apply(variables, example.image, **example.text, train=True, method=model.fuse)
+    weak, mask = weak_view(example, fused, geometry_keys, recipe)
+    height, width = mask.shape[1:3]
+    deformation = views.random_deformation(strong_keys, height, width, recipe.strong)
+    passes, strong_mask = [weak], mask
+    if recipe.needs_strong_view:
+        strong, strong_mask = strong_view(weak, mask, strong_keys, deformation, recipe)
+        passes.append(strong)
+    out, updates = model.apply(
+        variables, passes, method=model.segment_views, mutable=["batch_stats"]
+    )
+    parts = {"seg": segmentation(out, (mask, strong_mask), example.labelled, recipe)}
+    parts |= fusion_parts(example, fused, recipe)
+    if recipe.on("iac"):
+        parts["iac"] = consistency(out[0], out[1], deformation, recipe)
+    if recipe.learns_from_teacher:
+        logits = out[0].logits
+        if recipe.ema_teacher:
+            logits = teacher_logits(model, state, example, geometry_keys, recipe)
+        found = teacher_parts(out[1].logits, logits, deformation, recipe)
+        unlabelled = (1 - example.labelled) / (1 - recipe.labelled)
+        parts |= {name: unlabelled * part for name, part in found.items()}
+    ramp = jnp.minimum(state.step / recipe.ramp_steps, 1.0) if recipe.ramp_steps else 1.0
+    scale = {"pseudo_labels": ramp, "mean_teacher": ramp}
+    total = parts["seg"] + sum(
+        recipe.weights[name] * scale.get(name, 1.0) * part
+        for name, part in parts.items()
+        if name != "seg"
+    )
+    values = {"loss": total, **{f"loss_{name}": part for name, part in parts.items()}}
+    return total.mean(), (updates.get("batch_stats", {}), values)
+
+
+def read(batch: Mapping[str, Array], keys: Any, geometry_keys: Any, recipe: Recipe) -> Example:
+    """The batch as float pictures; moved already, sentence and all, where geometry comes first."""
+    image, mask = to_unit_rgb(batch["image"]), batch["mask"].astype(jnp.float32)
+    text, labelled = text_inputs(batch), jnp.ones(len(mask))
+    if recipe.labelled < 1:
+        labelled = batch["labelled"].astype(jnp.float32)
+    if recipe.geometry_first:
+        (image, mask), flipped = views.move(geometry_keys, (image, mask), recipe.geometry)
+        mask = jnp.round(mask)
+        text = {name: _choose(flipped, batch[f"mirrored_{name}"], text[name]) for name in text}
+    if recipe.text_dropout:
+        text_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, TEXT_STREAM)
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - recipe.text_dropout))(text_keys)
+        text["has_text"] = text["has_text"] & keep
+    return Example(image, mask, text, labelled)
+
+
+def weak_view(
+    example: Example, fused: Fused, geometry_keys: Any, recipe: Recipe
+) -> tuple[View, Float[Array, "b h w 1"]]:
+    """The weak view and its mask; moved now where geometry comes after the fusion."""
+    image, pseudo, mask = example.image, fused.pseudo_image, example.mask
+    if not recipe.geometry_first:
+        maps = (image, mask) if pseudo is None else (image, mask, pseudo)
+        (image, mask, *moved), _ = views.move(geometry_keys, maps, recipe.geometry)
+        mask, pseudo = jnp.round(mask), moved[0] if moved else None
+    return View(image, pseudo, fused.refined_text), mask
+
+
+def strong_view(
+    weak: View,
+    mask: Float[Array, "b h w 1"],
+    strong_keys: Any,
+    deformation: views.Deformation,
+    recipe: Recipe,
+) -> tuple[View, Float[Array, "b h w 1"]]:
+    """The strong view of the weak one, and its mask; the sentence is mixed like the picture."""
+    maps = [weak.image, mask] + ([] if weak.pseudo_image is None else [weak.pseudo_image])
+    image, mask, *pseudo = views.deform(maps, deformation)
+    image = jax.vmap(views.change_strongly, (0, 0, None))(strong_keys, image, recipe.strong)
+    text = None if weak.text is None else views.mix(weak.text, deformation)
+    return View(image, pseudo[0] if pseudo else None, text), jnp.round(mask)
+
+
+def segmentation(
+    out: list[Segmented], masks: Any, labelled: Float[Array, " b"], recipe: Recipe
+) -> Float[Array, " b"]:
+    """L_seg of the weak view, or the mean of both views', of the labelled examples."""
+    pairs = list(zip(out, masks, strict=False))[: 2 if recipe.segment_strong else 1]
+    loss = [losses.segmentation_loss(o.logits, m, recipe.double_sigmoid) for o, m in pairs]
+    return labelled * sum(loss) / len(loss) / recipe.labelled
+
+
+def fusion_parts(example: Example, fused: Fused, recipe: Recipe) -> dict[str, Array]:
+    """L_gen of the labelled examples and L_cycle of all."""
+    parts = {}
+    if recipe.on("gen") and fused.pseudo_image is not None:
+        part = losses.generator_loss(fused.pseudo_image, example.image, example.mask)
+        parts["gen"] = example.labelled * part / recipe.labelled
+    if recipe.on("cycle") and fused.text is not None and fused.cycle_text is not None:
+        parts["cycle"] = losses.cycle_loss(fused.text, fused.cycle_text, recipe.cycle_distance)
+    return parts
+
+
+def consistency(
+    weak: Segmented, strong: Segmented, deformation: views.Deformation, recipe: Recipe
+) -> Float[Array, " b"]:
+    """L_IAC, meaned over the decoder blocks; the target is mixed like the strong view."""
+    loss = [
+        losses.consistency_loss(
+            views.mix(weak.embeddings[block], deformation),
+            strong.embeddings[block],
+            recipe.iac_learner,
+        )
+        for block in weak.embeddings
+    ]
+    return sum(loss[1:], loss[0]) / len(loss)
+
+
+def teacher_logits(
+    model: BiCLIP, state: TrainState, example: Example, geometry_keys: Any, recipe: Recipe
+) -> Float[Array, "b h w 1"]:
+    """The averaged model's answer to the weak view, with the batch's own statistics."""
+    params = {**state.ema["params"], **state.frozen}
+    variables = {"params": params, "batch_stats": state.ema["batch_stats"]}
+    fused = model.apply(variables, example.image, **example.text, method=model.fuse)
+    view, _ = weak_view(example, fused, geometry_keys, recipe)
+    (out,), _ = model.apply(variables, [view], method=model.segment_views, mutable=["batch_stats"])
+    return out.logits
+
+
+def teacher_parts(
+    logits: Float[Array, "b h w 1"],
+    target_logits: Float[Array, "b h w 1"],
+    deformation: views.Deformation,
+    recipe: Recipe,
+) -> dict[str, Array]:
+    """The strong view against the teacher's masks of the weak one, moved alike."""
+    probs = jax.lax.stop_gradient(jax.nn.sigmoid(target_logits))
+    (probs,) = views.deform([probs], deformation)
+    parts = {}
+    if recipe.on("pseudo_labels"):
+        parts["pseudo_labels"] = losses.pseudo_label_loss(logits, probs, recipe.confidence)
+    if recipe.on("mean_teacher"):
+        parts["mean_teacher"] = losses.squared_error(logits, probs)
+    return parts
+
+
+def _choose(condition, yes, no):
+    return jnp.where(condition.reshape(-1, *[1] * (yes.ndim - 1)), yes, no)

@@ -1,0 +1,126 @@
+"""`full` against its twin in PyTorch: forward, losses, gradients, statistics."""
+
+import copy
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+
+from biclip_jax.models import biclip
+from biclip_jax.models.unet import block_names
+from biclip_jax.training import objective, views
+from biclip_jax.training import state as train_state
+from tests import tiny
+
+torch = pytest.importorskip("torch")
+from tests.parity.test_published import nchw, nhwc, to_flax, to_torch  # noqa: E402
+from tests.torch_twin import TorchBiCLIP, full_loss, randomize_  # noqa: E402
+
+SIZE, WIDTH, FEATURES = 56, 4, 24
+
+
+@functools.cache
+def pair(norm: str, levels: int = 3):
+    """The twin with random values at every level, and our model with the same."""
+    torch.manual_seed(0)
+    widths = tuple(WIDTH * 2**i for i in range(levels))
+    sizes = {"widths": widths, "encoder_widths": (WIDTH, 4 * WIDTH), "norm": norm}
+    sizes |= {"cycle_widths": (WIDTH // 2, WIDTH), "image_size": SIZE, "level_hidden": 20}
+    twin = randomize_(TorchBiCLIP(text_feature_dim=FEATURES, **sizes), seed=1)
+    model = biclip.BiCLIP(**sizes, levels=block_names(levels))
+    return twin, model, {"batch_stats": {}, **to_flax(twin)}
+
+
+def inputs(batch: int, seed: int = 0):
+    """Pictures in black and white, uint8, text features, masks, as (B, H, W, C) arrays."""
+    rng = np.random.default_rng(seed)
+    # Black and white alone: k / 255 may round differently under jit, enough to flip a ReLU.
+    pixels = np.where(rng.random((batch, SIZE, SIZE, 3)) > 0.5, 255, 0).astype(np.uint8)
+    mask = (rng.random((batch, SIZE, SIZE, 1)) > 0.7).astype(np.uint8)
+    return jnp.asarray(pixels), rng.standard_normal((batch, FEATURES)), jnp.asarray(mask)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_every_parameter_has_a_name_in_the_twin(norm):
+    _, model, variables = pair(norm)
+    image, text = jnp.zeros((1, SIZE, SIZE, 3)), jnp.zeros((1, FEATURES))
+    fresh = jax.eval_shape(lambda: model.init(jax.random.key(0), image, text_features=text))
+    want = {k: v.shape for k, v in flatten_dict(fresh, sep="/").items()}
+    have = {k: v.shape for k, v in flatten_dict(variables, sep="/").items() if k != "batch_stats"}
+    assert have == want
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_the_whole_network_matches_the_twin(norm):
+    twin, model, variables = pair(norm)
+    twin.eval()
+    pixels, text, _ = inputs(2)
+    image = biclip.to_unit_rgb(pixels)
+    with torch.no_grad(), jax.default_matmul_precision("highest"):
+        logits = twin(nchw(image), to_torch(text).float())
+        ours, _ = model.apply(variables, image, text_features=jnp.asarray(text, jnp.float32))
+    assert np.abs(nhwc(logits) - ours).max() <= 1e-4 * float(logits.std())
+
+
+@pytest.mark.parametrize("norm", ["batch", pytest.param("group", marks=pytest.mark.slow)])
+def test_losses_gradients_and_statistics_match_the_twin(monkeypatch, norm):
+    """With a flip first, the sentence mirrored, a fixed box in each pair, a fixed strong light."""
+    box = np.zeros((4, SIZE, SIZE, 1), bool)
+    box[:2, 3:30, 8:40], box[2:, 20:44, :16] = True, True
+    fixed = views.Deformation(None, jnp.asarray(box))
+    monkeypatch.setattr(views, "random_deformation", lambda *_: fixed)
+    monkeypatch.setattr(views, "change_strongly", lambda _key, image, _strong: darker(image))
+    with jax.enable_x64(True):  # see test_published
+        check_training_step(norm, box)
+
+
+def darker(image):
+    return jnp.clip(image * 0.8 + 0.05, 0, 1)
+
+
+def check_training_step(norm, box):
+    # Two levels: compiling is what takes the time here.
+    twin, model, _ = pair(norm, levels=2)
+    twin = copy.deepcopy(twin).double().train()
+    model, variables = model.clone(dtype=jnp.float64), {"batch_stats": {}, **to_flax(twin)}
+    pixels, text, mask = inputs(4)
+    image, double = biclip.to_unit_rgb(pixels), torch.float64
+    total, parts = full_loss(
+        twin,
+        nchw(image[:, :, ::-1]).to(double),
+        to_torch(text),
+        nchw(mask[:, :, ::-1]).to(double),
+        nchw(box),
+        lambda x: (x * 0.8 + 0.05).clamp(0, 1),
+    )
+    total.backward()
+    statistics = flatten_dict(to_flax(twin).get("batch_stats", {}), sep="/")
+    for parameter in twin.parameters():
+        parameter.data = parameter.grad
+    gradients = flatten_dict(to_flax(twin)["params"], sep="/")
+
+    recipe = tiny.recipe("full", geometry=views.Geometry(1.0, 0.0, 0.0), text_dropout=0.0)
+    bound = functools.partial(objective.objective, model=model, recipe=recipe)
+    # Every example is flipped: the mirrored sentence alone may be looked at.
+    batch = {"image": pixels, "mask": mask, "text_features": jnp.full(text.shape, jnp.nan)}
+    batch["mirrored_text_features"] = jnp.asarray(text)
+    step = jax.jit(jax.value_and_grad(bound, has_aux=True))
+    state = train_state.create(variables, optax.sgd(1.0))
+    keys = jax.random.split(jax.random.key(0), len(pixels))
+    (loss, (updated, values)), grads = step(variables["params"], state, batch, keys)
+    assert float(loss) == pytest.approx(total.item(), rel=1e-6)
+    for name, part in parts.items():
+        found = float(values[f"loss_{name}"].mean())
+        assert found == pytest.approx(part.item(), rel=1e-6, abs=1e-11), name
+    assert (norm == "batch") == bool(statistics)
+    for name, value in flatten_dict(updated, sep="/").items():
+        np.testing.assert_allclose(value, statistics[name], rtol=1e-5, err_msg=name)
+    assert grads.keys() == variables["params"].keys()
+    for name, value in flatten_dict(grads, sep="/").items():
+        scale = float(jnp.abs(gradients[name]).max())
+        assert scale > 0, name
+        assert float(jnp.abs(value - gradients[name]).max()) <= 1e-5 * scale, name

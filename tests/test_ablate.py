@@ -1,0 +1,122 @@
+"""The comparison door: what it runs, what it repeats, and the table it makes of the results."""
+
+import json
+import statistics
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from biclip_jax import ablate, cli
+
+SCORES = {"unet": {0: 0.5, 1: 0.7}, "full": {0: 0.8, 1: 0.9}}
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """Stands in for the training process; a list of the commands it was given."""
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        config = cli.load_config(command[command.index("--config") + 1], [])
+        variant = config.name.rsplit("smoke_", 1)[1]
+        seed = int(next(c for c in command if "config.seed=" in c).split("=")[1])
+        workdir = Path(command[-1])
+        if (variant, seed) in broken:
+            return subprocess.CompletedProcess(command, 2)
+        score = dict.fromkeys(ablate.METRICS, SCORES[variant][seed])
+        conditions = {"right": score, "missing": dict.fromkeys(ablate.METRICS, 0.1)}
+        (workdir / "test").mkdir(parents=True)
+        (workdir / "test/results.json").write_text(json.dumps({"conditions": conditions}))
+        (workdir / "labels.json").write_text('{"num_images": 32}')
+        return subprocess.CompletedProcess(command, 0)
+
+    broken = set()
+    monkeypatch.setattr(ablate.subprocess, "run", run)
+    return commands, broken
+
+
+def start(tmp_path, *more):
+    """Runs the door; its exit status."""
+    argv = ["--config", "default:smoke", "--variants", "unet,full", "--workdir", str(tmp_path)]
+    with pytest.raises(SystemExit) as ended:
+        ablate.main([*argv, *more])
+    return ended.value.code
+
+
+def test_every_variant_and_seed_is_trained_once_with_the_same_fields(trainings, tmp_path):
+    commands, _ = trainings
+    assert start(tmp_path, "--seeds", "0,1", "--config.batch_size=4") == 0
+    assert len(commands) == 4
+    assert all("--config.batch_size=4" in command for command in commands)
+    assert len({command[-1] for command in commands}) == 4
+    assert start(tmp_path, "--seeds", "0,1", "--config.batch_size=4") == 0
+    assert len(commands) == 4  # nothing is repeated
+
+
+def test_the_table_has_mean_and_spread_and_links_every_run(trainings, tmp_path, capsys):
+    start(tmp_path, "--seeds", "0,1")
+    outcome = json.loads((tmp_path / "ablation.json").read_text())
+    rows = {row["variant"]: row for row in outcome["rows"]}
+    for variant, scores in SCORES.items():
+        found = rows[variant]["dice_global"]
+        assert found["mean"] == pytest.approx(statistics.fmean(scores.values()))
+        assert found["sd"] == pytest.approx(statistics.stdev(scores.values()))
+        for seed, score in scores.items():
+            run = rows[variant]["seeds"][str(seed)]
+            assert run["dice_mean"] == score
+            assert (tmp_path / run["run"] / "test/results.json").exists()
+            assert run["run"] in (tmp_path / "ablation.md").read_text()
+            assert run["run"] in outcome["runs"]
+    assert "85.00 ± 7.07" in capsys.readouterr().out
+
+
+def test_one_seed_has_no_spread(trainings, tmp_path):
+    start(tmp_path)
+    rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]
+    assert [row["dice_global"]["sd"] for row in rows] == [None, None]
+    assert "±" not in (tmp_path / "ablation.md").read_text()
+
+
+def test_a_failed_run_takes_no_other_with_it_and_is_tried_again(trainings, tmp_path, capsys):
+    commands, broken = trainings
+    broken.add(("unet", 0))
+    assert start(tmp_path) == 2
+    assert "1 of 2 runs failed" in capsys.readouterr().err
+    rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["full"]
+    broken.clear()
+    assert start(tmp_path) == 0
+    assert len(commands) == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["--variants", "unet,fulll"], "no variant 'fulll'"),
+        (["--config.batch_sise=4"], "did you mean batch_size"),
+        (["--seeds", "0,x"], "expected ints"),
+        (["--seeds", "1,1"], "without repetitions"),
+        (["--label-fractions", ""], "expected a list"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(trainings, tmp_path, capsys, more, named):
+    commands, _ = trainings
+    assert start(tmp_path / "new", *more) == 2
+    assert named in capsys.readouterr().err
+    assert not commands
+    assert not (tmp_path / "new").exists()
+
+
+def test_shares_of_labels_are_rows_of_their_own(trainings, tmp_path):
+    commands, _ = trainings
+    start(tmp_path, "--label-fractions", "0.01,1")
+    rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]
+    assert [(row["label_fraction"], row["variant"]) for row in rows] == [
+        (0.01, "unet"),
+        (0.01, "full"),
+        (1.0, "unet"),
+        (1.0, "full"),
+    ]
+    assert "--config.data.label_fraction=0.01" in commands[0]

@@ -1,0 +1,96 @@
+"""K models in one program: each is the model that its seed gives alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from biclip_jax.models import ensemble
+from biclip_jax.training import state as train_state
+from biclip_jax.training import steps
+from tests import tiny
+
+MEMBERS, STEPS = 3, 5
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """Five SGD steps of three members together, and of each alone."""
+    step, first, _, _ = tiny.train_step(optimizer="sgd")
+    members = [
+        train_state.create(tiny.init(tiny.model(), seed), tiny_optimizer())
+        for seed in range(MEMBERS)
+    ]
+    del first
+    keys = [jax.random.key(seed) for seed in range(MEMBERS)]
+    single, together = jax.jit(step), jax.jit(steps.in_turn(step))
+    stacked, alone = train_state.stack(members), list(members)
+    sums = []
+    for number in range(STEPS):
+        batches = [tiny.batch(seed=10 * number + member) for member in range(MEMBERS)]
+        joined = jax.tree.map(lambda *rows: jnp.stack(rows), *batches)
+        stacked, metrics = together(stacked, joined, jnp.stack(keys))
+        taken = [single(*one) for one in zip(alone, batches, keys, strict=True)]
+        alone = [state for state, _ in taken]
+        sums.append((metrics, [values for _, values in taken]))
+    return stacked, alone, sums
+
+
+def tiny_optimizer():
+    from biclip_jax.training import optim
+
+    fields = {"name": "sgd", "weight_decay": 0.0, "clip_norm": 0.0, "tower_learning_rate": 0.0}
+    return optim.make_optimizer(fields, 1e-2)
+
+
+def test_three_in_one_program_are_three_runs(runs):
+    stacked, alone, _ = runs
+    assert train_state.step_of(stacked) == STEPS
+    for member, state in enumerate(alone):
+        ours = jax.tree.map(lambda x, k=member: x[k], (stacked.params, stacked.batch_stats))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5),
+            ours,
+            (state.params, state.batch_stats),
+        )
+    first, second = (jax.tree.leaves(state.params) for state in alone[:2])
+    assert any(np.abs(a - b).max() > 1e-3 for a, b in zip(first, second, strict=True))
+
+
+def test_metrics_are_summed_over_the_members(runs):
+    for together, single in runs[2]:
+        total, count = together["loss"]
+        assert float(count) == sum(float(values["loss"][1]) for values in single)
+        wanted = sum(float(values["loss"][0]) for values in single)
+        assert float(total) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_ensemble_answers_with_the_mean_of_its_members_probabilities(runs):
+    stacked, alone, _ = runs
+    batch, member = tiny.batch(2), tiny.model()
+    image = jnp.asarray(batch["image"] / 255.0, jnp.float32).repeat(3, -1)
+    text = {name: batch[name] for name in ("text_ids", "text_mask", "has_text")}
+    variables = ensemble.stacked(train_state.variables_of(stacked))
+    model = ensemble.Ensemble(member, MEMBERS)
+    logits, aux = jax.jit(model.apply)(variables, image, **text)
+    answers = [
+        jax.nn.sigmoid(member.apply(train_state.variables_of(state), image, **text)[0])
+        for state in alone
+    ]
+    np.testing.assert_allclose(jax.nn.sigmoid(logits), np.mean(answers, axis=0), atol=1e-5)
+    assert aux["member_logits"].shape == (MEMBERS, 2, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 1)
+    for index, answer in enumerate(answers):
+        one = ensemble.member_of(variables, index)
+        again = jax.nn.sigmoid(member.apply(one, image, **text)[0])
+        np.testing.assert_allclose(again, answer, atol=1e-5)
+
+
+def test_parameters_of_an_ensemble_are_initialised_apart():
+    batch = tiny.batch(1)
+    image = jnp.zeros((1, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3))
+    text = {name: batch[name] for name in ("text_ids", "text_mask")}
+    model = ensemble.Ensemble(tiny.model(), 2)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image, **text))
+    single = jax.eval_shape(lambda: tiny.model().init(jax.random.key(0), image, **text))
+    wanted = jax.tree.map(lambda x: (2, *x.shape), single["params"])
+    assert jax.tree.map(lambda x: x.shape, shapes["params"]["member"]) == wanted

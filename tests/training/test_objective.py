@@ -1,0 +1,398 @@
+"""The objective: its parts, who learns from what, which view sees which sentence.
+
+Most of it over a model of a few numbers, whose answers are worked out by hand.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy.spatial.distance import cosine
+from scipy.special import expit
+
+from biclip_jax.models.biclip import Fused, Segmented
+from biclip_jax.training import losses, objective, views
+from biclip_jax.training import state as train_state
+from tests import tiny
+
+SIZE, NUM, TEXT = 8, 4, 5
+STILL = views.Geometry(0.0, 0.0, 0.0)
+PARTS = {"gen": 0.3, "iac": 0.5, "cycle": 0.7, "pseudo_labels": 1.1, "mean_teacher": 1.3}
+
+
+class Plain:
+    """A few numbers in the place of the network."""
+
+    fuse, segment_views = "fuse", "segment_views"
+
+    def __init__(self):
+        self.num_views = []
+
+    def apply(self, variables, first, *, method, mutable=(), train=False, **text):
+        params = variables["params"]
+        if method == self.fuse:
+            t = params["text"] * text["text_features"]
+            if "has_text" in text:
+                t = jnp.where(text["has_text"][:, None], t, params["empty"])
+            pseudo = jax.nn.sigmoid(params["pseudo"] * t.sum(-1))[:, None, None, None]
+            pseudo = pseudo * jnp.ones((1, *first.shape[1:]))
+            return Fused(t, t, pseudo, params["cycle"] * t if train else None)
+        self.num_views.append(len(first))
+        out = [self.segment(params, view) for view in first]
+        return out, {"batch_stats": {"seen": variables["batch_stats"]["seen"] + len(first)}}
+
+    def segment(self, params, view):
+        logits = params["image"] * (view.image + view.pseudo_image).mean(-1, keepdims=True)
+        logits = logits + params["level"] * view.text.sum(-1)[:, None, None, None]
+        moments = [logits.mean((1, 2, 3)), jnp.square(logits).mean((1, 2, 3)), view.text.sum(-1)]
+        return Segmented(logits, {"decoder_0": jnp.stack(moments, -1)})
+
+
+def plain_state(step=0, average=True, seed=0):
+    rng = np.random.default_rng(seed)
+    names = ("text", "empty", "pseudo", "cycle", "image", "level")
+    params = {name: jnp.float32(rng.uniform(0.5, 1.5)) for name in names}
+    variables = {"params": params, "batch_stats": {"seen": jnp.float32(0)}}
+    state = train_state.create(variables, optax.sgd(1.0), average=average)
+    return state.replace(step=jnp.int32(step))
+
+
+def plain_batch(labelled=NUM, seed=0):
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (NUM, SIZE, SIZE, 1)).astype(np.uint8)
+    known = np.arange(NUM) < labelled
+    return {
+        "image": jnp.asarray(image),
+        "mask": jnp.asarray((image > 127) & known[:, None, None, None]).astype(jnp.uint8),
+        "labelled": jnp.asarray(known),
+        "text_features": jnp.asarray(rng.standard_normal((NUM, TEXT)), jnp.float32),
+        "mirrored_text_features": jnp.asarray(rng.standard_normal((NUM, TEXT)), jnp.float32),
+        "has_text": jnp.ones(NUM, bool),
+        "mirrored_has_text": jnp.ones(NUM, bool),
+    }
+
+
+def recipe(weights=None, **changes):
+    """Both views learn, nothing moves, and only CutMix makes the strong view."""
+    made = objective.Recipe(
+        weights or {},
+        geometry=STILL,
+        strong=views.Strong(light=False, cutmix=1.0),
+        segment_strong=True,
+        iac_learner="strong",
+        cycle_distance="l2",
+        labelled=0.5,
+        confidence=0.5,
+    )
+    return made._replace(**changes)
+
+
+def bind(recipe, state=None, batch=None, model=None):
+    """The objective and its arguments."""
+    state = state or plain_state()
+    batch = batch or plain_batch(round(NUM * recipe.labelled))
+    keys = jax.random.split(jax.random.key(3), NUM)
+    bound = partial(objective.objective, model=model or Plain(), recipe=recipe)
+    return bound, (state.params, state, batch, keys)
+
+
+def run(*args, **kwargs):
+    """The loss, the values of each example, and the gradients; compiling would take longer."""
+    bound, inputs = bind(*args, **kwargs)
+    (loss, (_, values)), grads = jax.value_and_grad(bound, has_aux=True)(*inputs)
+    return float(loss), {k: np.asarray(v) for k, v in values.items()}, grads
+
+
+def names_of(*args, **kwargs):
+    """Names of the values, without their computation."""
+    bound, inputs = bind(*args, **kwargs)
+    return set(jax.eval_shape(bound, *inputs)[1][1])
+
+
+def boxes():
+    """What CutMix drew for `run`."""
+    _, keys = jax.vmap(jax.random.split, out_axes=1)(jax.random.split(jax.random.key(3), NUM))
+    return views.random_deformation(keys, SIZE, SIZE, recipe().strong)
+
+
+@pytest.mark.parametrize(("step", "ramp_steps", "ramp"), [(0, 0, 1), (1, 4, 0.25), (9, 4, 1)])
+def test_the_parts_add_up_with_their_weights(step, ramp_steps, ramp):
+    loss, values, _ = run(recipe(PARTS, ramp_steps=ramp_steps), plain_state(step))
+    assert set(values) == {"loss", "loss_seg", *(f"loss_{name}" for name in PARTS)}
+    weights = {name: w * (ramp if name in ("pseudo_labels", "mean_teacher") else 1)
+               for name, w in PARTS.items()}
+    expected = values["loss_seg"] + sum(w * values[f"loss_{name}"] for name, w in weights.items())
+    np.testing.assert_allclose(values["loss"], expected, rtol=1e-5)
+    assert loss == pytest.approx(values["loss"].mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_without_a_weight_is_absent(name):
+    whole = {"loss", "loss_seg", *(f"loss_{part}" for part in PARTS)}
+    assert names_of(recipe({**PARTS, name: 0.0})) == whole - {f"loss_{name}"}
+
+
+def test_without_use_for_it_there_is_no_strong_view():
+    for changes, num_views in [
+        ({}, 2),
+        ({"segment_strong": False}, 1),
+        ({"segment_strong": False, "weights": {"iac": 0.1}}, 2),
+        ({"segment_strong": False, "weights": {"gen": 0.1, "cycle": 0.1}}, 1),
+        ({"segment_strong": False, "weights": {"mean_teacher": 0.1}}, 2),
+    ]:
+        model = Plain()
+        names_of(recipe(**changes), model=model)
+        assert model.num_views == [num_views], changes
+
+
+def by_hand(params, batch, box):
+    """mean over the labelled rows of L_seg on both views plus 0.3 L_gen, with no help of ours."""
+    half = NUM // 2
+    image = jnp.repeat(batch["image"][:half] / 255, 3, -1)
+    mask, box = batch["mask"][:half].astype(jnp.float32), box[:half]
+    text = params["text"] * batch["text_features"][:half]
+    area = box.mean((1, 2, 3))[:, None]
+    pseudo = jax.nn.sigmoid(params["pseudo"] * text.sum(-1))[:, None, None, None]
+    pseudo = jnp.broadcast_to(pseudo, image.shape)
+    loss = 0.3 * jnp.abs(pseudo - image * mask).mean()
+    strong = [jnp.where(box, x[::-1], x) for x in (image, pseudo, mask)]
+    mixed = (1 - area) * text + area * text[::-1]
+    for x, p, y, t in [(image, pseudo, mask, text), (*strong, mixed)]:
+        z = params["image"] * (x + p).mean(-1, keepdims=True)
+        probs = jax.nn.sigmoid(z + params["level"] * t.sum(-1)[:, None, None, None])
+        sums = (probs * y).sum((1, 2, 3)), (probs + y).sum((1, 2, 3))
+        dice = 1 - (2 * sums[0] + 1e-5) / (sums[1] + 1e-5)
+        entropy = -(y * jnp.log(probs) + (1 - y) * jnp.log(1 - probs)).mean((1, 2, 3))
+        loss = loss + (dice + entropy).mean() / 2
+    return loss
+
+
+def test_masks_teach_the_labelled_rows_alone_and_at_full_weight():
+    state, batch = plain_state(), plain_batch(NUM // 2)
+    loss, values, grads = run(recipe({"gen": 0.3}), state, batch)
+    expected, wanted = jax.value_and_grad(by_hand)(state.params, batch, boxes().box)
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    for name, value in grads.items():
+        assert float(value) == pytest.approx(float(wanted[name]), rel=1e-4, abs=1e-6), name
+    for name in ("loss_seg", "loss_gen"):
+        assert (values[name][: NUM // 2] > 0).all()
+        assert not values[name][NUM // 2 :].any()
+
+
+def test_masks_of_unlabelled_rows_change_nothing():
+    batch = plain_batch(NUM // 2)
+    unknown = np.arange(NUM)[:, None, None, None] >= NUM // 2
+    filled = {**batch, "mask": jnp.where(unknown, 1, batch["mask"]).astype(jnp.uint8)}
+    first, other = run(recipe(PARTS), batch=batch), run(recipe(PARTS), batch=filled)
+    jax.tree.map(np.testing.assert_array_equal, first, other)
+
+
+def answers(state, params):
+    """Probabilities of the weak view with these parameters, by hand."""
+    batch = plain_batch(NUM // 2)
+    image = np.repeat(np.asarray(batch["image"], np.float64) / 255, 3, -1)
+    p = {name: float(value) for name, value in params.items()}
+    text = p["text"] * np.asarray(batch["text_features"], np.float64)
+    pseudo = expit(p["pseudo"] * text.sum(-1))[:, None, None, None]
+    logits = p["image"] * (image.mean(-1, keepdims=True) + pseudo)
+    return expit(logits + p["level"] * text.sum(-1)[:, None, None, None])
+
+
+@pytest.mark.parametrize("ema_teacher", [False, True])
+def test_the_teacher_teaches_the_unlabelled_rows_alone(ema_teacher):
+    """Pseudo-labels and squared error, against the averaged or the present model."""
+    state, box = plain_state(), np.asarray(boxes().box)
+    state = state.replace(ema={**state.ema, "params": plain_state(seed=1).params})
+    teacher = state.ema["params"] if ema_teacher else state.params
+    made = recipe({"pseudo_labels": 1.0, "mean_teacher": 1.0}, ema_teacher=ema_teacher)
+    model = Plain()
+    _, values, _ = run(made, state, model=model)
+    target = answers(state, teacher)
+    target = np.where(box, target[[1, 0, 3, 2]], target)
+    student = strong_logits(state.params, box)
+    expected = 2 * np.square(expit(student) - target).mean((1, 2, 3))
+    np.testing.assert_allclose(values["loss_mean_teacher"][2:], expected[2:], rtol=1e-4, atol=1e-6)
+    hard = (target >= 0.5).astype(np.float64)
+    labels = losses.segmentation_loss(jnp.asarray(student), jnp.asarray(hard))
+    np.testing.assert_allclose(values["loss_pseudo_labels"][2:], 2 * labels[2:], rtol=1e-4)
+    for name in ("loss_pseudo_labels", "loss_mean_teacher"):
+        assert not values[name][:2].any()
+    assert model.num_views == ([2, 1] if ema_teacher else [2])
+
+
+def strong_logits(params, box):
+    """Logits of the strong view, by hand."""
+    batch = plain_batch(NUM // 2)
+    p = {name: float(value) for name, value in params.items()}
+    image = np.asarray(batch["image"], np.float64) / 255
+    text = p["text"] * np.asarray(batch["text_features"], np.float64)
+    pseudo = np.broadcast_to(expit(p["pseudo"] * text.sum(-1))[:, None, None, None], image.shape)
+    area, order = box.mean((1, 2, 3))[:, None], [1, 0, 3, 2]
+    both = np.where(box, (image + pseudo)[order], image + pseudo)
+    text = (1 - area) * text + area * text[order]
+    return p["image"] * both + p["level"] * text.sum(-1)[:, None, None, None]
+
+
+def test_no_gradient_enters_the_teacher():
+    """The gradient is that with the teacher's masks as constants: here by finite differences."""
+    state, box = plain_state(), np.asarray(boxes().box)
+    _, _, grads = run(recipe({"mean_teacher": 1.0}), state)
+    _, _, without = run(recipe({}, segment_strong=True), state)
+    target = answers(state, state.params)
+    target = np.where(box, target[[1, 0, 3, 2]], target)
+
+    def loss(name, step):
+        params = {**state.params, name: state.params[name] + step}
+        return np.square(expit(strong_logits(params, box)) - target)[2:].mean()
+
+    for name in ("text", "image", "level", "pseudo"):
+        slope = (loss(name, 1e-3) - loss(name, -1e-3)) / 2e-3
+        found = float(grads[name] - without[name])
+        assert found == pytest.approx(slope, rel=1e-2, abs=1e-5), name
+
+
+def test_the_consistency_target_is_mixed_by_the_area_of_the_box():
+    rng = np.random.default_rng(0)
+    weak, strong = jnp.asarray(rng.standard_normal((2, NUM, 6)), jnp.float32)
+    deformation = boxes()
+    area = np.asarray(deformation.box).mean((1, 2, 3))
+    assert (area > 0).all()
+    mixed = [(1 - area[i]) * weak[i] + area[i] * weak[i ^ 1] for i in range(NUM)]
+    expected = [cosine(mixed[i], strong[i]) for i in range(NUM)]
+
+    def found(weak, strong, learner="strong"):
+        pair = [Segmented(None, {"decoder_0": jnp.asarray(x)}) for x in (weak, strong)]
+        return objective.consistency(*pair, deformation, recipe(iac_learner=learner))
+
+    np.testing.assert_allclose(found(weak, strong), expected, rtol=1e-5)
+    for learner, learns in [("strong", (0, 1)), ("weak", (1, 0)), ("both", (1, 1))]:
+        grads = jax.grad(lambda *x, to=learner: found(*x, to).sum(), argnums=(0, 1))(weak, strong)
+        assert tuple(int(np.any(g)) for g in grads) == learns
+
+
+def test_blocks_with_a_consistency_head_count_alike():
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((2, 2, NUM, 6)).astype(np.float32)
+    still = views.Deformation(None, None)
+    pair = [Segmented(None, {"decoder_0": a, "decoder_1": b}) for a, b in jnp.asarray(rows)]
+    each = [[cosine(w, s) for w, s in zip(*rows[:, block], strict=True)] for block in (0, 1)]
+    expected = np.mean(each, axis=0)
+    np.testing.assert_allclose(objective.consistency(*pair, still, recipe()), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("geometry_first", [False, True])
+def test_losing_every_sentence_is_having_none(geometry_first):
+    batch = plain_batch(NUM // 2)
+    none = jnp.zeros(NUM, bool)
+    silent = {**batch, "has_text": none, "mirrored_has_text": none}
+    made = recipe(PARTS, geometry_first=geometry_first)
+    lost, silent = run(made._replace(text_dropout=1.0), batch=batch), run(made, batch=silent)
+    jax.tree.map(np.testing.assert_array_equal, lost, silent)
+    assert lost[0] != run(made, batch=batch)[0]
+
+
+def many(num, **changes):
+    """A batch of tiny pictures; the mirrored sentence is marked by its sign."""
+    image = np.random.default_rng(0).integers(0, 256, (num, 4, 4, 1)).astype(np.uint8)
+    features = np.arange(1, num + 1, dtype=np.float32)[:, None]
+    batch = {"image": image, "mask": (image > 127).astype(np.uint8), "has_text": np.ones(num, bool)}
+    batch |= {"text_features": features, "mirrored_text_features": -features}
+    batch |= {"mirrored_has_text": np.ones(num, bool), **changes}
+    return {name: jnp.asarray(value) for name, value in batch.items()}
+
+
+def read(batch, made):
+    keys = jax.random.split(jax.random.key(0), len(batch["image"]))
+    geometry_keys, _ = jax.vmap(jax.random.split, out_axes=1)(keys)
+    return objective.read(batch, keys, geometry_keys, made)
+
+
+def test_sentences_are_lost_with_their_probability_and_never_found():
+    some = np.arange(1000) % 4 > 0
+    made = recipe(text_dropout=0.3, labelled=1.0)
+    kept = np.asarray(read(many(1000, has_text=some), made).text["has_text"])
+    assert not kept[~some].any()
+    assert kept[some].mean() == pytest.approx(0.7, abs=0.05)
+
+
+def test_a_flip_swaps_the_sentence_exactly_where_it_happens():
+    batch = many(32, mirrored_has_text=np.zeros(32, bool))
+    geometry = views.Geometry(horizontal_flip=0.5, vertical_flip=0.0, affine=0.0)
+    example = read(batch, recipe(geometry=geometry, geometry_first=True, labelled=1.0))
+    pixels = np.asarray(batch["image"]) / np.float32(255)
+    flipped = [np.allclose(found[..., :1], was[:, ::-1]) for found, was in
+               zip(example.image, pixels, strict=True)]
+    assert 0 < sum(flipped) < 32
+    signs = np.where(flipped, -1, 1)[:, None]
+    np.testing.assert_array_equal(example.text["text_features"], signs * batch["text_features"])
+    np.testing.assert_array_equal(example.text["has_text"], ~np.array(flipped))
+    masks = [m[:, ::-1] if f else m for f, m in zip(flipped, batch["mask"], strict=True)]
+    np.testing.assert_array_equal(example.mask, masks)
+    assert example.labelled.tolist() == [1.0] * 32
+
+
+def test_published_geometry_comes_after_the_sentence():
+    batch = many(8)
+    geometry = views.Geometry(horizontal_flip=1.0, vertical_flip=0.0, affine=0.0)
+    made = recipe(geometry=geometry, geometry_first=False, labelled=1.0)
+    example = read(batch, made)
+    np.testing.assert_array_equal(example.text["text_features"], batch["text_features"])
+    np.testing.assert_allclose(example.image[..., :1], np.asarray(batch["image"]) / 255, rtol=1e-6)
+    pseudo = jnp.asarray(np.random.default_rng(1).random((8, 4, 4, 3)), jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 8)
+    view, mask = objective.weak_view(example, Fused(None, None, pseudo, None), keys, made)
+    np.testing.assert_array_equal(view.image, example.image[:, :, ::-1])
+    np.testing.assert_array_equal(view.pseudo_image, pseudo[:, :, ::-1])
+    np.testing.assert_array_equal(mask, example.mask[:, :, ::-1])
+
+
+def test_a_recipe_is_what_the_configuration_says():
+    published, full = tiny.recipe("published"), tiny.recipe("full")
+    off = {"pseudo_labels": 0.0, "mean_teacher": 0.0}
+    assert published == objective.Recipe({**tiny.WEIGHTS, **off}, views.Geometry())
+    assert full.weights == published.weights
+    assert full.geometry == views.Geometry(0.5, 0.0, 1.0, 10.0, 0.0, 1.0, 1.0)
+    assert full.strong == views.Strong(False, 0.1, 0.0, 0.3, 0.01, 0.5)
+    assert (full.geometry_first, full.segment_strong, full.text_dropout) == (True, True, 0.1)
+    assert (full.iac_learner, full.cycle_distance, full.labelled) == ("strong", "l2", 1.0)
+    semi = tiny.recipe("semi", 0.25)
+    assert (semi.labelled, semi.ema_teacher, semi.ramp_steps) == (0.25, True, 200)
+    assert semi.learns_from_teacher and not full.learns_from_teacher
+
+
+def test_losses_of_unlabelled_pictures_need_some():
+    with pytest.raises(ValueError, match=r"set data\.unlabelled, or both to 0"):
+        tiny.recipe("semi", 1.0)
+
+
+def num_convolutions(method):
+    model = tiny.model(method=method)
+    ids = jnp.zeros((1, tiny.MAX_LENGTH), jnp.int32)
+    image = jnp.zeros((1, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), image, ids, ids == 0)
+    variables = jax.tree.map(lambda x: jnp.zeros(x.shape), {"batch_stats": {}, **shapes})
+    state = train_state.create(variables, optax.sgd(1.0))
+    bound = partial(objective.objective, model=model, recipe=tiny.recipe(method))
+    keys = jax.random.split(jax.random.key(0), 2)
+    jaxpr = jax.make_jaxpr(bound)(state.params, state, tiny.batch(2), keys)
+    return str(jaxpr).count("conv_general_dilated[")
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        # U-Net of 3 levels: 5 blocks of 2, and the head; generator 1, encoders 2 each.
+        ("unet", 11),
+        ("ef_unet", 11 + 1),
+        ("one_way", 11 + 1),
+        ("published", 2 * 11 + 1 + 2 + 2),
+        ("full", 2 * 11 + 1 + 2 + 2),
+        ("no_cycle", 2 * 11 + 1 + 2),
+        ("no_generator", 2 * 11 + 2),
+    ],
+)
+def test_what_is_off_costs_nothing(method, expected):
+    assert num_convolutions(method) == expected

@@ -1,0 +1,171 @@
+"""The strong view: boxes, elastic deformation against SciPy, what is bounded and what is off."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from biclip_jax.training import views
+
+RNG = np.random.default_rng(0)
+HEIGHT, WIDTH, NUM = 16, 20, 4
+IMAGES = jnp.asarray(RNG.random((NUM, HEIGHT, WIDTH, 3)), jnp.float32)
+MASKS = (IMAGES[..., :1] > 0.5).astype(jnp.float32)
+KEYS = jax.random.split(jax.random.key(0), NUM)
+OFF = views.Strong(light=False)
+PARTNER = [1, 0, 3, 2]
+
+
+def deformation(keys=KEYS, height=HEIGHT, width=WIDTH, **strong):
+    return views.random_deformation(keys, height, width, OFF._replace(**strong))
+
+
+@pytest.fixture(scope="module")
+def boxes():
+    """500 boxes of pictures of 64 x 64, drawn with certainty."""
+    keys = jax.random.split(jax.random.key(0), 500)
+    return np.asarray(jax.vmap(lambda key: views.random_box(key, 64, 64, 1.0))(keys))[..., 0]
+
+
+def test_boxes_are_rectangles_of_the_area_and_shape_that_are_said(boxes):
+    rows, columns = boxes.any(2), boxes.any(1)
+    np.testing.assert_array_equal(boxes, rows[:, :, None] & columns[:, None, :])
+    for ends in (rows, columns):  # in one piece
+        assert (np.abs(np.diff(ends.astype(int), axis=1)).sum(1) <= 2).all()
+    sides = rows.sum(1), columns.sum(1)
+    area = sides[0] * sides[1] / 64**2
+    low, high = views.CUTMIX_AREA
+    # A side is off by up to a pixel: of the 64 * sqrt(area) that it has.
+    assert area.min() > low * 0.9
+    assert area.max() < high * 1.1
+    assert area.mean() == pytest.approx((low + high) / 2, abs=0.02)
+    shape = sides[0] / sides[1]
+    assert 0.45 < shape.min() < 0.6 < 1.7 < shape.max() < 2.2
+
+
+def test_boxes_lie_anywhere_and_come_with_their_probability(boxes):
+    middle = [np.argwhere(box).mean(0) for box in boxes]
+    np.testing.assert_allclose(np.mean(middle, 0), [31.5, 31.5], atol=2)
+    assert boxes[:, 0].any() and boxes[:, -1].any() and boxes[:, :, 0].any()
+    keys = jax.random.split(jax.random.key(1), 500)
+    some = jax.vmap(lambda key: views.random_box(key, 16, 16, 0.3))(keys)
+    assert some.any((1, 2, 3)).mean() == pytest.approx(0.3, abs=0.06)
+
+
+def test_a_pair_exchanges_the_same_box():
+    drawn = deformation(cutmix=1.0)
+    assert drawn.source is None
+    box = np.asarray(drawn.box)
+    assert box.any((1, 2, 3)).all()
+    np.testing.assert_array_equal(box, box[PARTNER])
+    assert (box[0] != box[2]).any()
+    image, mask = views.deform([IMAGES, MASKS], drawn)
+    np.testing.assert_array_equal(image, np.where(box, IMAGES[np.array(PARTNER)], IMAGES))
+    np.testing.assert_array_equal(mask, np.where(box, MASKS[np.array(PARTNER)], MASKS))
+    np.testing.assert_array_equal(views.deform([image], drawn)[0], IMAGES)  # and back
+
+
+def test_vectors_are_mixed_by_the_area_of_the_box():
+    drawn = deformation(cutmix=1.0)
+    vectors = RNG.standard_normal((NUM, 5)).astype(np.float32)
+    found = views.mix(jnp.asarray(vectors), drawn)
+    for row, other in enumerate(PARTNER):
+        area = np.asarray(drawn.box[row]).sum() / (HEIGHT * WIDTH)
+        expected = (1 - area) * vectors[row] + area * vectors[other]
+        np.testing.assert_allclose(found[row], expected, rtol=1e-5)
+    still = jnp.asarray(vectors)
+    np.testing.assert_array_equal(views.mix(still, deformation(elastic=0.1)), still)
+
+
+def test_pairs_are_exchanged_whatever_the_shape():
+    for shape in [(NUM,), (NUM, 3), (NUM, 2, 3, 1)]:
+        x = RNG.standard_normal(shape)
+        np.testing.assert_allclose(views.swap_pairs(jnp.asarray(x)), x[PARTNER], rtol=1e-6)
+
+
+def test_elastic_deformation_is_scipy_s_map_coordinates():
+    drawn = deformation(elastic=0.05)
+    assert drawn.box is None
+    image, mask = views.deform([IMAGES, MASKS], drawn)
+    for row in range(NUM):
+        source = np.asarray(drawn.source[row]).transpose(2, 0, 1)
+        for found, maps in ((image, IMAGES), (mask, MASKS)):
+            for channel in range(maps.shape[-1]):
+                expected = ndimage.map_coordinates(
+                    np.asarray(maps[row, ..., channel]), source, order=1, mode="grid-constant"
+                )
+                np.testing.assert_allclose(found[row, ..., channel], expected, atol=1e-4)
+
+
+def test_the_elastic_field_is_smooth_and_as_large_as_is_said():
+    keys = jax.random.split(jax.random.key(0), 200)
+    source = jax.vmap(lambda key: views.elastic_source(key, 56, 112, 0.02))(keys)
+    grid = np.stack(np.meshgrid(np.arange(56), np.arange(112), indexing="ij"), -1)
+    shift = np.asarray(source) - grid
+    # At a control point the field is its own shift, between them less.
+    for axis, side in enumerate((56, 112)):
+        assert 0.6 * 0.02 * side < shift[..., axis].std() < 1.05 * 0.02 * side
+    assert np.abs(np.diff(shift, axis=1)).max() < 1.0
+    assert np.abs(shift.mean((0, 1, 2))).max() < 0.2
+    apart = np.corrcoef(shift[:, 28, 56, 0], shift[:, 28, 56, 1])[0, 1]
+    assert abs(apart) < 0.25
+
+
+def test_picture_and_mask_move_alike_through_both():
+    drawn = deformation(elastic=0.05, cutmix=1.0)
+    image, mask = views.deform([jnp.repeat(MASKS, 3, -1), MASKS], drawn)
+    np.testing.assert_array_equal(image, np.repeat(mask, 3, -1))
+    (elastic,) = views.deform([MASKS], drawn._replace(box=None))
+    np.testing.assert_array_equal(mask, np.where(drawn.box, elastic[np.array(PARTNER)], elastic))
+
+
+def test_what_is_off_is_the_identity():
+    drawn = deformation()
+    assert drawn == views.Deformation(None, None)
+    for found, maps in zip(views.deform([IMAGES, MASKS], drawn), (IMAGES, MASKS), strict=True):
+        np.testing.assert_array_equal(found, maps)
+    np.testing.assert_array_equal(views.change_strongly(KEYS[0], IMAGES[0], OFF), IMAGES[0])
+
+
+def test_rows_are_drawn_by_their_own_keys():
+    """So that a device that has rows 2 and 3 draws what one with all rows does."""
+    whole, part = (deformation(keys, elastic=0.05, cutmix=1.0) for keys in (KEYS, KEYS[2:]))
+    np.testing.assert_array_equal(whole.source[2:], part.source)
+    np.testing.assert_array_equal(whole.box[2:], part.box)
+
+
+@pytest.mark.parametrize(
+    "strong",
+    [{"light": True}, {"noise": 0.5}, {"brightness": 0.9}, {"contrast": 0.9}],
+    ids=lambda strong: next(iter(strong)),
+)
+def test_strong_changes_stay_in_range_and_follow_the_key(strong):
+    change = jax.vmap(lambda key: views.change_strongly(key, IMAGES[0], OFF._replace(**strong)))
+    found = np.asarray(change(jax.random.split(jax.random.key(0), 16)))
+    assert found.min() >= 0
+    assert found.max() <= 1
+    assert np.abs(found - IMAGES[0]).max((1, 2, 3)).min() > 0
+    assert np.abs(found[0] - found[1]).max() > 1e-4
+
+
+def test_each_change_is_its_formula():
+    grey = jnp.asarray(RNG.uniform(0.4, 0.6, (64, 64, 1)), jnp.float32).repeat(3, -1)
+    keys = jax.random.split(jax.random.key(0), 200)
+
+    def changed(**strong):
+        made = OFF._replace(**strong)
+        return np.asarray(jax.vmap(lambda k: views.change_strongly(k, grey, made))(keys))
+
+    mean = float(grey.mean())
+    bright = changed(brightness=0.2) - np.asarray(grey)
+    np.testing.assert_allclose(bright, bright[:, :1, :1, :1].repeat(64, 1).repeat(64, 2).repeat(3, 3), atol=1e-5)
+    assert 0.18 < np.abs(bright).max() <= 0.2 + 1e-5
+    contrast = (changed(contrast=0.3) - mean) / (np.asarray(grey) - mean)
+    factor = np.median(contrast, axis=(1, 2, 3))
+    assert 0.7 <= factor.min() < 0.75 < 1.25 < factor.max() <= 1.3
+    noise = changed(noise=0.1) - np.asarray(grey)
+    np.testing.assert_allclose(noise[..., 0], noise[..., 2], atol=1e-6)  # one for all channels
+    deviation = noise[..., 0].std((1, 2))
+    assert deviation.min() < 0.01 < 0.09 < deviation.max() < 0.105
+    assert deviation.mean() == pytest.approx(0.05, abs=0.01)
