@@ -87,7 +87,7 @@ def sentences_of_noise(config):
 
     image, mask = noise(config)
     rows = config.batch_size
-    sentence = " ".join(f"word{i % 27}" for i in range(config.model.text.max_length))
+    sentence = " ".join(f"word{i % 27}" for i in range(config.model.text.max_length - 1))
     spoken = sentences.read(config.model.text.to_dict(), {"train": [sentence] * rows}, None)
     batch = {"image": image, "mask": mask, "row": np.arange(rows, dtype=np.int32)}
     return spoken, {**batch, **spoken.fields["train"]}

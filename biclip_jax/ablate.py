@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,9 @@ from biclip_jax import cli
 from biclip_jax.errors import UserError
 from biclip_jax.evaluation import reporting, runner
 
+# How a training ends by SIGINT or SIGTERM: then the comparison ends, too. Whatever else kills one,
+# such as want of memory, leaves the others to run.
+STOPPED = {-2: 130, -15: 143, 130: 130, 143: 143}
 METRICS = ("dice_global", "dice_mean", "iou_global", "iou_mean")
 
 
@@ -50,23 +54,23 @@ def compare(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any
     """
     root = Path(args.workdir)
     cells = [
-        Cell(variant, fraction, seed, root / variant / f"labels_{fraction:g}" / f"seed_{seed}")
+        Cell(variant, fraction, seed, root / variant / f"labels_{fraction}" / f"seed_{seed}")
         for fraction in args.label_fractions
         for seed in args.seeds
         for variant in args.variants
     ]
     commands = {cell: command_of(cell, args.config, overrides) for cell in cells}
-    for command in commands.values():
-        cli.load_config(command[1], command[2:-2])  # every mistake before the first hour
+    for cell, command in commands.items():  # every mistake before the first hour
+        check(cell, command)
     root.mkdir(parents=True, exist_ok=True)
     failed = [cell for cell in cells if not train(cell, commands[cell])]
     finished = [cell for cell in cells if cell not in failed]
     rows = [row_of(group, root) for group in grouped(finished)]
     outcome = {
-        "command": f"python -m biclip_jax.ablate {' '.join(args.argv)}",
+        "command": f"python -m biclip_jax.ablate {shlex.join(args.argv)}",
         "rows": rows,
         "runs": {
-            str(cell.workdir.relative_to(root)): f"python -m biclip_jax.train {' '.join(command)}"
+            str(cell.workdir.relative_to(root)): f"python -m biclip_jax.train {shlex.join(command)}"
             for cell, command in commands.items()
         },
     }
@@ -88,10 +92,28 @@ def command_of(cell: Cell, config: str, overrides: Sequence[str]) -> list[str]:
         joined,
         *overrides,
         f"--config.seed={cell.seed}",
-        f"--config.data.label_fraction={cell.fraction:g}",
+        f"--config.data.label_fraction={cell.fraction}",
         "--workdir",
         str(cell.workdir),
     ]
+
+
+def check(cell: Cell, command: Sequence[str]) -> None:
+    """Raises UserError where a run cannot be, or where another one lies in its place."""
+    config = cli.load_config(command[1], list(command[2:-2]))
+    if not config.final_test:
+        raise UserError("--config.final_test: the table is made of the test results; leave it on")
+    path = cell.workdir / "config.json"
+    if not path.exists():
+        return
+    towers = ("model.text.tower", "model.image.tower")  # written by the run, not configured
+    changed = cli.changed_fields(path, json.loads(config.to_json()), towers)
+    if changed:
+        listed = ", ".join(f"{k} ({a} -> {b})" for k, (a, b) in list(changed.items())[:5])
+        raise UserError(
+            f"{path}: a run with another configuration lies there: {listed}; "
+            "give another --workdir, or the same fields"
+        )
 
 
 def train(cell: Cell, command: Sequence[str]) -> bool:
@@ -104,8 +126,8 @@ def train(cell: Cell, command: Sequence[str]) -> bool:
     with (cell.workdir / "train.log").open("a", encoding="utf-8") as log:
         program = [sys.executable, "-m", "biclip_jax.train", *command]
         status = subprocess.run(program, stdout=log, stderr=subprocess.STDOUT, check=False)
-    if status.returncode < 0 or status.returncode in (130, 143):
-        sys.exit(status.returncode)
+    if status.returncode in STOPPED:
+        sys.exit(STOPPED[status.returncode])
     if status.returncode:
         lines = (cell.workdir / "train.log").read_text(encoding="utf-8").splitlines()
         print(f"{cell.workdir}: failed: {lines[-1] if lines else status.returncode}", flush=True)
@@ -131,6 +153,7 @@ def row_of(group: Sequence[Cell], root: Path) -> dict[str, Any]:
     The deviation is that of a sample; None for one seed.
     """
     found = {cell: read_results(cell) for cell in group}
+    config = json.loads((group[0].workdir / "config.json").read_text(encoding="utf-8"))
     row: dict[str, Any] = {"variant": group[0].variant, "label_fraction": group[0].fraction}
     for name in METRICS:
         values = [result["conditions"]["right"][name] for result in found.values()]
@@ -139,6 +162,7 @@ def row_of(group: Sequence[Cell], root: Path) -> dict[str, Any]:
     row["missing_text"] = statistics.fmean(
         result["conditions"]["missing"]["dice_global"] for result in found.values()
     )
+    row["image_encoder"] = config["model"]["image"]["encoder"]
     row["num_labelled"] = json.loads((group[0].workdir / "labels.json").read_text())["num_images"]
     row["seeds"] = {
         str(cell.seed): {
@@ -165,13 +189,13 @@ def read_results(cell: Cell) -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The console's table, in percent."""
-    columns = ("labels", "variant", *METRICS, "missing_text", "seeds")
+    columns = ("labels", "variant", "image_encoder", *METRICS, "missing_text", "seeds")
     return reporting.format_table([_cells(row) for row in rows], columns)
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table with every seed linked to its run."""
-    columns = ("labels", "variant", *METRICS, "missing_text")
+    columns = ("labels", "variant", "image_encoder", *METRICS, "missing_text", "seeds")
     head = f"| {' | '.join(columns)} | runs |\n|{'---|' * (len(columns) + 1)}\n"
     lines = []
     for row in rows:
@@ -190,6 +214,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
     return {
         "labels": f"{100 * row['label_fraction']:g} % ({row['num_labelled']})",
         "variant": row["variant"],
+        "image_encoder": row["image_encoder"],
         **{name: percent(row[name]) for name in METRICS},
         "missing_text": f"{100 * row['missing_text']:.2f}",
         "seeds": str(len(row["seeds"])),
@@ -217,6 +242,9 @@ def _main(argv: list[str]) -> None:
     parser.add_argument("--seeds", default="0", metavar="0,1")
     parser.add_argument("--label-fractions", default="1", metavar="0.01,1")
     args, overrides = parser.parse_known_args(argv)
+    for field, option in (("seed", "--seeds"), ("data.label_fraction", "--label-fractions")):
+        if any(override.startswith(f"--config.{field}=") for override in overrides):
+            raise UserError(f"--config.{field}: belongs to the table here; give {option}")
     args.argv, args.workdir = argv, args.workdir or "runs/ablation"
     args.variants = _list(args.variants, "--variants", str)
     args.seeds = _list(args.seeds, "--seeds", int)

@@ -8,9 +8,10 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -96,13 +97,31 @@ CHOICES = {
     "loss.cycle_distance": ("l1", "l2"),
     "data.sentences": ("right", "missing"),
 }
-POSITIVE = (
-    "ensemble",
-    "batch_size",
-    "num_epochs",
-    "log_every",
-    "optim.accumulate",
-    "model.num_levels",
+AT_LEAST = {
+    "ensemble": 1,
+    "batch_size": 1,
+    "num_epochs": 1,
+    "log_every": 1,
+    "optim.accumulate": 1,
+    "optim.warmup_steps": 0,
+    "optim.tower_learning_rate": 0,
+    "loss.ramp_steps": 0,
+    "data.unlabelled_ratio": 0,
+    "model.num_levels": 1,
+    "model.bmf.hidden": 1,
+    "model.width": 2,
+}
+# from, and up to but without
+BETWEEN = {"model.text.dropout": (0, 1), "optim.ema_decay": (0, 1), "loss.confidence": (0.5, 1)}
+WEIGHTS = ("gen", "iac", "cycle", "pseudo_labels", "mean_teacher")
+# What may change between two starts of one run: nothing that its numbers depend on.
+FREE_FIELDS = (
+    "data.source",
+    "data.cache_dir",
+    "data.in_memory",
+    "model.text.weights",
+    "model.image.weights",
+    "final_test",
 )
 
 
@@ -115,11 +134,41 @@ def check(config: ConfigDict) -> None:
             raise UserError(
                 f"--config.{name}: {fields[name]!r}; expected one of {', '.join(legal)}{near}"
             )
-    for name in POSITIVE:
-        if fields[name] < 1:
-            raise UserError(f"--config.{name}: {fields[name]}; expected at least 1")
-    if fields["model.width"] < 2:
-        raise UserError(f"--config.model.width: {fields['model.width']}; expected at least 2")
+    ranges = [f"views.strong.{name}" for name in config.views.strong if name != "light"]
+    lowest = AT_LEAST | dict.fromkeys(ranges + [f"loss.{name}" for name in WEIGHTS], 0)
+    for name, least in lowest.items():
+        if fields[name] < least:
+            raise UserError(f"--config.{name}: {fields[name]}; expected at least {least}")
+    for name, (low, high) in BETWEEN.items():
+        if not low <= fields[name] < high:
+            raise UserError(f"--config.{name}: {fields[name]}; expected {low} <= value < {high}")
+    if fields["views.strong.cutmix"] > 1:
+        raise UserError(
+            f"--config.views.strong.cutmix: {fields['views.strong.cutmix']}; expected a probability"
+        )
+
+
+def changed_fields(
+    path: Path, resolved: Mapping[str, Any], ignored: Sequence[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """Where a run's config.json differs from a configuration, {field: (there, here)}.
+
+    Args:
+      path: of the file.
+      resolved: the configuration, as JSON.
+      ignored: fields beside `FREE_FIELDS` that may differ.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    try:
+        there = dict(leaves(json.loads(path.read_text(encoding="utf-8"))))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({error}); give another --workdir") from error
+    here = dict(leaves(resolved))
+    names = sorted((here.keys() | there.keys()) - {*FREE_FIELDS, *ignored})
+    pairs = {name: (there.get(name), here.get(name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _config_module(source: str) -> ModuleType:

@@ -3,14 +3,17 @@
     python -m biclip_jax.evaluate --workdir runs/qata --split test
     python -m biclip_jax.evaluate --workdir runs/qata --calibration --tta --degradations all
 
-Writes results.json, per_image.csv, overlays.png and uncertainty.png to WORKDIR/evaluation/SPLIT,
-and plots for --calibration and --degradations; docs/evaluation.md says what each number is.
+Writes results.json, per_image.csv, overlays.png and uncertainty.png to WORKDIR/evaluation/SPLIT
+(SPLIT-N with --subset N), and plots for --calibration and --degradations; docs/evaluation.md says
+what each number is. Sections of results.json that a call does not make stay, as long as model and
+pictures are the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,10 +24,21 @@ from typing import Any, NamedTuple
 import jax
 
 from biclip_jax import __version__, cli, inference, sentences
+from biclip_jax.configs import common
 from biclip_jax.data import pipeline
 from biclip_jax.data.schema import SPLITS, Record
 from biclip_jax.errors import UserError
-from biclip_jax.evaluation import calibration, conditions, degrade, plots, reporting, runner
+from biclip_jax.evaluation import (
+    calibration,
+    conditions,
+    degrade,
+    earlier,
+    metrics,
+    mirroring,
+    plots,
+    reporting,
+    runner,
+)
 from biclip_jax.weights import folder as model_folder
 
 
@@ -34,6 +48,7 @@ class Job(NamedTuple):
     Attributes:
       make: damage -> predict, see `runner.make_predict`.
       predict: without damage.
+      members: the same, of each member of an ensemble; empty for a single model.
       encode: sentences -> the sentence fields of a batch.
       splits: {name: records}, whole.
       records: that are evaluated.
@@ -42,6 +57,7 @@ class Job(NamedTuple):
 
     make: Callable[..., runner.Predict]
     predict: runner.Predict
+    members: list[runner.Predict]
     encode: runner.Encode
     splits: dict[str, Sequence[Record]]
     records: Sequence[Record]
@@ -53,18 +69,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     workdir = Path(args.workdir)
     config = _run_config(workdir)
     job = _open(args, config)
-    extra = {
-        "split": args.split,
-        "subset": args.subset or None,
-        "num_images": len(job.records),
-        "data": Path(args.source).name if args.source else config["data"]["name"],
-        "command": f"python -m biclip_jax.evaluate {' '.join(args.argv)}",
-        "seed": config["seed"],
-        "best_step": _best_step(workdir),
-        "config": config,
-        "versions": {"biclip_jax": __version__, "jax": metadata.version("jax")},
-        "device": jax.devices()[0].device_kind,
-    }
+    extra = _facts(args, config, job)
     if args.baselines:
         train, val = job.splits["train"], job.splits["val"]
         extra["baselines"] = runner.image_free_results(train, val, job.records)
@@ -76,7 +81,16 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         conditions=args.text_conditions,
         batch_size=args.batch_size,
         extra=extra,
+        before=earlier.read(job.folder, extra),
+        split=job.splits[args.split],
     )
+    if job.members:
+        outcome |= runner.evaluate_members(
+            job.members, job.encode, job.records, batch_size=args.batch_size
+        )
+    if args.mirroring:
+        counts = mirroring.agreement(job.predict, job.encode, job.records, args.batch_size)
+        outcome["mirroring"] = metrics.summarize(counts)
     if args.tta:
         outcome["tta"] = runner.evaluate_tta(
             job.predict, job.encode, job.records, batch_size=args.batch_size
@@ -84,14 +98,33 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.calibration:
         outcome["calibration"] = calibrated(job, args.split, args.batch_size)
     if args.degradations:
-        outcome["degradations"] = degraded(args, job, outcome["conditions"]["right"])
+        outcome["degradations"] = degraded(args, job, outcome)
     runner.write_json(job.folder / "results.json", outcome)
     _print(args, job, outcome)
     return outcome
 
 
+def _facts(args: argparse.Namespace, config: dict[str, Any], job: Job) -> dict[str, Any]:
+    """What results.json says of an evaluation beside its figures."""
+    workdir = Path(args.workdir)
+    return {
+        "split": args.split,
+        "subset": args.subset or None,
+        "num_images": len(job.records),
+        "pictures_sha256": earlier.digest(conditions.spoken(job.records)),
+        "data": Path(args.source).name if args.source else config["data"]["name"],
+        "command": shlex.join(["python", "-m", "biclip_jax.evaluate", *args.argv]),
+        "seed": config["seed"],
+        **_model_facts(inference.model_path(workdir)),
+        "config": config,
+        "versions": {"biclip_jax": __version__, "jax": metadata.version("jax")},
+        "device": jax.devices()[0].device_kind,
+    }
+
+
 def _open(args: argparse.Namespace, config: dict[str, Any]) -> Job:
-    data = dict(config["data"])
+    # A run may be older than a field: the default is what it did.
+    data = {**common.base().data.to_dict(), **config["data"]}
     if args.source:
         empty = dict.fromkeys(data["num_examples"], 0)
         data |= {"name": "folder", "source": args.source, "layout": args.layout}
@@ -101,10 +134,12 @@ def _open(args: argparse.Namespace, config: dict[str, Any]) -> Job:
     wanted |= {"val"} if args.calibration else set()
     prepared = pipeline.prepare(data, processor.image_size)
     splits = pipeline.open_splits(prepared, data, [name for name in SPLITS if name in wanted])
-    make = partial(runner.make_predict, model, sentences.without_tower(model, variables))
+    bare = sentences.without_tower(model, variables)
+    make = partial(runner.make_predict, model, bare)
     return Job(
         make=make,
         predict=make(),
+        members=runner.make_member_predicts(model, bare),
         encode=sentences.encoder(model, variables, processor),
         splits=dict(splits),
         records=conditions.subset(splits[args.split], args.subset),
@@ -124,8 +159,8 @@ def calibrated(job: Job, split: str, batch_size: int) -> dict[str, Any]:
     return section
 
 
-def degraded(args: argparse.Namespace, job: Job, right: dict[str, Any]) -> dict[str, Any]:
-    """The degradations section; draws degradations.png beside `right`, the undamaged scores."""
+def degraded(args: argparse.Namespace, job: Job, outcome: dict[str, Any]) -> dict[str, Any]:
+    """The degradations section, joined with that of `outcome`; draws degradations.png of it."""
     found = runner.evaluate_degradations(
         job.make,
         job.encode,
@@ -134,16 +169,23 @@ def degraded(args: argparse.Namespace, job: Job, right: dict[str, Any]) -> dict[
         severities=args.severities,
         batch_size=args.batch_size,
     )
-    scores = runner.degradation_results(found)
+    scores = runner.degradation_results(found, outcome.get("degradations"))
     cells = {name: rows for name, rows in scores.items() if name != "mean"}
+    right = outcome["conditions"]["right"]
     reporting.plot_degradations(cells, right, job.folder / "degradations.png")
     return scores
 
 
 def _print(args: argparse.Namespace, job: Job, outcome: dict[str, Any]) -> None:
     print(f"{args.split}, {len(job.records)} pictures, percent, at {outcome['size']}:")
-    tta = {"right_tta": outcome["tta"]["right_tta"]} if args.tta else {}
-    print(runner.table_of({**outcome["conditions"], **tta, **outcome.get("baselines", {})}))
+    more = {"right_tta": outcome["tta"]["right_tta"]} if args.tta else {}
+    more |= outcome.get("members", {})
+    print(runner.table_of({**outcome["conditions"], **more, **outcome.get("baselines", {})}))
+    if job.members:
+        _print_disagreement(outcome["ensemble_uncertainty"])
+    if args.mirroring:
+        scores = {"mirrored against itself": outcome["mirroring"]}
+        print(runner.table_of(scores))
     if outcome["left_out"]:
         print(f"left out, as the {args.split} split has none: {', '.join(outcome['left_out'])}")
     if args.calibration:
@@ -156,6 +198,15 @@ def _print(args: argparse.Namespace, job: Job, outcome: dict[str, Any]) -> None:
     files |= {"plot": "degradations.png"} if args.degradations else {}
     for what, name in files.items():
         print(f"{what:8} {job.folder / name}")
+
+
+def _print_disagreement(section: dict[str, Any]) -> None:
+    auroc = section["error_auroc"]
+    print(
+        f"members together: entropy {section['mean_entropy']:.4f} nats, of it disagreement "
+        f"{section['mean_mutual_information']:.4f}, error AUROC "
+        f"{'-' if auroc is None else format(auroc, '.4f')}"
+    )
 
 
 def _print_calibration(section: dict[str, Any]) -> None:
@@ -183,6 +234,7 @@ def _print_degradations(scores: dict[str, Any]) -> None:
 
 def _output(args: argparse.Namespace) -> Path:
     name = f"{Path(args.source).name}-{args.split}" if args.source else args.split
+    name += f"-{args.subset}" if args.subset else ""
     return Path(args.output or Path(args.workdir) / "evaluation" / name)
 
 
@@ -194,14 +246,20 @@ def _run_config(workdir: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: cannot be read ({error}); give the --workdir of a training run"
         ) from error
-    if not isinstance(config, dict) or not {"data", "seed"} <= config.keys():
+    described = isinstance(config, dict) and {"data", "seed"} <= config.keys()
+    if not described or not isinstance(config["data"], dict) or "name" not in config["data"]:
         raise UserError(f"{path}: no configuration of a run; give the --workdir of a training run")
     return config
 
 
-def _best_step(workdir: Path) -> int:
+def _model_facts(folder: Path) -> dict[str, Any]:
     # The config alone: loading the model has read and checked the weights already.
-    return json.loads((inference.model_path(workdir) / model_folder.CONFIG).read_text())["step"]
+    described = model_folder.read_config(folder)
+    if not isinstance(described.get("step"), int):
+        raise UserError(
+            f"{folder / model_folder.CONFIG}: no step of a training run; give the --workdir of one"
+        )
+    return {"best_step": described["step"], "model_sha256": described["sha256"]}
 
 
 def _text_conditions(text: str) -> tuple[str, ...]:
@@ -225,7 +283,10 @@ def _degradations(text: str) -> tuple[str, ...]:
 
 
 def _severities(text: str) -> tuple[int, ...]:
-    severities = tuple(int(part) if part.isdigit() else 0 for part in text.split(","))
+    try:
+        severities = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        severities = (0,)
     if not set(severities) <= set(degrade.SEVERITIES):
         raise UserError(f"--severities {text}: expected some of 1,2,3,4,5")
     return severities
@@ -254,6 +315,9 @@ def _main(argv: list[str]) -> None:
     parser.add_argument(
         "--tta", action="store_true", help="also the mean over flips, rotations, contrast"
     )
+    parser.add_argument(
+        "--mirroring", action="store_true", help="Dice of the mirrored pass and the mirrored mask"
+    )
     parser.add_argument("--calibration", action="store_true", help="of the pixels' probabilities")
     parser.add_argument(
         "--degradations",
@@ -266,7 +330,7 @@ def _main(argv: list[str]) -> None:
     )
     parser.add_argument("--no-baselines", dest="baselines", action="store_false")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--output", help="folder (default: WORKDIR/evaluation/SPLIT)")
+    parser.add_argument("--output", help="folder (default: WORKDIR/evaluation/SPLIT[-N])")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: expected at least 1 picture at a time")

@@ -15,8 +15,10 @@ from biclip_jax.weights import folder as model_folder
 
 # model.image.encoder -> what the tower's own configuration must say
 KINDS: dict[str, dict[str, Any]] = {
-    "clip_vit_b16": {"kind": "vit", "patch_size": 16},
-    "clip_rn50": {"kind": "resnet"},
+    "clip_vit_b16": {
+        name: clip.VIT_B16[name] for name in ("kind", "patch_size", "width", "num_layers")
+    },
+    "clip_rn50": {"kind": "resnet", "width": 64, "stages": [3, 4, 6, 3]},
 }
 
 
@@ -59,12 +61,13 @@ def open_configured(config: Mapping[str, Any], dtype: str) -> OpenedTower | None
             f"python -m biclip_jax.convert clip SOURCE {path or 'FOLDER'}"
         )
     described, variables = model_folder.read(folder)
-    fields = described["model"]["image"] if described.get("kind") == "clip" else {}
-    if not KINDS[encoder].items() <= fields.items():
-        found = {name: fields.get(name) for name in ("kind", "patch_size") if name in fields}
+    with model_folder.describing(folder):
+        fields = described["model"]["image"] if described["kind"] == "clip" else {}
+        found = {name: fields.get(name) for name in KINDS[encoder]}
+    if found != KINDS[encoder]:
         raise UserError(
-            f"{folder}: holds {described.get('kind')} {found or ''}, model.image.encoder is "
-            f"{encoder!r}; give another folder or another encoder"
+            f"{folder}: holds {described['kind']} with {found}, model.image.encoder "
+            f"{encoder!r} is {KINDS[encoder]}; give another folder or another encoder"
         )
     with model_folder.describing(folder):
         parts = {

@@ -17,6 +17,7 @@ from biclip_jax import image_towers, sentences
 from biclip_jax.data import image_io, tokenizers
 from biclip_jax.data import text as text_lib
 from biclip_jax.errors import UserError
+from biclip_jax.evaluation import tta
 from biclip_jax.evaluation.steps import predict_step
 from biclip_jax.models import bert, biclip, clip
 from biclip_jax.models.ensemble import Ensemble
@@ -51,7 +52,8 @@ class Processor:
         """uint8 pictures (H, W, 1 or 3) of any size, one sentence each, to a `Batch`'s fields.
 
         Returns:
-          image (B, S, S, 3) uint8, text_ids (B, L) int32, text_mask (B, L) bool.
+          image (B, S, S, 3) uint8, text_ids (B, L) int32, text_mask (B, L) bool,
+          has_text (B,) bool.
 
         Raises:
           ValueError: the processor of a text tower, which takes no pictures.
@@ -67,7 +69,7 @@ class Processor:
         return np.stack([np.broadcast_to(image, shape) for image in resized])
 
     def encode(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Sentences alone: text_ids (B, L) int32, text_mask (B, L) bool."""
+        """Sentences alone: text_ids (B, L) int32, text_mask (B, L) bool, has_text (B,) bool."""
         text_lib.warn_of_cut(self.tokenizer, texts, self.max_length)
         return text_lib.encode_fields(self.tokenizer, texts, self.max_length)
 
@@ -79,8 +81,8 @@ class Prediction(NamedTuple):
       mask: bool.
       probability: float32 in [0, 1].
       uncertainty: float32, the entropy -p ln p - (1-p) ln(1-p) of the
-        probability, in nats, 0 to 0.693. Of one pass of one model: it tells
-        where the model hesitates, not where it is wrong with confidence.
+        probability, in nats, 0 to 0.693; an ensemble's probability is its members' mean. It
+        tells where the model hesitates, not where it is wrong with confidence.
     """
 
     mask: np.ndarray
@@ -108,9 +110,8 @@ class Predictor:
         batch = {"image": self.processor.resize([pixels]), **self._encode([sentence])}
         probs = np.asarray(self._predict(self._variables, batch))[0, ..., 0]
         probs = image_io.resize_probability(probs, pixels.shape[0], pixels.shape[1])
-        inside = np.clip(probs, 1e-7, 1 - 1e-7)
-        entropy = -inside * np.log(inside) - (1 - inside) * np.log1p(-inside)
-        return Prediction(probs >= self.processor.threshold, probs, entropy.astype(np.float32))
+        uncertainty = tta.entropy(probs).astype(np.float32)
+        return Prediction(probs >= self.processor.threshold, probs, uncertainty)
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], Processor]:
@@ -181,14 +182,18 @@ def _open_biclip(path, config, variables, tokenizer):
 
 
 def _built(config: Mapping[str, Any], tower: sentences.TextTower | None) -> nn.Module:
-    image_fields, num_members = config.get("image_tower"), config.get("ensemble", 1)
+    fields, image_fields = config["model"], config.get("image_tower")
+    num_members = config.get("ensemble", 1)
     model = biclip.build(
-        config["model"],
+        fields,
         vocab_size=config["vocab_size"],
-        tower=tower and tower.module,
-        image_tower=image_towers.build(image_fields) if image_fields else None,
+        tower=tower.module if tower and num_members == 1 else None,
+        image_tower=image_towers.build(image_fields, fields["dtype"]) if image_fields else None,
     )
-    return Ensemble(model, num_members) if num_members > 1 else model
+    if num_members == 1:
+        return model
+    shared = PooledTower(tower.module, fields["text"]["pooling"]) if tower else None
+    return Ensemble(model, num_members, shared)
 
 
 def load(path: str | Path) -> Predictor:

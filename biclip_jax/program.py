@@ -79,7 +79,8 @@ def build(
         raise UserError(f"--config: {error}") from error
     schedule = optim.make_schedule(config.optim.to_dict(), num_steps)
     optimizer = optim.make_optimizer(config.optim.to_dict(), schedule)
-    frozen = ["image_encoder"] if image_tower and not config.model.image.trainable else []
+    keeps_tower = image_tower is not None and not config.model.image.trainable
+    frozen = {"image_tower"} & variables[0]["params"].keys() if keeps_tower else ()
     train_step: Callable[..., Any] = partial(
         steps.train_step,
         objective=partial(objective.objective, model=model, recipe=recipe),
@@ -165,6 +166,9 @@ def model_fields(config: ConfigDict) -> dict[str, Any]:
     if not blocks or not all(block.startswith("decoder") for block in blocks):
         raise ValueError(f"loss.iac_blocks is {config.loss.iac_blocks!r}; expected decoder blocks")
     fields = config.model.to_dict()
+    refines = config.model.bmf.vision_to_text
+    if config.model.image.encoder != "cnn" and not refines:
+        raise ValueError("model.image.encoder is a tower, but bmf.vision_to_text is off; set cnn")
     heads = [head for head in biclip.HEADS if config.loss[head] > 0]
     return fields | {"heads": heads, "iac_blocks": list(blocks)}
 
@@ -199,10 +203,11 @@ def build_model(
     for variables in members:
         if trained and model.uses_text:
             variables["params"]["text_encoder"] = {"tower": trained.params}
-        if image_tower and "image_encoder" in variables["params"]:
-            variables["params"]["image_encoder"] = image_tower.params
-        if image_tower and image_tower.batch_stats:
-            variables["batch_stats"]["image_encoder"] = image_tower.batch_stats
+        # Named after the model's field; absent where nothing refines the sentence.
+        if image_tower and "image_tower" in variables["params"]:
+            variables["params"]["image_tower"] = image_tower.params
+            if image_tower.batch_stats:
+                variables["batch_stats"]["image_tower"] = image_tower.batch_stats
     return make(tower=trained.module) if trained else model, members
 
 

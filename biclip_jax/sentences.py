@@ -161,7 +161,10 @@ def read(
     """
     if tower:
         check_tower(tower, config)
-    tokenizer = tower.tokenizer if tower else text_lib.build_tokenizer(texts["train"])
+    train = texts["train"]
+    # Mirrored ones, too: few sentences may name one side alone, and a flip names the other.
+    words = [*train, *(text_lib.mirror(sentence) for sentence in train)]
+    tokenizer = tower.tokenizer if tower else text_lib.build_tokenizer(words)
     max_length = config["max_length"]
     distinct = {sentence for split in texts.values() for sentence in split}
     distinct |= {text_lib.mirror(sentence) for sentence in distinct}

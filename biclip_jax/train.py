@@ -29,16 +29,6 @@ from biclip_jax.training import checkpoint, steps, writers
 from biclip_jax.training import state as train_state
 from biclip_jax.weights import folder as model_folder
 
-# What may change between two starts of one run: nothing that its numbers depend on.
-FREE_FIELDS = (
-    "data.source",
-    "data.cache_dir",
-    "data.in_memory",
-    "model.text.weights",
-    "model.image.weights",
-    "final_test",
-)
-
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Trains as configured, keeps the best model by validation Dice, tests it.
@@ -93,30 +83,28 @@ def claim(config: ConfigDict, workdir: Path, towers: Mapping[str, str]) -> None:
     resolved = json.loads(config.to_json())
     for name, identity in towers.items():
         resolved["model"][name]["tower"] = identity
-    changed: list[str] = []
+    changed = {}
     if path.exists() and checkpoint.steps(workdir / "checkpoints/last"):
-        try:
-            here, there = dict(cli.leaves(resolved)), dict(cli.leaves(json.loads(path.read_text())))
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{path}: damaged ({error}); give another --workdir") from error
-        names = sorted((here.keys() | there.keys()) - set(FREE_FIELDS))
-        changed = [name for name in names if here.get(name) != there.get(name)]
+        changed = cli.changed_fields(path, resolved)
     for name in towers:
-        if f"model.{name}.tower" not in changed:
-            continue
-        before, now = (x.get(f"model.{name}.weights") for x in (there, here))
+        before = _weights_there(path, name) if f"model.{name}.tower" in changed else ""
         if before:
             raise UserError(
                 f"{path}: this run began with the {name} tower that lay in {before!r}; the weights "
-                f"or the tokenizer in {now!r} are others; give another --workdir, or that tower"
+                f"or the tokenizer in {resolved['model'][name]['weights']!r} are others; give "
+                "another --workdir, or that tower"
             )
     if changed:
-        listed = ", ".join(f"{k} ({there.get(k)} -> {here.get(k)})" for k in changed[:5])
+        listed = ", ".join(f"{k} ({a} -> {b})" for k, (a, b) in list(changed.items())[:5])
         raise UserError(
             f"{path}: this run began with another configuration: {listed}; "
             "give another --workdir, or the same fields"
         )
     runner.write_json(path, resolved)
+
+
+def _weights_there(path: Path, name: str) -> str:
+    return json.loads(path.read_text(encoding="utf-8"))["model"][name].get("weights", "")
 
 
 def restore_or_init(
@@ -218,7 +206,7 @@ def window_values(
         **steps.mean_metrics(jax.device_get(window)),
         # Skipped steps do not move the optimiser's own count, which the schedule follows.
         "lr": float(program.schedule(step - 1 - skipped)),
-        "images_per_second": len(window) * config.batch_size / seconds,
+        "images_per_second": len(window) * config.batch_size * config.ensemble / seconds,
     }
 
 

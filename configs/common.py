@@ -16,97 +16,119 @@ def base() -> ConfigDict:
     config.batch_size = 16  # pictures a step, over all devices
     config.num_epochs = 150
     config.num_steps = 0  # above 0: takes the place of num_epochs
-
-    config.data = ConfigDict()
-    config.data.name = "folder"  # synthetic, qata_cov19, mosmed_plus, kvasir_seg, clinicdb, folder
-    config.data.source = ""  # folder on disk in one of the known layouts
-    config.data.layout = ""  # lvit, languide, medclipseg, medvlsm, csv; empty: look and see
-    config.data.prompt = ""  # p0..p9 of the medvlsm layout; empty: the last that is not empty
-    config.data.cache_dir = ""  # where prepared sets go; empty: the user's cache folder
-    config.data.in_memory = True  # decoded pictures stay in host memory
-    config.data.sentences = "right"  # "missing" trains and evaluates with empty sentences
-    config.data.label_fraction = 1.0  # share of the training pictures, in whole patients
-    config.data.label_seed = 0  # of the order in which patients join the share
-    config.data.unlabelled = ""  # trained on without masks: rest (of the pictures), or a folder
-    config.data.unlabelled_ratio = 1.0  # unlabelled pictures for each labelled one of a batch
-    config.data.num_examples = ConfigDict({"train": 0, "val": 0, "test": 0})  # synthetic only
-
-    config.model = ConfigDict()
-    config.model.image_size = 224  # pixels; 112, 224, 448 with five levels
-    config.model.width = 64  # channels of the U-Net's first level; scales every encoder
-    config.model.num_levels = 5  # of the U-Net, the bottleneck included
-    config.model.dtype = "float32"  # of the computation: float32 or bfloat16
-    config.model.norm = "batch"  # of the U-Net: batch, or group (no statistics of the batch)
-    config.model.pseudo_image = True  # the sentence becomes a picture, the U-Net's second input
-    config.model.bmf = ConfigDict()  # bidirectional multimodal fusion
-    config.model.bmf.vision_to_text = True  # the picture refines the sentence
-    config.model.bmf.text_to_vision = True  # the sentence modulates the levels' features
-    config.model.bmf.levels = ""  # blocks beside the input: all, encoder, bottleneck, decoder_1 ...
-    config.model.bmf.hidden = 256  # features of the levels' refiners
-    config.model.image = ConfigDict()  # the encoder whose embedding refines the sentence
-    config.model.image.encoder = "cnn"  # trained with the rest; clip_vit_b16, clip_rn50: a tower
-    config.model.image.weights = ""  # of a tower: a folder that biclip_jax.convert clip wrote
-    config.model.image.trainable = False  # of a tower
-    config.model.text = ConfigDict()
-    config.model.text.encoder = "scratch"  # trained on the captions' own words; bert, clip: a tower
-    config.model.text.weights = ""  # of bert and clip: a folder that biclip_jax.convert wrote
-    config.model.text.trainable = False  # bert, clip: false computes each sentence's vector once
-    config.model.text.pooling = (
-        "all_tokens"  # bert, clip: all_tokens (published), masked, embedding
-    )
-    config.model.text.width = 128  # this and the next two: of the scratch encoder
-    config.model.text.num_layers = 2
-    config.model.text.num_heads = 4
-    config.model.text.max_length = 32  # tokens
-    config.model.text.dropout = 0.0  # probability; above 0 an empty sentence has its own vector
-
-    config.loss = ConfigDict()
-    config.loss.gen = 0.1  # weight of the generator's L1
-    config.loss.iac = 0.05  # weight of the consistency between views
-    config.loss.cycle = 0.07  # weight of the cycle
-    config.loss.double_sigmoid = False  # true: repeats a slip of the published training code
-    config.loss.views = "weak"  # that L_seg is taken on: weak, both
-    config.loss.iac_learner = "weak"  # view that gets the gradient of L_IAC: weak, strong, both
-    config.loss.iac_blocks = "decoder_0"  # U-Net blocks compared: decoder_0,decoder_1 ...; decoder
-    config.loss.cycle_distance = "l1"  # l1 or l2
-    config.loss.pseudo_labels = 0.0  # weight of FixMatch's pseudo-labels, on unlabelled pictures
-    config.loss.confidence = 0.95  # probability from which a pseudo-label counts
-    config.loss.mean_teacher = 0.0  # weight of the squared error to the averaged model, likewise
-    config.loss.ramp_steps = 0  # steps until both have their full weight
-
-    config.views = ConfigDict()
-    config.views.horizontal_flip = 0.5  # probability
-    config.views.vertical_flip = 0.5  # probability
-    config.views.affine = 0.7  # probability of rotation, translation and scale together
-    config.views.rotation = 20.0  # degrees, either way
-    config.views.translation = 0.1  # of the picture's side, either way
-    config.views.scale_low = 0.8
-    config.views.scale_high = 1.2
-    config.views.geometry_first = False  # true: before the fusion; a flip then swaps the sentence
-    config.views.strong = ConfigDict()  # what the strong view adds
-    config.views.strong.light = True  # gamma, noise, brightness, contrast, blur as published
-    config.views.strong.noise = 0.0  # largest standard deviation
-    config.views.strong.brightness = 0.0  # largest change, either way
-    config.views.strong.contrast = 0.0  # largest change, as a share, either way
-    config.views.strong.elastic = 0.0  # standard deviation of the shifts, of the picture's side
-    config.views.strong.cutmix = 0.0  # probability that a pair of pictures exchanges a box
-
-    config.optim = ConfigDict()
-    config.optim.name = "adamw"  # adamw or sgd
-    config.optim.learning_rate = 1e-4  # at the start of the cosine
-    config.optim.tower_learning_rate = 0.0  # of trained towers; 0: learning_rate
-    config.optim.warmup_steps = 0
-    config.optim.weight_decay = 0.01
-    config.optim.clip_norm = 0.0  # global norm of the gradient; 0: no clipping
-    config.optim.accumulate = 1  # parts of a batch whose gradients are averaged
-    config.optim.ema_decay = 0.0  # above 0: averages the parameters; the average is what is kept
-    config.optim.non_finite = "skip"  # a loss or gradient that is not finite: skip or abort
-
+    config.data = _data()
+    config.model = _model()
+    config.loss = _loss()
+    config.views = _views()
+    config.optim = _optim()
     config.log_every = 50  # steps
     config.eval_every = 0  # steps; 0: once an epoch
     config.patience = 0  # evaluations without a better validation Dice; 0: no early stop
     config.final_test = True  # evaluate the best checkpoint on the test split at the end
     return config
+
+
+def _data() -> ConfigDict:
+    """What is trained on."""
+    data = ConfigDict()
+    data.name = "folder"  # synthetic, qata_cov19, mosmed_plus, kvasir_seg, clinicdb, folder
+    data.source = ""  # folder on disk in one of the known layouts
+    data.layout = ""  # lvit, languide, medclipseg, medvlsm, csv; empty: look and see
+    data.prompt = ""  # p0..p9 of the medvlsm layout; empty: the last that is not empty
+    data.cache_dir = ""  # where prepared sets go; empty: the user's cache folder
+    data.in_memory = True  # decoded pictures stay in host memory
+    data.sentences = "right"  # "missing" trains and evaluates with empty sentences
+    data.label_fraction = 1.0  # share of the training pictures, in whole patients
+    data.label_seed = 0  # of the order in which patients join the share
+    data.unlabelled = ""  # trained on without masks: rest (of the pictures), or a folder
+    data.unlabelled_ratio = 1.0  # unlabelled pictures for each labelled one of a batch
+    data.num_examples = ConfigDict({"train": 0, "val": 0, "test": 0})  # synthetic only
+    return data
+
+
+def _model() -> ConfigDict:
+    """The network."""
+    model = ConfigDict()
+    model.image_size = 224  # pixels; 112, 224, 448 with five levels
+    model.width = 64  # channels of the U-Net's first level; scales every encoder
+    model.num_levels = 5  # of the U-Net, the bottleneck included
+    model.dtype = "float32"  # of the computation: float32 or bfloat16
+    model.norm = "batch"  # of the U-Net: batch, or group (no statistics of the batch)
+    model.pseudo_image = True  # the sentence becomes a picture, the U-Net's second input
+    model.bmf = ConfigDict()  # bidirectional multimodal fusion
+    model.bmf.vision_to_text = True  # the picture refines the sentence
+    model.bmf.text_to_vision = True  # the sentence modulates the levels' features
+    model.bmf.levels = ""  # blocks beside the input: all, encoder, bottleneck, decoder_1 ...
+    model.bmf.hidden = 256  # features of the levels' refiners
+    model.image = ConfigDict()  # the encoder whose embedding refines the sentence
+    model.image.encoder = "cnn"  # trained with the rest; clip_vit_b16, clip_rn50: a tower
+    model.image.weights = ""  # of a tower: a folder that biclip_jax.convert clip wrote
+    model.image.trainable = False  # of a tower
+    model.text = ConfigDict()
+    model.text.encoder = "scratch"  # trained on the captions' own words; bert, clip: a tower
+    model.text.weights = ""  # of bert and clip: a folder that biclip_jax.convert wrote
+    model.text.trainable = False  # bert, clip: false computes each sentence's vector once
+    model.text.pooling = "all_tokens"  # bert, clip: all_tokens (published), masked, embedding
+    model.text.width = 128  # this and the next two: of the scratch encoder
+    model.text.num_layers = 2
+    model.text.num_heads = 4
+    model.text.max_length = 32  # tokens
+    model.text.dropout = 0.0  # probability; above 0 an empty sentence has its own vector
+    return model
+
+
+def _loss() -> ConfigDict:
+    """The parts of the loss."""
+    loss = ConfigDict()
+    loss.gen = 0.1  # weight of the generator's L1
+    loss.iac = 0.05  # weight of the consistency between views
+    loss.cycle = 0.07  # weight of the cycle
+    loss.double_sigmoid = False  # true: repeats a slip of the published training code
+    loss.views = "weak"  # that L_seg is taken on: weak, both
+    loss.iac_learner = "weak"  # view that gets the gradient of L_IAC: weak, strong, both
+    loss.iac_blocks = "decoder_0"  # U-Net blocks compared: decoder_0,decoder_1 ...; decoder
+    loss.cycle_distance = "l1"  # l1 or l2
+    loss.pseudo_labels = 0.0  # weight of FixMatch's pseudo-labels, on unlabelled pictures
+    loss.confidence = 0.95  # probability from which a pseudo-label counts
+    loss.mean_teacher = 0.0  # weight of the squared error to the averaged model, likewise
+    loss.ramp_steps = 0  # steps until both have their full weight
+    return loss
+
+
+def _views() -> ConfigDict:
+    """How pictures are changed in training."""
+    views = ConfigDict()
+    views.horizontal_flip = 0.5  # probability
+    views.vertical_flip = 0.5  # probability
+    views.affine = 0.7  # probability of rotation, translation and scale together
+    views.rotation = 20.0  # degrees, either way
+    views.translation = 0.1  # of the picture's side, either way
+    views.scale_low = 0.8
+    views.scale_high = 1.2
+    views.geometry_first = False  # true: before the fusion; a flip then swaps the sentence
+    views.strong = ConfigDict()  # what the strong view adds
+    views.strong.light = True  # gamma, noise, brightness, contrast, blur as published
+    views.strong.noise = 0.0  # largest standard deviation
+    views.strong.brightness = 0.0  # largest change, either way
+    views.strong.contrast = 0.0  # largest change, as a share, either way
+    views.strong.elastic = 0.0  # standard deviation of the shifts, of the picture's side
+    views.strong.cutmix = 0.0  # probability that a pair of pictures exchanges a box
+    return views
+
+
+def _optim() -> ConfigDict:
+    """How parameters move."""
+    optim = ConfigDict()
+    optim.name = "adamw"  # adamw or sgd
+    optim.learning_rate = 1e-4  # at the start of the cosine
+    optim.tower_learning_rate = 0.0  # of trained towers; 0: learning_rate
+    optim.warmup_steps = 0
+    optim.weight_decay = 0.01
+    optim.clip_norm = 0.0  # global norm of the gradient; 0: no clipping
+    optim.accumulate = 1  # parts of a batch whose gradients are averaged
+    optim.ema_decay = 0.0  # above 0: averages the parameters; the average is what is kept
+    optim.non_finite = "skip"  # a loss or gradient that is not finite: skip or abort
+    return optim
 
 
 def smoke(config: ConfigDict) -> None:
@@ -123,7 +145,7 @@ def finish(
     variant: str | None,
     own: Mapping[str, Callable[[ConfigDict], None]] | None = None,
 ) -> ConfigDict:
-    """The configuration with variants applied to it, in the order in which they are named.
+    """The configuration with variants applied to it: a method, then others as they are named.
 
     Args:
       config: of a page.
@@ -134,9 +156,14 @@ def finish(
       ValueError: an unknown variant.
     """
     known = {**(own or {}), "smoke": smoke, **variants.METHODS}
-    for name in (variant or "").split(",") if variant else []:
+    names = variant.split(",") if variant else []
+    methods = [name for name in names if name in variants.METHODS]
+    if len(methods) > 1:
+        raise ValueError(f"{', '.join(methods)} are whole methods; name one of them")
+    for name in names:
         if name not in known:
             raise ValueError(f"no variant {name!r}; the variants are {', '.join(known)}")
+    for name in sorted(names, key=lambda name: name not in methods):
         known[name](config)
-        config.name += f"_{name}"
+    config.name = "_".join([config.name, *names])
     return config

@@ -37,7 +37,9 @@ def _small(config: ConfigDict) -> None:
     config.optim.warmup_steps = 100
     # A chest X-ray is never upside down; a short run has no time to learn it.
     config.views.vertical_flip = 0.0
-    config.views.affine = 0.5
+    # The same for every method. More than the flip and rotation that `full` is described with:
+    # with 58 labelled pictures shift and scale are worth points of Dice (docs/results.md).
+    config.views.affine = 1.0
     config.views.rotation = 10.0
     config.views.translation = 0.05
-    config.views.scale_low, config.views.scale_high = 0.9, 1.1
+    config.views.scale_low, config.views.scale_high = 0.85, 1.15

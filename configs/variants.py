@@ -1,7 +1,7 @@
 """Methods that every experiment can be run with: `--config qata:small,full`.
 
-Each is a function that sets fields of a configuration; they are applied in the
-order in which they are named.
+Each is a function that sets fields of a configuration. A method comes first, whatever
+the order of the names: what a page's own variants set, such as the size, stands.
 """
 
 from collections.abc import Callable
@@ -27,6 +27,8 @@ def full(config: ConfigDict) -> None:
     config.views.strong.contrast = 0.3
     config.views.strong.elastic = 0.01
     config.views.strong.cutmix = 0.5
+    config.optim.warmup_steps = config.optim.warmup_steps or 1000  # a page's own stands
+    config.num_epochs = 200
 
 
 def semi(config: ConfigDict) -> None:

@@ -19,20 +19,23 @@ def trainings(monkeypatch):
 
     def run(command, **_):
         commands.append(command)
-        config = cli.load_config(command[command.index("--config") + 1], [])
-        variant = config.name.rsplit("smoke_", 1)[1]
+        config_name = command[command.index("--config") + 1]
+        variant = cli.load_config(config_name, []).name.rsplit("smoke_", 1)[1]
         seed = int(next(c for c in command if "config.seed=" in c).split("=")[1])
         workdir = Path(command[-1])
         if (variant, seed) in broken:
-            return subprocess.CompletedProcess(command, 2)
+            return subprocess.CompletedProcess(command, broken[variant, seed])
         score = dict.fromkeys(ablate.METRICS, SCORES[variant][seed])
         conditions = {"right": score, "missing": dict.fromkeys(ablate.METRICS, 0.1)}
         (workdir / "test").mkdir(parents=True)
         (workdir / "test/results.json").write_text(json.dumps({"conditions": conditions}))
         (workdir / "labels.json").write_text('{"num_images": 32}')
+        fields = command[command.index("--config") + 2 : -2]
+        ran = cli.load_config(config_name, fields)
+        (workdir / "config.json").write_text(ran.to_json())
         return subprocess.CompletedProcess(command, 0)
 
-    broken = set()
+    broken = {}
     monkeypatch.setattr(ablate.subprocess, "run", run)
     return commands, broken
 
@@ -79,9 +82,12 @@ def test_one_seed_has_no_spread(trainings, tmp_path):
     assert "±" not in (tmp_path / "ablation.md").read_text()
 
 
-def test_a_failed_run_takes_no_other_with_it_and_is_tried_again(trainings, tmp_path, capsys):
+@pytest.mark.parametrize("status", [2, -9, -11])
+def test_a_failed_run_takes_no_other_with_it_and_is_tried_again(
+    trainings, tmp_path, capsys, status
+):
     commands, broken = trainings
-    broken.add(("unet", 0))
+    broken["unet", 0] = status
     assert start(tmp_path) == 2
     assert "1 of 2 runs failed" in capsys.readouterr().err
     rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]
@@ -89,6 +95,24 @@ def test_a_failed_run_takes_no_other_with_it_and_is_tried_again(trainings, tmp_p
     broken.clear()
     assert start(tmp_path) == 0
     assert len(commands) == 3
+
+
+@pytest.mark.parametrize(("status", "code"), [(-15, 143), (-2, 130), (143, 143)])
+def test_a_signal_ends_the_comparison(trainings, tmp_path, status, code):
+    commands, broken = trainings
+    broken["unet", 0] = status
+    assert start(tmp_path) == code
+    assert len(commands) == 1
+
+
+def test_other_fields_than_those_of_the_runs_that_lie_there_are_refused(
+    trainings, tmp_path, capsys
+):
+    commands, _ = trainings
+    start(tmp_path)
+    assert start(tmp_path, "--config.optim.learning_rate=0.5") == 2
+    assert "optim.learning_rate (0.002 -> 0.5)" in capsys.readouterr().err
+    assert len(commands) == 2
 
 
 @pytest.mark.parametrize(
@@ -99,6 +123,8 @@ def test_a_failed_run_takes_no_other_with_it_and_is_tried_again(trainings, tmp_p
         (["--seeds", "0,x"], "expected ints"),
         (["--seeds", "1,1"], "without repetitions"),
         (["--label-fractions", ""], "expected a list"),
+        (["--config.seed=3"], "give --seeds"),
+        (["--config.final_test=false"], "leave it on"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(trainings, tmp_path, capsys, more, named):

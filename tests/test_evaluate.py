@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from biclip_jax import evaluate
+from biclip_jax import evaluate, train
 from biclip_jax.data.annotations import VARIANTS
 
 
@@ -119,3 +119,29 @@ def test_mistakes_end_in_a_sentence(trained, tmp_path, capsys):
     (tmp_path / "run/config.json").write_text("{}")
     assert run("--workdir", str(tmp_path / "run")) == 2
     assert "no configuration of a run" in capsys.readouterr().err
+
+
+def test_mirroring_is_a_dice_of_the_model_with_itself(trained, tmp_path, capsys):
+    options = ("--no-baselines", "--text-conditions", "right", "--output", str(tmp_path))
+    assert run("--workdir", str(trained), *options, "--mirroring") == 0
+    found = json.loads((tmp_path / "results.json").read_text())["mirroring"]
+    assert found["num_images"] == 8
+    assert 0 <= found["dice_mean"] <= 1
+    assert "mirrored against itself" in capsys.readouterr().out
+
+
+def test_members_of_an_ensemble_are_scored_singly(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    smoke = ["--config", "default:smoke", "--config.ensemble=2", "--config.num_steps=2"]
+    cache = [f"--config.data.cache_dir={tmp_path}", "--config.eval_every=2"]
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*smoke, *cache, "--workdir", str(workdir)])
+    assert not stopped.value.code
+    options = ("--no-baselines", "--text-conditions", "right", "--output", str(tmp_path / "out"))
+    assert run("--workdir", str(workdir), *options) == 0
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert set(results["members"]) == {"member_0", "member_1"}
+    assert all(scores["num_images"] == 8 for scores in results["members"].values())
+    assert "member_1" in capsys.readouterr().out
+    own = json.loads((workdir / "test/results.json").read_text())
+    assert results["conditions"]["right"] == own["conditions"]["right"]

@@ -20,21 +20,27 @@ from biclip_jax import parallel
 from tests import tiny
 
 assert jax.local_device_count() == int(sys.argv[1])
-step, state, batch, key = tiny.train_step(parallel.AXIS, optimizer="sgd", learning_rate=0.03)
+method, size = sys.argv[4], int(sys.argv[5])
+step, state, batch, key = tiny.train_step(
+    parallel.AXIS, optimizer="sgd", learning_rate=0.03, method=method, size=size
+)
 train = parallel.pmap_train_step(step)
 state, key = parallel.replicate(state), parallel.replicate(key)
 losses = []
 for seed in range(int(sys.argv[3])):
-    batch = parallel.shard(tiny.batch(size=4, seed=seed))
+    labelled = size // 2 if method == "semi" else None
+    batch = parallel.shard(tiny.batch(size=size, seed=seed, labelled=labelled))
     state, metrics = jax.block_until_ready(train(state, batch, key))
     losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
 host = parallel.to_host(state)
+assert int(host.skipped) == 0
 tree = {"params": host.params, "batch_stats": host.batch_stats}
+tree |= {"ema": host.ema} if host.ema else {}
 np.savez(sys.argv[2], losses=losses, **flatten_dict(tree, sep="/"))
 """
 
 
-def run_on(devices, path):
+def run_on(devices, path, method="published", size=4):
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = {
         **os.environ,
@@ -43,6 +49,7 @@ def run_on(devices, path):
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     }
     arguments = [sys.executable, "-c", RUN, str(devices), str(path), str(STEPS)]
+    arguments += [method, str(size)]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return dict(np.load(path))
@@ -56,10 +63,21 @@ def one_device(tmp_path_factory):
 @pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_more_devices_give_the_same_run(one_device, devices, tmp_path):
     """With SGD: AdamW would hide a wrong scale of the gradient."""
-    many = run_on(devices, tmp_path / "state.npz")
-    assert one_device.keys() == many.keys()
-    np.testing.assert_allclose(many["losses"], one_device["losses"], rtol=1e-4)
-    for name, value in one_device.items():
+    check_same(one_device, run_on(devices, tmp_path / "state.npz"))
+
+
+@pytest.mark.slow
+def test_four_devices_give_the_same_semi_supervised_run(tmp_path):
+    """Pairs of rows, labelled and unlabelled ones, averages: half the devices have no mask."""
+    one, four = (run_on(n, tmp_path / f"{n}.npz", "semi", size=8) for n in (1, 4))
+    assert any(name.startswith("ema/params/unet/fusion_") for name in one)
+    check_same(one, four)
+
+
+def check_same(one, many):
+    assert one.keys() == many.keys()
+    np.testing.assert_allclose(many["losses"], one["losses"], rtol=1e-4)
+    for name, value in one.items():
         np.testing.assert_allclose(many[name], value, atol=1e-4, rtol=1e-4, err_msg=name)
 
 

@@ -25,6 +25,11 @@ def test_the_train_step_has_no_effects(accumulate):
     assert jax.make_jaxpr(step)(state, batch, key).effects == set()
 
 
+def test_the_semi_supervised_step_has_no_effects():
+    step, state, batch, key = tiny.train_step(method="semi")
+    assert jax.make_jaxpr(step)(state, batch, key).effects == set()
+
+
 def test_the_evaluation_and_prediction_steps_have_no_effects():
     step, variables = eval_pieces()
     assert jax.make_jaxpr(step)(variables, tiny.batch()).effects == set()
@@ -33,13 +38,28 @@ def test_the_evaluation_and_prediction_steps_have_no_effects():
 
 
 def test_two_calls_give_the_same_bits(tiny_step):
-    step, state, batch, key = tiny_step
+    check_same_bits(*tiny_step)
+
+
+@pytest.mark.slow
+def test_two_semi_supervised_calls_give_the_same_bits():
+    step, state, batch, key = tiny.train_step(method="semi")
+    metrics = check_same_bits(step, state.replace(step=state.step + 1), batch, key)
+    parts = ("seg", "gen", "iac", "cycle", "pseudo_labels")
+    assert set(metrics) == {"loss", "grad_norm", "skipped", *(f"loss_{part}" for part in parts)}
+    assert all(np.isfinite(total) for total, _ in metrics.values())
+    assert metrics["skipped"][0] == 0
+
+
+def check_same_bits(step, state, batch, key):
+    """The metrics of a step, taken twice, and once with another key."""
     step = jax.jit(step)
     first, second = step(state, batch, key), step(state, batch, key)
     jax.tree.map(np.testing.assert_array_equal, first, second)
     other, _ = step(state, batch, jax.random.key(2))
     same = jax.tree.map(lambda a, b: bool((a == b).all()), first[0].params, other.params)
     assert not jax.tree.all(same)
+    return first[1]
 
 
 @pytest.mark.slow
@@ -72,9 +92,10 @@ def test_a_run_compiles_each_step_once():
     assert float(metrics["loss"][1]) == 4
 
 
+@pytest.mark.parametrize("method", ["published", pytest.param("semi", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "cpu"])
-def test_the_pmapped_train_step_lowers_for(platform):
-    step, state, batch, key = tiny.train_step(parallel.AXIS)
+def test_the_pmapped_train_step_lowers_for(platform, method):
+    step, state, batch, key = tiny.train_step(parallel.AXIS, method=method)
     train = parallel.pmap_train_step(step)
     export = jax.export.export(jax.jit(train), platforms=[platform])
     exported = export(state, parallel.shard(batch), key)

@@ -252,6 +252,51 @@ def test_accumulation_runs_end_to_end(smoke_config, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "unet", "ef_unet", "one_way", "no_generator"])
+def test_every_kind_of_method_runs_end_to_end(tmp_path, method):
+    cache = f"--config.data.cache_dir={tmp_path / 'cache'}"
+    config = cli.load_config(f"default:smoke,{method}", [cache, "--config.num_steps=2"])
+    results = train.train_and_evaluate(config, tmp_path / "run")
+    conditions = results["conditions"]
+    assert set(conditions) == {"right", "missing", "shuffled"}
+    assert conditions["right"]["num_images"] == 8
+    if method == "unet":
+        scores = [conditions[name]["dice_global"] for name in conditions]
+        assert scores[0] == scores[1] == scores[2]
+    image = np.random.default_rng(0).integers(0, 256, (56, 56, 1)).astype(np.uint8)
+    predictor = inference.load(tmp_path / "run")
+    given, without = (predictor.predict(image, text).probability for text in ("left lung", ""))
+    assert np.isfinite(given).all()
+    assert np.array_equal(given, without) == (method == "unet")
+
+
+@pytest.mark.slow
+def test_a_stopped_semi_supervised_run_goes_on_and_keeps_its_averages(tmp_path, monkeypatch):
+    overrides = [f"--config.data.cache_dir={tmp_path / 'cache'}", "--config.final_test=false"]
+    overrides += ["--config.data.label_fraction=0.5", "--config.num_steps=4"]
+    config = cli.load_config("default:smoke,semi", overrides)
+    train.train_and_evaluate(config, tmp_path / "whole")
+    monkeypatch.setattr(StopAfter, "count", 3)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(checkpoint, "StopSignal", StopAfter)
+        train.train_and_evaluate(config, tmp_path / "run")
+    train.train_and_evaluate(config, tmp_path / "run")
+    (whole, progress), (resumed, _) = (
+        final_state(config, tmp_path / name) for name in ("whole", "run")
+    )
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    assert progress["best_step"] == 4
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), whole.params, whole.ema["params"])
+    assert moved["unet"]["head"]["kernel"]
+    _, variables, _ = inference.load_model(tmp_path / "whole")
+    jax.tree.map(np.testing.assert_array_equal, variables["params"], whole.ema["params"])
+    labels = json.loads((tmp_path / "whole/labels.json").read_text())
+    assert labels["num_images"] == 16
+    rows = [row for row in metrics_of(tmp_path / "whole") if row["split"] == "train"]
+    assert all(np.isfinite(row["loss_pseudo_labels"]) for row in rows)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["", "no_text"])
 def test_the_demo_needs_its_sentences(tmp_path, variant):
     """The picture alone does not determine the mask: 0.85 with sentences, below 0.6 without."""

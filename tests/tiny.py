@@ -45,6 +45,13 @@ def init(model, seed=0):
     return biclip.init(model, jax.random.key(seed), {"text_ids": ids, "text_mask": ids == 0})
 
 
+def abstract_init(model, key, text):
+    """`biclip.init` without its computation: zeros of the right shapes."""
+    image = jnp.zeros((1, model.image_size, model.image_size, 3))
+    shapes = jax.eval_shape(model.init, key, image, **text)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), {"batch_stats": {}, **shapes})
+
+
 def noisy(variables, seed=0, scale=0.1):
     """Variables away from where training begins: no zeros, and no factor of one."""
     leaves, tree = jax.tree.flatten(variables)

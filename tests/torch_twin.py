@@ -2,9 +2,10 @@
 
 With `level_hidden` the sentence also meets the picture at every level, as in
 `full`. Parameter names are those of the published checkpoints, without the
-prefix `model.`; those of the levels are our own. The frozen text tower is left out: its pooled answer comes in as
-`text_features`. Pictures are (B, 3, S, S) in [0, 1], masks (B, 1, S, S) in
-{0, 1}; the ImageNet statistics are applied inside `segment` and nowhere else.
+prefix `model.`; those of the levels are our own. The frozen text tower is left
+out: its pooled answer comes in as `text_features`. Pictures are (B, 3, S, S) in
+[0, 1], masks (B, 1, S, S) in {0, 1}; the ImageNet statistics are applied inside
+`segment` and nowhere else.
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
 Everything follows from one structure, the counts of positive and negative pixels over fine bins of
 the logit log(p / (1 - p)): any number of pixels fits, splits are gathered in one pass, and a
 temperature only moves the bins. A pixel counts with the centre of its bin, which is at most
-1 / 512 from its own logit; its side of the threshold is exact.
+1 / 512 from its own logit; its side of the threshold is exact. The bins reach as far as a float32
+sigmoid does, which is further below than above: what it rounds to 0 counts as -88, what it rounds
+to 1 as 17, however sure the model was beyond that.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
-LIMIT = 16.0  # largest |logit|: a float32 sigmoid tells no more apart
-NUM_BINS = 8192  # even: p = 0.5 lies on an edge
-CENTRES = (np.arange(NUM_BINS) + 0.5) * (2 * LIMIT / NUM_BINS) - LIMIT
+LOWEST, HIGHEST = -88, 17  # logits: a float32 sigmoid is 0 below -87.3, and 1 from 17.3 on
+BINS_A_UNIT = 256  # of the logit
+NUM_BINS = BINS_A_UNIT * (HIGHEST - LOWEST)
+MIDDLE = -BINS_A_UNIT * LOWEST  # first bin from p = 0.5 on, which lies on its edge
+CENTRES = (np.arange(NUM_BINS) + 0.5 - MIDDLE) / BINS_A_UNIT
 ECE_BINS = 15
 TEMPERATURES = (0.02, 50.0)  # where the fit may end
 
@@ -43,8 +47,8 @@ def histogram(probs: np.ndarray, mask: np.ndarray) -> Histogram:
     with np.errstate(divide="ignore"):
         logits = np.log(p) - np.log1p(-p)
     # The middle is added to the floor, not to the logit: rounding would hide the side of 0.5.
-    steps = np.floor(np.clip(logits, -LIMIT, LIMIT) * (NUM_BINS / (2 * LIMIT)))
-    place = np.minimum(steps.astype(np.int64) + NUM_BINS // 2, NUM_BINS - 1)
+    steps = np.floor(np.clip(logits, LOWEST, HIGHEST) * BINS_A_UNIT)
+    place = np.minimum(steps.astype(np.int64) + MIDDLE, NUM_BINS - 1)
     positive = np.asarray(mask).ravel() > 0
     counts = np.bincount(place + NUM_BINS * positive, minlength=2 * NUM_BINS)
     return counts.reshape(2, NUM_BINS)
@@ -130,9 +134,7 @@ def error_auroc(counts: Histogram) -> float | None:
     """
     wrong = np.where(CENTRES >= 0, counts[0], counts[1])
     right = counts.sum(0) - wrong
-    # The entropy depends on |logit| alone and falls with it: fold the halves, surest first.
-    half = NUM_BINS // 2
-    wrong, right = ((x[:half] + x[half:][::-1]).astype(np.float64) for x in (wrong, right))
+    wrong, right = _surest_first(wrong), _surest_first(right)
     pairs = wrong.sum() * right.sum()
     if not pairs:
         return None
@@ -186,6 +188,14 @@ def _nll(counts: Histogram, temperature: float) -> float:
     logits = CENTRES / temperature
     losses = counts[0] * np.logaddexp(0, logits) + counts[1] * np.logaddexp(0, -logits)
     return float(losses.sum() / counts.sum())
+
+
+def _surest_first(counts: np.ndarray) -> np.ndarray:
+    """Counts by |logit|, which alone the entropy depends on, and with which it falls."""
+    folded = counts[:MIDDLE].astype(np.float64)
+    above = counts[MIDDLE:][::-1]
+    folded[MIDDLE - len(above) :] += above
+    return folded
 
 
 def _probabilities(temperature: float) -> np.ndarray:

@@ -49,18 +49,24 @@ def rows_of(condition: str, spoken: Sequence[Mapping[str, Any]]) -> np.ndarray:
     return np.flatnonzero([bool(one["variants"].get(condition)) for one in spoken])
 
 
-def ask(condition: str, spoken: Sequence[Mapping[str, Any]], seed: int = 0) -> Asked | None:
+def ask(
+    condition: str,
+    spoken: Sequence[Mapping[str, Any]],
+    seed: int = 0,
+    split: Sequence[Mapping[str, Any]] | None = None,
+) -> Asked | None:
     """The sentences of a text condition; None where the split has none of it.
 
-    right: as they are. missing: empty. shuffled: another image's sentence of the same pictures, a
-    different string. mirrored: left and right swapped, the picture as it is. contradictory,
-    missing_location, overdescriptive and underdescriptive: as the data set brings them, on those
-    pictures that have one.
+    right: as they are. missing: empty. shuffled: another image's sentence of the same split, a
+    different string; the same one in every subset. mirrored: left and right swapped, the picture
+    as it is. contradictory, missing_location, overdescriptive and underdescriptive: as the data set
+    brings them, on those pictures that have one.
 
     Args:
       condition: of `CONDITIONS`.
       spoken: see there.
       seed: of the shuffled ones.
+      split: likewise, of the whole split that these pictures are of; None: they are the split.
     """
     rows = rows_of(condition, spoken)
     sentences = [one["text"] for one in spoken]
@@ -70,10 +76,18 @@ def ask(condition: str, spoken: Sequence[Mapping[str, Any]], seed: int = 0) -> A
     elif condition == "missing":
         made = [""] * len(sentences)
     elif condition == "shuffled":
-        made = text_lib.shuffle(sentences, seed)
+        made = _shuffled(spoken, split, seed)
     elif condition == "mirrored":
         made = [text_lib.mirror(sentence) for sentence in sentences]
     return None if made is None else Asked(rows, made)
+
+
+def _shuffled(spoken, split, seed) -> list[str] | None:
+    drawn = text_lib.shuffle([one["text"] for one in split or spoken], seed)
+    if drawn is None or split is None:
+        return drawn
+    of_picture = {one["id"]: sentence for one, sentence in zip(split, drawn, strict=True)}
+    return [of_picture[one["id"]] for one in spoken]
 
 
 def subset(records: Sequence[Record], size: int, seed: int = 0) -> Sequence[Record]:

@@ -11,6 +11,7 @@ import contextlib
 import csv
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -66,20 +67,20 @@ def contents(workdir: Path) -> dict[str, Any]:
     """
     config = _read_json(workdir / "config.json", "give the --workdir of a training run")
     with _describing(workdir / "config.json", "give the --workdir of a training run"):
-        facts, data = _facts(config), config["data"]["name"]
+        title, facts, data = str(config["name"]), _facts(config), str(config["data"]["name"])
+        share = 100 * float(config["data"].get("label_fraction", 1.0))
     missing: list[dict[str, str]] = []
     labels = _labels(workdir, missing)
-    evaluations = [_evaluation(folder, workdir) for folder in _folders(workdir)]
+    evaluations = [_evaluation(folder, workdir, data) for folder in _folders(workdir)]
     if not evaluations:
-        command = f"python -m biclip_jax.evaluate --workdir {workdir}"
-        missing.append({"what": "Scores on a split", "command": command})
+        missing.append({"what": "Scores on a split", "command": _command("evaluate", workdir)})
     for evaluation in evaluations:
         missing += evaluation["missing"]
     return {
-        "title": str(config["name"]),
+        "title": title,
         "facts": facts | labels,
         "evaluations": evaluations,
-        "published": _published(data, config, evaluations),
+        "published": _published(data, share, evaluations),
         "damaged": _damaged(data, evaluations),
         "curves": _curves(workdir, missing),
         "config": json.dumps(_without_places(config), indent=2),
@@ -94,6 +95,7 @@ def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
         "picture size": f"{model['image_size']} px",
         "width of the U-Net": model["width"],
         "text encoder": model["text"]["encoder"],
+        "image encoder": model.get("image", {}).get("encoder", "cnn"),
         "sentences in training": data["sentences"],
         "batch": config["batch_size"],
         "seed": config["seed"],
@@ -114,7 +116,11 @@ def _labels(workdir: Path, missing: list[dict[str, str]]) -> dict[str, Any]:
 
 
 def _train(workdir: Path) -> str:
-    return f"python -m biclip_jax.train --config NAME --workdir {workdir}"
+    return _command("train", workdir, "--config", "NAME")
+
+
+def _command(door: str, workdir: Path, *options: str) -> str:
+    return shlex.join(["python", "-m", f"biclip_jax.{door}", "--workdir", str(workdir), *options])
 
 
 def _folders(workdir: Path) -> list[Path]:
@@ -125,10 +131,16 @@ def _folders(workdir: Path) -> list[Path]:
     return [*found, own] if (own / "results.json").is_file() else found
 
 
-def _evaluation(folder: Path, workdir: Path) -> dict[str, Any]:
-    """One section: scores, calibration, degradations, cases, pictures, and what it lacks."""
+def _evaluation(folder: Path, workdir: Path, data: str) -> dict[str, Any]:
+    """One section: scores, calibration, degradations, cases, pictures, and what it lacks.
+
+    Args:
+      folder: of the evaluation.
+      workdir: of the run.
+      data: name of the set that the run was trained on.
+    """
     path = folder / "results.json"
-    mend = f"python -m biclip_jax.evaluate --workdir {workdir} writes it anew"
+    mend = f"delete it; {_command('evaluate', workdir)} writes it anew"
     results = _read_json(path, mend)
     own = folder == workdir / "test"
     with _describing(path, mend):
@@ -136,12 +148,14 @@ def _evaluation(folder: Path, workdir: Path) -> dict[str, Any]:
         shaped = {
             "name": "Test at the end of training" if own else f"Evaluation: {folder.name}",
             "split": split,
-            "subset": results.get("subset"),
+            "subset": int(results.get("subset") or 0),
             "data": "" if own else str(results["data"]),
             "size": str(results["size"]),
             "rows": _score_rows(results),
             "left_out": [str(name) for name in results.get("left_out", [])],
             "tta": _tta(results),
+            "members": _unsure(results, "ensemble_uncertainty"),
+            "mirroring": _mirroring(results),
             "calibration": _calibration(results),
             "degradations": _degradations(results),
             "right": {kind: float(results["conditions"]["right"][kind]) for kind in KINDS},
@@ -156,18 +170,19 @@ def _evaluation(folder: Path, workdir: Path) -> dict[str, Any]:
     for key, name in PLOTS.items():
         uri = _data_uri(folder / name) if (folder / name).is_file() else ""
         shaped[f"{key}_plot"] = uri if shaped[key] else ""
-    shaped["missing"] = [] if own else _lacks(shaped, folder, workdir)
+    shaped["missing"] = [] if own else _lacks(shaped, folder, workdir, data)
     return shaped
 
 
-def _lacks(shaped: Mapping[str, Any], folder: Path, workdir: Path) -> list[dict[str, str]]:
-    command = f"python -m biclip_jax.evaluate --workdir {workdir} --split {shaped['split']}"
-    if folder.name != shaped["split"]:
-        command += " --source DIR"
+def _lacks(
+    shaped: Mapping[str, Any], folder: Path, workdir: Path, data: str
+) -> list[dict[str, str]]:
+    command = _again(shaped, folder, workdir, data)
     options = {
         "calibration": "--calibration",
         "degradations": "--degradations all",
         "tta": "--tta",
+        "mirroring": "--mirroring",
     }
     lacks = [
         {"what": f"{shaped['name']}: {key}", "command": f"{command} {option}"}
@@ -185,9 +200,26 @@ def _lacks(shaped: Mapping[str, Any], folder: Path, workdir: Path) -> list[dict[
     return lacks
 
 
+def _again(shaped: Mapping[str, Any], folder: Path, workdir: Path, data: str) -> str:
+    """The command that evaluates the same pictures into the same folder."""
+    options, name = ["--split", shaped["split"]], shaped["split"]
+    elsewhere = f"{shaped['data']}-{name}"
+    if shaped["data"] != data or folder.name.startswith(elsewhere):
+        options, name = [*options, "--source", "DIR"], elsewhere
+    if shaped["subset"]:
+        options += ["--subset", str(shaped["subset"])]
+        name += f"-{shaped['subset']}"
+    if folder.name != name:
+        options += ["--output", str(folder)]
+    if not any(row["group"] == "baseline" for row in shaped["rows"]):
+        options.append("--no-baselines")
+    return _command("evaluate", workdir, *options)
+
+
 def _score_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     groups = {
         "condition": results["conditions"],
+        "members": results.get("members", {}),
         "views": {"right_tta": results["tta"]["right_tta"]} if "tta" in results else {},
         "baseline": results.get("baselines", {}),
     }
@@ -199,17 +231,33 @@ def _score_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _scores(cell: Mapping[str, Any]) -> dict[str, Any]:
-    intervals = {kind: [float(x) for x in cell["interval_95"][kind]] for kind in KINDS}
+    intervals = {}
+    for kind in KINDS:
+        low, high = cell["interval_95"][kind]
+        intervals[kind] = [float(low), float(high)]
     values = {kind: float(cell[kind]) for kind in KINDS}
     return {"num_images": int(cell["num_images"]), "interval": intervals, **values}
 
 
 def _tta(results: Mapping[str, Any]) -> dict[str, Any] | None:
-    if "tta" not in results:
-        return None
-    section = results["tta"]
+    found = _unsure(results, "tta")
+    return found and {"views": [str(v) for v in results["tta"]["views"]], **found}
+
+
+def _unsure(results: Mapping[str, Any], key: str) -> dict[str, float | None] | None:
+    """How unsure a mean is: over views, or over the members of an ensemble."""
     numbers = ("mean_entropy", "mean_mutual_information", "error_auroc")
-    return {"views": [str(v) for v in section["views"]], **{n: section[n] for n in numbers}}
+    return {n: _number(results[key][n]) for n in numbers} if key in results else None
+
+
+def _mirroring(results: Mapping[str, Any]) -> dict[str, float] | None:
+    if "mirroring" not in results:
+        return None
+    return {kind: float(results["mirroring"][kind]) for kind in KINDS}
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _calibration(results: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -222,7 +270,7 @@ def _calibration(results: Mapping[str, Any]) -> dict[str, Any] | None:
         "fitted_on": str(section["fitted_on"]),
         "at_limit": bool(section["at_limit"]),
         "num_pixels": int(section["num_pixels"]),
-        **{when: {n: section[when][n] for n in names} for when in ("before", "after")},
+        **{when: {n: _number(section[when][n]) for n in names} for when in ("before", "after")},
     }
 
 
@@ -261,14 +309,19 @@ def _cases(path: Path, mend: str) -> list[dict[str, Any]]:
 
 
 def _published(
-    data: str, config: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]
+    data: str, share: float, evaluations: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Published figures on the same data set, ours among them, best first of each kind."""
+    """Published figures on the same data set, ours among them, best first of each kind.
+
+    Args:
+      data: name of the set.
+      share: of its labels that the run was trained on, in percent.
+      evaluations: of the run.
+    """
     ours = _on_test(data, evaluations)
     found = [{**row._asdict(), "ours": False} for row in published.figures_of(data)]
     if not found or ours is None:
         return []
-    share = 100 * float(config["data"].get("label_fraction", 1.0))
     for kind in ("global", "mean"):
         found.append(
             {
@@ -363,7 +416,7 @@ def _describing(path: Path, mend: str) -> Iterator[None]:
     """Whatever is not there or of another kind is a damaged file."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, csv.Error) as error:
         problem = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: not as biclip_jax writes it ({problem}); {mend}") from error
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = Any  # numpy or jax
+THRESHOLD = 0.5  # probability from which a pixel is foreground
 
 
 class Overlap(NamedTuple):
@@ -33,7 +34,7 @@ class Overlap(NamedTuple):
 
 
 def _as_bool(x: Array) -> Array:
-    return x if x.dtype == bool else x >= 0.5
+    return x if x.dtype == bool else x >= THRESHOLD
 
 
 def overlap(pred: Array, mask: Array, axis: int | Sequence[int] = (1, 2, 3)) -> Overlap:

@@ -12,8 +12,6 @@ from biclip_jax.data import text as text_lib
 from biclip_jax.data.schema import Record
 from biclip_jax.evaluation import metrics
 
-THRESHOLD = 0.5
-
 
 def agreement(
     predict: Callable[[Any], np.ndarray],
@@ -43,7 +41,7 @@ def agreement(
 
 def _masks(predict, texts, records, batch_size) -> np.ndarray:
     rows = [
-        (predict(batch) >= THRESHOLD)[batch["valid"]]
+        (predict(batch) >= metrics.THRESHOLD)[batch["valid"]]
         for batch in pipeline.eval_batches(records, texts, batch_size=batch_size)
     ]
     return np.concatenate(rows)

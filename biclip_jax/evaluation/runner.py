@@ -17,11 +17,10 @@ from biclip_jax.data import pipeline
 from biclip_jax.data import text as text_lib
 from biclip_jax.data.image_io import resize_probability
 from biclip_jax.data.schema import Batch, Record
-from biclip_jax.evaluation import baselines, calibration, degrade, metrics, reporting, tta
+from biclip_jax.evaluation import baselines, calibration, degrade, earlier, metrics, reporting, tta
 from biclip_jax.evaluation import conditions as text_conditions
 from biclip_jax.evaluation.steps import predict_step
-
-THRESHOLD = 0.5
+from biclip_jax.models.ensemble import Ensemble, member_of
 
 # (batch) -> probabilities (B, S, S, 1), on the host
 Predict = Callable[[Batch], np.ndarray]
@@ -37,6 +36,33 @@ def make_predict(
     return partial(step, parallel.replicate(variables))
 
 
+def make_member_predicts(model: nn.Module, variables: Mapping[str, Any]) -> list[Predict]:
+    """Each member of an ensemble by itself, by one program; none for a single model."""
+    if not isinstance(model, Ensemble):
+        return []
+    step = parallel.pmap_predict_step(partial(predict_step, model=model.member))
+    members = (member_of(variables, k) for k in range(model.num_members))
+    return [partial(step, parallel.replicate(member)) for member in members]
+
+
+def evaluate_members(
+    members: Sequence[Predict], encode: Encode, records: Sequence[Record], *, batch_size: int
+) -> dict[str, Any]:
+    """Each member of an ensemble by itself, and how much they disagree, with the right sentences.
+
+    Returns:
+      members: scores and intervals, {"member_0": ...}; ensemble_uncertainty: mean_entropy,
+      mean_mutual_information and error_auroc as of `evaluate_tta`, members in place of views.
+    """
+    texts = encode([record["text"] for record in records])
+    together = partial(tta.predict_members, members)
+    counts, unsure = _with_uncertainty(together, records, texts, batch_size)
+    return {
+        "members": {f"member_{k}": _with_intervals(own) for k, own in enumerate(counts[1:])},
+        "ensemble_uncertainty": unsure,
+    }
+
+
 def evaluate(
     predict: Predict,
     encode: Encode,
@@ -46,6 +72,8 @@ def evaluate(
     conditions: Sequence[str],
     batch_size: int,
     extra: Mapping[str, Any] | None = None,
+    before: Mapping[str, Any] | None = None,
+    split: Sequence[Record] | None = None,
 ) -> dict[str, Any]:
     """Evaluates a split; writes results.json, per_image.csv, overlays.png and uncertainty.png.
 
@@ -57,18 +85,24 @@ def evaluate(
       conditions: of the sentences, "right" among them; see `conditions.ask`.
       batch_size: pictures at a time.
       extra: more for results.json: split, checkpoint, baselines.
+      before: what `earlier.read` found; what it has and this call does not make stays.
+      split: the whole one, where `records` are a subset of it.
 
     Returns:
       What results.json holds; "left_out" names conditions that the split has not.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = evaluate_conditions(
-        predict, encode, records, batch_size=batch_size, conditions=conditions
+        predict, encode, records, batch_size=batch_size, conditions=conditions, split=split
     )
     left_out = [name for name in conditions if name not in found]
     outcome = {**(extra or {}), **results(found, records), "left_out": left_out}
+    lines = per_image_rows(found, records)
+    if before:
+        outcome = earlier.merged(before, outcome)
+        lines = earlier.with_columns(folder / "per_image.csv", lines)
     write_json(folder / "results.json", outcome)
-    reporting.write_csv(folder / "per_image.csv", per_image_rows(found, records))
+    reporting.write_csv(folder / "per_image.csv", lines)
     rows = page_rows(predict, encode, records, found["right"], batch_size)
     title = f"{len(records)} pictures, by Dice"
     reporting.overlay_page(rows, folder / "overlays.png", title)
@@ -118,7 +152,7 @@ def _resized(maps: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 
 
 def _overlap(probs: np.ndarray, record: Record) -> metrics.Overlap:
-    pred = probs >= THRESHOLD
+    pred = probs >= metrics.THRESHOLD
     return metrics.overlap(pred[..., None], record["full_mask"], axis=(0, 1, 2))
 
 
@@ -138,16 +172,23 @@ def evaluate_conditions(
     batch_size: int,
     conditions: Sequence[str] = text_conditions.CONDITIONS,
     seed: int = 0,
+    split: Sequence[Record] | None = None,
 ) -> dict[str, metrics.Overlap]:
-    """Counts of every text condition that the split has, on the pictures that have it."""
+    """Counts of every text condition that the records have, on the pictures that have it.
+
+    Args:
+      predict, encode, records, batch_size, conditions, split: as in `evaluate`.
+      seed: of the shuffled sentences.
+    """
     spoken = text_conditions.spoken(records)
+    whole = None if split is None else text_conditions.spoken(split)
     found = {}
     for condition in conditions:
-        asked = text_conditions.ask(condition, spoken, seed)
+        asked = text_conditions.ask(condition, spoken, seed, whole)
         if asked is None:
             continue
-        whole = len(asked.rows) == len(records)
-        chosen = records if whole else [records[i] for i in asked.rows]
+        everywhere = len(asked.rows) == len(records)
+        chosen = records if everywhere else [records[i] for i in asked.rows]
         texts = encode(asked.sentences)
         found[condition] = overlap_at_own_size(predict, chosen, texts, batch_size)
     return found
@@ -178,16 +219,27 @@ def evaluate_tta(
     """
     texts = pipeline.sentence_fields(encode, [record["text"] for record in records])
     looked = partial(tta.predict_views, predict, views=list(views.values()))
+    counts, unsure = _with_uncertainty(looked, records, texts, batch_size)
+    return {"views": list(views), "right_tta": _with_intervals(counts[0]), **unsure}
+
+
+def _with_uncertainty(
+    pooled: Predict, records: Sequence[Record], texts: dict[str, np.ndarray], batch_size: int
+) -> tuple[list[metrics.Overlap], dict[str, float | None]]:
+    """Counts of the mean and of each map after its uncertainties; means of these over all pixels.
+
+    Args:
+      pooled: batch -> maps (B, S, S, 3 + K): mean, entropy, mutual information, then others.
+      records, texts, batch_size: as in `at_own_size`.
+    """
     counts, sums, num_pixels = [], np.zeros(2), 0
     histogram = calibration.gather([])
-    for record, maps in at_own_size(looked, records, texts, batch_size):
-        counts.append(_overlap(maps[0], record))
+    for record, maps in at_own_size(pooled, records, texts, batch_size):
+        counts.append([_overlap(probs, record) for probs in (maps[0], *maps[3:])])
         histogram += calibration.histogram(maps[0], record["full_mask"][..., 0])
-        sums += maps[1:].sum((1, 2), dtype=np.float64)
+        sums += maps[1:3].sum((1, 2), dtype=np.float64)
         num_pixels += maps[0].size
-    return {
-        "views": list(views),
-        "right_tta": _with_intervals(metrics.stack(counts)),
+    return [metrics.stack(list(own)) for own in zip(*counts, strict=True)], {
         "mean_entropy": float(sums[0] / num_pixels),
         "mean_mutual_information": float(sums[1] / num_pixels),
         "error_auroc": calibration.error_auroc(histogram),
@@ -233,15 +285,21 @@ def _through_jpeg(record: Record, severity: int) -> Record:
     return Record({**record, "image": degrade.jpeg(record["image"], severity)})
 
 
-def degradation_results(found: Mapping[str, Mapping[int, metrics.Overlap]]) -> dict[str, Any]:
+def degradation_results(
+    found: Mapping[str, Mapping[int, metrics.Overlap]], before: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Scores and intervals of every degradation, {name: {severity: ...}}, and their mean.
 
-    The mean is taken over all names and severities that were asked for.
+    The mean is taken over all names and severities that the section holds.
+
+    Args:
+      found: counts, see `evaluate_degradations`.
+      before: such a section of an earlier evaluation; its other names and severities stay.
     """
-    scores = {
-        name: {str(severity): _with_intervals(counts) for severity, counts in rows.items()}
-        for name, rows in found.items()
-    }
+    scores = earlier.degradations(before or {})
+    for name, rows in found.items():
+        cells = {str(severity): _with_intervals(counts) for severity, counts in rows.items()}
+        scores[name] = dict(sorted({**scores.get(name, {}), **cells}.items()))
     flat = [cell for rows in scores.values() for cell in rows.values()]
     keys = ("dice_global", "dice_mean", "iou_global", "iou_mean")
     return {**scores, "mean": {key: float(np.mean([cell[key] for cell in flat])) for key in keys}}
@@ -268,7 +326,7 @@ def results(found: Mapping[str, metrics.Overlap], records: Sequence[Record]) -> 
     return {
         "size": "each mask's own size, probabilities resized bilinearly",
         "model_image_size": records[0]["image"].shape[0],
-        "threshold": THRESHOLD,
+        "threshold": metrics.THRESHOLD,
         "conditions": scores,
     }
 
@@ -340,7 +398,7 @@ def _page_row(band, predict, encode, record, score, batch_size) -> dict[str, Any
         "id": record["id"],
         "image": np.clip(np.rint(np.stack(grey, -1)), 0, 255).astype(np.uint8),
         "mask": record["full_mask"],
-        "pred": probs >= THRESHOLD,
+        "pred": probs >= metrics.THRESHOLD,
         "uncertainty": tta.entropy(probs),
         "dice": score,
         "text": record["text"],

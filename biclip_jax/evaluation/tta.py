@@ -1,4 +1,4 @@
-"""Test-time augmentation: the mean over a few fixed views, and how much the views disagree.
+"""Means over several answers, and how much they disagree: of a few fixed views, or of members.
 
 A view changes the picture, the model segments it, and the probabilities are brought back to the
 picture's own pixels. A flip swaps the sides of the sentence, too.
@@ -119,9 +119,30 @@ def predict_views(
         entropies = entropies + weight * entropy(own)
     if not np.all(weights > 0):
         raise ValueError("views: a pixel is seen by none; expected one that sees all; add identity")
-    mean = np.clip(total / weights, 0, 1)
+    return _pooled(total / weights, entropies / weights)
+
+
+def predict_members(predicts: Sequence[Predict], batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The mean over the K members of an ensemble, its uncertainties, and the members.
+
+    Args:
+      predicts: of each member: batch -> probabilities (B, S, S, 1).
+      batch: a `Batch`.
+
+    Returns:
+      (B, S, S, 3 + K) float32: as `predict_views`, then the members' own probabilities.
+    """
+    probs = [predict(batch) for predict in predicts]
+    mean = np.stack(probs).mean(0, dtype=np.float64)
+    pooled = _pooled(mean, np.stack([entropy(own) for own in probs]).mean(0))
+    return np.concatenate([pooled, *probs], -1)
+
+
+def _pooled(mean: np.ndarray, mean_entropy: np.ndarray) -> np.ndarray:
+    """(..., 3): the mean probability, its entropy, and what that has above the mean entropy."""
+    mean = np.clip(mean, 0, 1)
     uncertainty = entropy(mean)
-    information = np.maximum(uncertainty - entropies / weights, 0)
+    information = np.maximum(uncertainty - mean_entropy, 0)
     return np.concatenate([mean, uncertainty, information], -1).astype(np.float32)
 
 

@@ -124,7 +124,8 @@ class BiCLIP(nn.Module):
         self.unet = UNet(
             self.widths,
             norm=self.norm,
-            fused_blocks=self.levels if self.uses_text else (),
+            # Without a way back to the picture, refining the sentence there would be for nothing.
+            fused_blocks=self.levels if self.text_to_vision else (),
             vision_to_text=self.vision_to_text,
             text_to_vision=self.text_to_vision,
             fusion_hidden=self.level_hidden,

@@ -22,15 +22,12 @@ class Ensemble(nn.Module):
     Attributes:
       member: the architecture; takes a picture and named sentence fields.
       num_members: K.
+      text_encoder: a frozen tower that all members share; None where each has its own.
     """
 
     member: nn.Module
     num_members: int
-
-    @property
-    def text_encoder(self) -> nn.Module | None:
-        """The members'."""
-        return self.member.text_encoder
+    text_encoder: nn.Module | None = None
 
     @property
     def image_size(self) -> int:
@@ -42,6 +39,9 @@ class Ensemble(nn.Module):
         self, image: Float[Array, "b h w 3"], **text: Array
     ) -> tuple[Float[Array, "b h w 1"], dict[str, Array]]:
         """The logit of the mean probability, and member_logits (K, B, H, W, 1)."""
+        if self.text_encoder is not None and "text_features" not in text:
+            ids, mask = text.pop("text_ids"), text.pop("text_mask")
+            text["text_features"] = self.text_encoder(ids, mask)
 
         def answer(member: nn.Module, carry: tuple[()], _: None):
             logits, _aux = member(image, **text)

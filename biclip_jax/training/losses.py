@@ -42,7 +42,7 @@ def segmentation_loss(
     """L_seg: soft Dice plus cross-entropy, weighted 1:1.
 
     Args:
-      logits: the weak view's.
+      logits: of a view.
       mask: in {0, 1}.
       double_sigmoid: the published training code hands probabilities to a
         cross-entropy that applies the sigmoid again; true repeats that.

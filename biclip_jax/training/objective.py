@@ -73,13 +73,14 @@ def make_recipe(config: Mapping[str, Any], labelled: float = 1.0) -> Recipe:
       labelled: share of a batch that has masks.
 
     Raises:
-      ValueError: losses of unlabelled pictures where there are none.
+      ValueError: losses that would have nothing to look at; a flip that the sentence cannot follow.
     """
+    _check(config, labelled)
     loss, geometry = config["loss"], dict(config["views"])
     strong = views.Strong(**geometry.pop("strong"))
     geometry_first = geometry.pop("geometry_first")
     names = ("gen", "iac", "cycle", "pseudo_labels", "mean_teacher")
-    recipe = Recipe(
+    return Recipe(
         weights={name: loss[name] for name in names},
         geometry=views.Geometry(**geometry),
         geometry_first=geometry_first,
@@ -94,12 +95,26 @@ def make_recipe(config: Mapping[str, Any], labelled: float = 1.0) -> Recipe:
         ramp_steps=loss["ramp_steps"],
         ema_teacher=config["optim"]["ema_decay"] > 0,
     )
-    if recipe.learns_from_teacher and labelled == 1:
+
+
+def _check(config: Mapping[str, Any], labelled: float) -> None:
+    loss, model, views_config = config["loss"], config["model"], config["views"]
+    if labelled == 1 and (loss["pseudo_labels"] > 0 or loss["mean_teacher"] > 0):
         raise ValueError(
             "loss.pseudo_labels and loss.mean_teacher are of unlabelled pictures; "
             "set data.unlabelled, or both to 0"
         )
-    return recipe
+    if not model["pseudo_image"] and (loss["gen"] > 0 or loss["cycle"] > 0):
+        raise ValueError(
+            "loss.gen and loss.cycle look at the pseudo-image, and model.pseudo_image is false; "
+            "set both to 0"
+        )
+    fused = model["bmf"]["levels"] and model["bmf"]["text_to_vision"]
+    if fused and views_config["horizontal_flip"] > 0 and not views_config["geometry_first"]:
+        raise ValueError(
+            "model.bmf.levels bring the sentence to pictures that views.horizontal_flip has "
+            "flipped; set views.geometry_first, so that the sentence is flipped, too"
+        )
 
 
 class Example(NamedTuple):

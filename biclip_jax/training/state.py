@@ -52,6 +52,8 @@ def create(
     """
     params = {name: part for name, part in variables["params"].items() if name not in frozen}
     averaged = {"params": params, "batch_stats": variables["batch_stats"]}
+    if average:  # a copy: a step that donates its state may not be given one buffer twice
+        averaged = jax.tree.map(jnp.copy, averaged)
     # Arrays, not Python integers: those would cost a second compilation.
     return TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 BLUR_TAPS = 5
 ELASTIC_GRID = 7  # control points of the elastic deformation, each way
+BOX_STREAM, ELASTIC_STREAM, VALUES_STREAM = 1, 2, 3  # of a strong view's key; itself: the light
 CUTMIX_AREA = (0.1, 0.5)  # of the picture: a larger box is the partner's smaller one
 
 
@@ -126,7 +127,7 @@ def change_strongly(
     """The strong view's change of one picture's values, clipped to [0, 1]."""
     if strong.light:
         image = change_light(key, image)
-    keys = jax.random.split(jax.random.fold_in(key, 1), 5)
+    keys = jax.random.split(jax.random.fold_in(key, VALUES_STREAM), 4)
     if strong.contrast:
         factor = 1 + _uniform(keys[0], -strong.contrast, strong.contrast)
         image = image.mean() + factor * (image - image.mean())
@@ -146,6 +147,7 @@ def elastic_source(
 
     Cubic between the points, which makes the field smooth.
     """
+    key = jax.random.fold_in(key, ELASTIC_STREAM)
     shifts = scale * jax.random.normal(key, (ELASTIC_GRID, ELASTIC_GRID, 2))
     field = jax.image.resize(shifts, (height, width, 2), "cubic")
     return _grid(height, width) + field * jnp.array([height, width])
@@ -155,7 +157,7 @@ def random_box(
     key: Key[Array, ""], height: int, width: int, probability: float
 ) -> Bool[Array, "h w 1"]:
     """A box of CUTMIX_AREA of the picture, sides up to 1 : 2; empty with 1 - probability."""
-    keys = jax.random.split(key, 5)
+    keys = jax.random.split(jax.random.fold_in(key, BOX_STREAM), 4)
     area = _uniform(keys[0], *CUTMIX_AREA)
     stretch = jnp.exp2(_uniform(keys[1], -0.5, 0.5))
     sides = jnp.minimum(jnp.sqrt(area) * jnp.stack([stretch, 1 / stretch]), 1.0)

@@ -100,10 +100,12 @@ def model_card(config: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
         if isinstance(value, float)
     )
     size = config["model"]["image_size"]
+    encoders = [config["model"].get(part, {}).get("encoder", "cnn") for part in ("text", "image")]
     return f"""# {config["name"]}
 
 BiCLIP (arXiv 2603.00156), {size} x {size} pixels, trained on `{config["data"]}` for
 {config["step"]} steps with biclip_jax. One binary mask for a picture and a sentence.
+Text encoder: {encoders[0]}; image encoder: {encoders[1]}.
 
 {reached}
 

@@ -216,7 +216,7 @@ def test_the_rest_is_what_the_labels_leave(smoke_config):
 
 def test_nothing_left_is_an_error_that_names_the_field(smoke_config):
     smoke_config.data.unlabelled = "rest"
-    with pytest.raises(UserError, match=r"data\.unlabelled: 'rest', .* label_fraction 1\.0 leaves"):
+    with pytest.raises(UserError, match=r"unlabelled: 'rest', .* 1\.0 leaves no"):
         unlabelled_of(smoke_config)
 
 
@@ -231,7 +231,7 @@ def test_unlabelled_pictures_may_lie_in_another_folder(smoke_config, tmp_path):
             Image.fromarray(pixels).save(tmp_path / f"{kind}_{i}.png")
         split = "train" if i < 4 else "val" if i == 4 else "test"
         lines.append(f"image_{i}.png,mask_{i}.png,left lung {i},{split}")
-    (tmp_path / "data.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "annotations.csv").write_text("\n".join(lines) + "\n")
     with smoke_config.unlocked():
         smoke_config.data.unlabelled = str(tmp_path)
     records = unlabelled_of(smoke_config)

@@ -1,18 +1,20 @@
 """Fusion at the U-Net's levels: zero at first, the formula by hand, each direction off."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import erf
 
+from biclip_jax.configs import variants
 from biclip_jax.models import biclip, fusion
-from biclip_jax.models.unet import UNet, block_names
+from biclip_jax.models.unet import DoubleConv, UNet, block_names
 from tests import tiny
 
 RNG = np.random.default_rng(0)
-FEATURES = RNG.standard_normal((2, 4, 6, 3)).astype(np.float32)
-TEXT = RNG.standard_normal((2, 10)).astype(np.float32)
+FEATURES = jnp.asarray(RNG.standard_normal((2, 4, 6, 3)), jnp.float32)
+TEXT = jnp.asarray(RNG.standard_normal((2, 10)), jnp.float32)
 
 
 def random_params(module, *inputs):
@@ -35,12 +37,10 @@ def test_a_level_is_the_formula_by_hand(forth, back):
     """t' = t + g([t; mean F]); F' = F (1 + gamma(t')) + beta(t'); what is off changes nothing."""
     module = fusion.LevelFusion(vision_to_text=forth, text_to_vision=back, hidden=5)
     shapes = jax.eval_shape(module.init, jax.random.key(0), FEATURES, TEXT)
-    names = {"refiner"} * forth | {"modulation"} * back if False else set()
-    names |= {"refiner"} if forth else set()
-    names |= {"modulation"} if back else set()
+    names = {name for name, on in (("refiner", forth), ("modulation", back)) if on}
     assert set(shapes.get("params", {})) == names
     params = random_params(module, FEATURES, TEXT) if names else {}
-    features, text = FEATURES.astype(np.float64), TEXT.astype(np.float64)
+    features, text = (np.asarray(x, np.float64) for x in (FEATURES, TEXT))
     if forth:
         both = np.concatenate([text, features.mean((1, 2))], axis=-1)
         text = text + mlp_by_hand(params["refiner"]["mlp"], both)
@@ -54,7 +54,7 @@ def test_a_level_is_the_formula_by_hand(forth, back):
     np.testing.assert_allclose(refined, text, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("norm", ["batch", pytest.param("group", marks=pytest.mark.slow)])
 def test_training_begins_at_the_plain_u_net_to_the_bit(norm):
     fused = UNet((2, 4, 8), norm=norm, fused_blocks=block_names(3), fusion_hidden=5)
     plain = fused.clone(fused_blocks=())
@@ -69,8 +69,27 @@ def test_training_begins_at_the_plain_u_net_to_the_bit(norm):
     found, same = fused.apply(variables, x, False, TEXT)
     np.testing.assert_array_equal(found, expected)
     jax.tree.map(np.testing.assert_array_equal, same, features)
-    moved = jax.tree.map(lambda p: p + 0.1, variables)
-    assert np.abs(fused.apply(moved, x, False, TEXT)[0] - fused.apply(moved, x, False, -TEXT)[0]).max() > 0
+    moved = tiny.noisy({"batch_stats": {}, **variables})
+    one, other = (fused.apply(moved, x, False, text)[0] for text in (TEXT, -TEXT))
+    assert np.abs(one - other).max() > 1e-4
+
+
+@pytest.fixture(scope="module")
+def full():
+    model = tiny.model(method="full")
+    return model, tiny.init(model)
+
+
+def test_full_begins_at_the_same_network_without_levels_to_the_bit(full):
+    model, variables = full
+    params = variables["params"]
+    unet = {k: v for k, v in params["unet"].items() if not k.startswith("fusion_")}
+    plain = {**variables, "params": {**params, "unet": unet}}
+    batch = tiny.batch(2)
+    image, sentence = biclip.to_unit_rgb(batch["image"]), biclip.text_inputs(batch)
+    found, _ = model.apply(variables, image, **sentence)
+    expected, _ = model.clone(levels=()).apply(plain, image, **sentence)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_the_sentence_goes_through_the_levels_in_the_order_of_the_data():
@@ -85,8 +104,6 @@ def test_the_sentence_goes_through_the_levels_in_the_order_of_the_data():
         if isinstance(context.module, fusion.LevelFusion):
             seen.append((context.module.name, args[1], out[1]))
         return out
-
-    import flax.linen as nn
 
     with nn.intercept_methods(watch):
         module.apply(variables, x, False, TEXT)
@@ -145,8 +162,6 @@ def test_what_is_off_has_no_parameters(method):
 
 
 def test_all_methods_are_looked_at():
-    from biclip_jax.configs import variants
-
     assert set(TREES) == set(variants.METHODS)
 
 
@@ -160,9 +175,8 @@ def test_the_image_only_u_net_needs_no_sentence_and_ignores_one():
     np.testing.assert_array_equal(logits, again)
 
 
-def test_an_empty_sentence_has_a_learned_vector_of_its_own():
-    model = tiny.model(method="full")
-    variables = tiny.noisy(tiny.init(model))
+def test_an_empty_sentence_has_a_learned_vector_of_its_own(full):
+    model, variables = full[0], tiny.noisy(full[1])
     batch = tiny.batch(2)
     image, sentence = biclip.to_unit_rgb(batch["image"]), biclip.text_inputs(batch)
     half = {**sentence, "has_text": jnp.array([True, False])}
@@ -177,8 +191,6 @@ def test_an_empty_sentence_has_a_learned_vector_of_its_own():
 
 
 def test_group_norm_keeps_no_statistics_and_is_the_formula():
-    from biclip_jax.models.unet import DoubleConv
-
     block = DoubleConv(12, norm="group")  # gcd(8, 12) = 4 groups of 3
     x = jnp.asarray(RNG.standard_normal((2, 5, 6, 3)), jnp.float32)
     variables = block.init(jax.random.key(0), x, True)
@@ -187,7 +199,8 @@ def test_group_norm_keeps_no_statistics_and_is_the_formula():
     _, state = block.apply(moved, x, True, capture_intermediates=True, mutable=["intermediates"])
     seen = state["intermediates"]
     maps = np.asarray(seen["conv_0"]["__call__"][0], np.float64).reshape(2, 30, 4, 3)
-    maps = (maps - maps.mean((1, 3), keepdims=True)) / np.sqrt(maps.var((1, 3), keepdims=True) + 1e-5)
+    variance = maps.var((1, 3), keepdims=True)
+    maps = (maps - maps.mean((1, 3), keepdims=True)) / np.sqrt(variance + 1e-5)
     norm = moved["params"]["norm_0"]
     expected = maps.reshape(2, 5, 6, 12) * norm["scale"] + norm["bias"]
     np.testing.assert_allclose(seen["norm_0"]["__call__"][0], expected, atol=1e-4)
@@ -197,9 +210,7 @@ def test_configurations_from_before_the_levels_give_the_published_model():
     old = tiny.model_config()
     assert not {"norm", "bmf", "pseudo_image", "image", "heads", "iac_blocks"} & set(old)
     model = biclip.build(old, vocab_size=tiny.VOCAB_SIZE)
-    assert model == tiny.model(method="published", bmf={**biclip.DEFAULTS["bmf"], "hidden": 8}).clone(
-        level_hidden=256
-    )
+    assert model == tiny.model(method="published").clone(level_hidden=256)
     tree = tree_of(model)
     assert set(tree["params"]) == PUBLISHED | CYCLE | IAC
     same = tree_of(tiny.model(method="published"))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from biclip_jax.models import ensemble
+from biclip_jax.models.text import TextEncoder
 from biclip_jax.training import state as train_state
 from biclip_jax.training import steps
 from tests import tiny
@@ -83,6 +84,22 @@ def test_the_ensemble_answers_with_the_mean_of_its_members_probabilities(runs):
         one = ensemble.member_of(variables, index)
         again = jax.nn.sigmoid(member.apply(one, image, **text)[0])
         np.testing.assert_allclose(again, answer, atol=1e-5)
+
+
+def test_a_shared_text_tower_encodes_once_for_all_members():
+    batch, tower = tiny.batch(2), TextEncoder(tiny.VOCAB_SIZE, tiny.MAX_LENGTH, 8, 1, 2)
+    member = tiny.model().clone(text_encoder=None)
+    ids = {name: batch[name] for name in ("text_ids", "text_mask")}
+    image = jnp.asarray(batch["image"] / 255.0, jnp.float32).repeat(3, -1)
+    model = ensemble.Ensemble(member, 2, tower)
+    variables = jax.jit(model.init)(jax.random.key(0), image, **ids)
+    assert set(variables["params"]) == {"member", "text_encoder"}
+    logits, _ = model.apply(variables, image, **ids)
+    alone = {"params": {"member": variables["params"]["member"]}}
+    alone["batch_stats"] = variables["batch_stats"]
+    vectors = tower.apply({"params": variables["params"]["text_encoder"]}, *ids.values())
+    again, _ = ensemble.Ensemble(member, 2).apply(alone, image, text_features=vectors)
+    np.testing.assert_allclose(logits, again, atol=1e-6)
 
 
 def test_parameters_of_an_ensemble_are_initialised_apart():

@@ -74,7 +74,9 @@ def test_cycle_loss_is_the_mean_absolute_error_with_a_fixed_text():
     assert not np.any(into_text)
 
 
-@pytest.mark.parametrize(("learner", "learns"), [("weak", (1, 0)), ("strong", (0, 1)), ("both", (1, 1))])
+@pytest.mark.parametrize(
+    ("learner", "learns"), [("weak", (1, 0)), ("strong", (0, 1)), ("both", (1, 1))]
+)
 def test_the_learner_alone_gets_the_consistency_s_gradient(learner, learns):
     """d(1 - cos)/dw = (cos w/|w| - s/|s|) / |w|, and the same with both exchanged."""
     weak, strong = jnp.asarray(RNG.standard_normal((2, 3, 7)), jnp.float32)
@@ -102,9 +104,9 @@ def test_cycle_loss_can_be_squared():
     text, guess = jnp.asarray(RNG.standard_normal((2, 3, 7)), jnp.float32)
     expected = np.square(np.asarray(text) - np.asarray(guess)).mean(-1)
     np.testing.assert_allclose(losses.cycle_loss(text, guess, "l2"), expected, rtol=1e-5)
-    into_text, into_guess = jax.grad(
-        lambda *x: losses.cycle_loss(*x, "l2").sum(), argnums=(0, 1)
-    )(text, guess)
+    into_text, into_guess = jax.grad(lambda *x: losses.cycle_loss(*x, "l2").sum(), argnums=(0, 1))(
+        text, guess
+    )
     assert not np.any(into_text)
     np.testing.assert_allclose(into_guess, 2 * (guess - text) / 7, rtol=1e-5)
 

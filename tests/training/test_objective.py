@@ -13,6 +13,7 @@ import pytest
 from scipy.spatial.distance import cosine
 from scipy.special import expit
 
+from biclip_jax import cli
 from biclip_jax.models.biclip import Fused, Segmented
 from biclip_jax.training import losses, objective, views
 from biclip_jax.training import state as train_state
@@ -122,8 +123,10 @@ def boxes():
 def test_the_parts_add_up_with_their_weights(step, ramp_steps, ramp):
     loss, values, _ = run(recipe(PARTS, ramp_steps=ramp_steps), plain_state(step))
     assert set(values) == {"loss", "loss_seg", *(f"loss_{name}" for name in PARTS)}
-    weights = {name: w * (ramp if name in ("pseudo_labels", "mean_teacher") else 1)
-               for name, w in PARTS.items()}
+    weights = {
+        name: w * (ramp if name in ("pseudo_labels", "mean_teacher") else 1)
+        for name, w in PARTS.items()
+    }
     expected = values["loss_seg"] + sum(w * values[f"loss_{name}"] for name, w in weights.items())
     np.testing.assert_allclose(values["loss"], expected, rtol=1e-5)
     assert loss == pytest.approx(values["loss"].mean(), rel=1e-6)
@@ -323,8 +326,10 @@ def test_a_flip_swaps_the_sentence_exactly_where_it_happens():
     geometry = views.Geometry(horizontal_flip=0.5, vertical_flip=0.0, affine=0.0)
     example = read(batch, recipe(geometry=geometry, geometry_first=True, labelled=1.0))
     pixels = np.asarray(batch["image"]) / np.float32(255)
-    flipped = [np.allclose(found[..., :1], was[:, ::-1]) for found, was in
-               zip(example.image, pixels, strict=True)]
+    flipped = [
+        np.allclose(found[..., :1], was[:, ::-1])
+        for found, was in zip(example.image, pixels, strict=True)
+    ]
     assert 0 < sum(flipped) < 32
     signs = np.where(flipped, -1, 1)[:, None]
     np.testing.assert_array_equal(example.text["text_features"], signs * batch["text_features"])
@@ -366,6 +371,21 @@ def test_a_recipe_is_what_the_configuration_says():
 def test_losses_of_unlabelled_pictures_need_some():
     with pytest.raises(ValueError, match=r"set data\.unlabelled, or both to 0"):
         tiny.recipe("semi", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "value", "said"),
+    [
+        ("full", "model.pseudo_image", False, "loss.gen and loss.cycle look at the pseudo-image"),
+        ("published", "model.bmf.levels", "all", "set views.geometry_first"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(method, field, value, said):
+    config = cli.load_config(f"default:smoke,{method}", [f"--config.{field}={value}"]).to_dict()
+    with pytest.raises(ValueError, match=said):
+        objective.make_recipe(config)
+    config["views"]["horizontal_flip"] = config["loss"]["gen"] = config["loss"]["cycle"] = 0.0
+    assert objective.make_recipe(config).weights["gen"] == 0
 
 
 def num_convolutions(method):

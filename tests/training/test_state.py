@@ -80,3 +80,11 @@ def test_inference_gets_the_averages_and_what_is_frozen(decay):
     np.testing.assert_array_equal(found["params"]["tower"]["v"], np.arange(3))
     assert set(found) == {"params", "batch_stats"}
     assert (float(found["params"]["w"]) == 3.0) == (decay == 0)
+
+
+def test_a_state_with_averages_can_be_donated():
+    """No buffer may be in it twice."""
+    state = train_state.create(variables(), optax.adam(0.1), ["tower"], average=True)
+    kept = jax.jit(lambda state: state.replace(step=state.step + 1), donate_argnums=0)(state)
+    assert int(kept.step) == 1
+    assert float(kept.ema["params"]["w"]) == float(kept.params["w"]) == 1.0

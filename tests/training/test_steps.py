@@ -8,8 +8,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from biclip_jax.models import biclip
-from biclip_jax.training import state as train_state
 from biclip_jax.training import objective, steps, views
+from biclip_jax.training import state as train_state
 from tests import tiny
 
 

@@ -100,16 +100,16 @@ def test_elastic_deformation_is_scipy_s_map_coordinates():
 
 def test_the_elastic_field_is_smooth_and_as_large_as_is_said():
     keys = jax.random.split(jax.random.key(0), 200)
-    source = jax.vmap(lambda key: views.elastic_source(key, 56, 112, 0.02))(keys)
+    source = jax.vmap(lambda key: views.elastic_source(key, 56, 112, 0.01))(keys)
     grid = np.stack(np.meshgrid(np.arange(56), np.arange(112), indexing="ij"), -1)
     shift = np.asarray(source) - grid
     # At a control point the field is its own shift, between them less.
     for axis, side in enumerate((56, 112)):
-        assert 0.6 * 0.02 * side < shift[..., axis].std() < 1.05 * 0.02 * side
-    assert np.abs(np.diff(shift, axis=1)).max() < 1.0
-    assert np.abs(shift.mean((0, 1, 2))).max() < 0.2
-    apart = np.corrcoef(shift[:, 28, 56, 0], shift[:, 28, 56, 1])[0, 1]
-    assert abs(apart) < 0.25
+        assert 0.6 < shift[..., axis].std() / (0.01 * side) < 1.05
+        # Smooth: rows and columns keep their order, so that nothing is folded over.
+        assert np.diff(np.asarray(source)[..., axis], axis=1 + axis).min() > 0
+    assert np.abs(shift.mean((0, 1, 2))).max() < 0.1
+    assert abs(np.corrcoef(shift[:, 28, 56, 0], shift[:, 28, 56, 1])[0, 1]) < 0.25
 
 
 def test_picture_and_mask_move_alike_through_both():
@@ -159,7 +159,7 @@ def test_each_change_is_its_formula():
 
     mean = float(grey.mean())
     bright = changed(brightness=0.2) - np.asarray(grey)
-    np.testing.assert_allclose(bright, bright[:, :1, :1, :1].repeat(64, 1).repeat(64, 2).repeat(3, 3), atol=1e-5)
+    assert bright.std((1, 2, 3)).max() < 1e-5
     assert 0.18 < np.abs(bright).max() <= 0.2 + 1e-5
     contrast = (changed(contrast=0.3) - mean) / (np.asarray(grey) - mean)
     factor = np.median(contrast, axis=(1, 2, 3))

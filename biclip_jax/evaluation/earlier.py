@@ -1,0 +1,123 @@
+"""What an earlier evaluation of the same model on the same pictures left, and what of it stays.
+
+A call makes some sections of results.json: those that it does not make are as true as they were.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from biclip_jax.evaluation import degrade, reporting
+
+# Two evaluations that agree in these are of one model on one list of pictures.
+IDENTITY = (
+    "split",
+    "subset",
+    "data",
+    "best_step",
+    "model_sha256",
+    "num_images",
+    "pictures_sha256",
+)
+SECTIONS = (
+    "baselines",
+    "members",
+    "ensemble_uncertainty",
+    "mirroring",
+    "tta",
+    "calibration",
+    "degradations",
+)
+SEVERITIES = tuple(map(str, degrade.SEVERITIES))
+SCORES = ("dice_global", "dice_mean", "iou_global", "iou_mean", "num_images")
+
+
+def digest(spoken: Sequence[Mapping[str, Any]]) -> str:
+    """The SHA-256 of ids and sentences, in order; see `conditions.spoken`."""
+    return hashlib.sha256(json.dumps(spoken, default=str).encode()).hexdigest()
+
+
+def read(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """results.json of an evaluation with the same `IDENTITY`; {} for any other, or a damaged one.
+
+    Args:
+      folder: of the evaluation.
+      facts: with all names of `IDENTITY`.
+    """
+    try:
+        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    same = isinstance(found, dict) and all(found.get(name) == facts[name] for name in IDENTITY)
+    return found if same else {}
+
+
+def merged(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """`now`, and the sections and conditions of `before` that it has not.
+
+    Args:
+      before: what `read` found.
+      now: with "conditions", "left_out" and "command".
+    """
+    kept = {name: before[name] for name in SECTIONS if isinstance(before.get(name), Mapping)}
+    kept |= {"baselines": _cells(kept["baselines"])} if "baselines" in kept else {}
+    earlier = [*_names(before.get("earlier_commands")), *_names([before.get("command")])]
+    return {
+        **kept,
+        **now,
+        "conditions": {**_cells(before.get("conditions")), **now["conditions"]},
+        "left_out": list(dict.fromkeys([*_names(before.get("left_out")), *now["left_out"]])),
+        "earlier_commands": [c for c in dict.fromkeys(earlier) if c != now.get("command")],
+    }
+
+
+def with_columns(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`rows` of per_image.csv, and the scores of the file at `path` that they have not.
+
+    Args:
+      path: of an earlier evaluation's; may be missing.
+      rows: at least one; see `runner.per_image_rows`.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            lines, names = list(reader), reader.fieldnames or []
+    except (OSError, ValueError, csv.Error):
+        lines, names = [], []
+    ids = [reporting.read_csv_cell(line.get("id") or "") for line in lines]
+    if ids != [row["id"] for row in rows]:
+        return [dict(row) for row in rows]
+    more = [n for n in names if n.startswith(("dice_", "iou_")) and n not in rows[0]]
+    return [
+        {**row, **{name: line[name] for name in more}}
+        for row, line in zip(rows, lines, strict=True)
+    ]
+
+
+def degradations(section: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The cells of a degradations section, {name: {severity: scores}}, without their mean."""
+    found = {
+        name: {severity: cell for severity, cell in _cells(rows).items() if severity in SEVERITIES}
+        for name, rows in section.items()
+    }
+    return {name: rows for name, rows in found.items() if rows}
+
+
+def _cells(section: Any) -> dict[str, Any]:
+    """Those that are scores, of {name: scores}."""
+    cells = section.items() if isinstance(section, Mapping) else ()
+    return {name: cell for name, cell in cells if _are_scores(cell)}
+
+
+def _are_scores(cell: Any) -> bool:
+    known = isinstance(cell, Mapping) and cell.keys() >= set(SCORES)
+    return known and all(isinstance(cell[name], int | float) for name in SCORES)
+
+
+def _names(values: Any) -> list[str]:
+    return [v for v in values if isinstance(v, str)] if isinstance(values, list) else []

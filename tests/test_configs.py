@@ -1,0 +1,114 @@
+"""The variants of configs/variants.py: each builds and traces, alone and composed."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from biclip_jax import cli, parallel, program, sentences
+from biclip_jax.configs import variants
+from biclip_jax.errors import UserError
+from biclip_jax.models import biclip
+from tests import tiny
+
+PARTS = {"seg", "gen", "iac", "cycle"}
+# method -> parts of the loss
+LOSSES = {
+    "published": PARTS,
+    "full": PARTS,
+    "semi": PARTS | {"pseudo_labels"},
+    "unet": {"seg"},
+    "ef_unet": {"seg"},
+    "one_way": {"seg"},
+    "no_bmf": PARTS,
+    "no_iac": PARTS - {"iac"},
+    "no_cycle": PARTS - {"cycle"},
+    "no_generator": {"seg", "iac"},
+}
+
+
+@pytest.mark.parametrize("method", variants.METHODS)
+def test_every_method_builds_and_traces(method, monkeypatch):
+    monkeypatch.setattr(biclip, "init", tiny.abstract_init)
+    config = cli.load_config(f"default:smoke,{method}", [])
+    assert config.name == f"demo_smoke_{method}"
+    size, rows = config.model.image_size, config.batch_size
+    texts = {"train": ["lower left lung"] * rows}
+    spoken = sentences.read(config.model.text.to_dict(), texts, None)
+    built = program.build(config, 32, spoken)
+    batch = {
+        "image": jnp.zeros((rows, size, size, 1), jnp.uint8),
+        "mask": jnp.zeros((rows, size, size, 1), jnp.uint8),
+        "row": jnp.arange(rows, dtype=jnp.int32),
+        "labelled": jnp.arange(rows) < built.labelled_rows,
+        **spoken.fields["train"],
+    }
+    key = program.stream(config, "augment")
+    state, metrics = jax.eval_shape(built.train_step, built.initial, parallel.shard(batch), key)
+    assert set(metrics) == {
+        "loss",
+        "grad_norm",
+        "skipped",
+        *(f"loss_{part}" for part in LOSSES[method]),
+    }
+    assert jax.tree.structure(state) == jax.tree.structure(built.initial)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, built.initial)
+    assert (built.initial.ema is not None) == (method == "semi")
+    assert built.labelled_rows == (rows // 2 if method == "semi" else rows)
+
+
+@pytest.mark.parametrize("page", cli.config_names())
+def test_every_page_takes_every_method(page):
+    base = cli.load_config(page, [])
+    assert cli.load_config(f"{page}:published", []).to_dict() | {"name": ""} == (
+        base.to_dict() | {"name": ""}
+    )
+    for method in variants.METHODS:
+        config = cli.load_config(f"{page}:{method}", [])
+        assert config.name == f"{base.name}_{method}"
+        for name in ("data.name", "batch_size", "optim.learning_rate", "model.width"):
+            assert dict(cli.leaves(config))[name] == dict(cli.leaves(base))[name]
+
+
+def test_full_is_the_column_of_the_method_s_description():
+    fields = dict(cli.leaves(cli.load_config("qata:full", [])))
+    expected = {
+        "model.bmf.levels": "all",
+        "model.text.pooling": "masked",
+        "loss.views": "both",
+        "loss.iac_learner": "strong",
+        "loss.cycle_distance": "l2",
+        "loss.gen": 0.1,
+        "loss.iac": 0.05,
+        "loss.cycle": 0.07,
+        "views.geometry_first": True,
+        "views.horizontal_flip": 0.5,
+        "views.vertical_flip": 0.0,
+        "views.rotation": 10.0,
+        "views.strong.light": False,
+    }
+    assert {name: fields[name] for name in expected} == expected
+    assert all(fields[f"views.strong.{name}"] > 0 for name in ("noise", "contrast", "elastic"))
+    assert fields["views.strong.cutmix"] > 0
+    assert fields["model.text.dropout"] > 0
+
+
+def test_a_method_comes_before_the_variants_of_its_page():
+    small = cli.load_config("qata:small,full", [])
+    assert (small.name, small.views.affine, small.model.width) == ("qata_small_full", 1.0, 16)
+    turned = cli.load_config("qata:full,small", [])
+    assert (turned.name, turned.views) == ("qata_full_small", small.views)
+    whole = cli.load_config("qata:full", [])
+    assert (small.views.translation, whole.views.translation) == (0.05, 0)
+    assert (whole.optim.warmup_steps, whole.num_epochs) == (1000, 200)
+    assert (small.optim.warmup_steps, small.num_epochs) == (100, 200)
+
+
+def test_two_methods_at_once_are_refused():
+    with pytest.raises(UserError, match="ef_unet, full are whole methods; name one"):
+        cli.load_config("default:ef_unet,smoke,full", [])
+
+
+@pytest.mark.parametrize("variant", ["smoke,ful", "full,", "full smoke", "full,,smoke"])
+def test_an_unknown_variant_is_named_with_the_known_ones(variant):
+    with pytest.raises(UserError, match=r"no variant .*smoke.*published.*full.*no_generator"):
+        cli.load_config(f"default:{variant}", [])

@@ -1,0 +1,160 @@
+"""What a configuration compiles to: rows, heads, blocks, refusals."""
+
+import jax
+import numpy as np
+import pytest
+
+from biclip_jax import cli, program, sentences
+from biclip_jax.errors import UserError
+from biclip_jax.models import biclip
+from tests import tiny
+
+
+def configured(variant="smoke", *overrides):
+    return cli.load_config(f"default:{variant}", [f"--config.{field}" for field in overrides])
+
+
+def build(config, num_labelled=32):
+    texts = {"train": ["lower left lung"]}
+    spoken = sentences.read(config.model.text.to_dict(), texts, None)
+    return program.build(config, num_labelled, spoken)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "ratio", "rows"),
+    [(16, 1.0, 8), (16, 3.0, 4), (16, 7.0, 2), (16, 0.3, 12), (4, 1.0, 2), (6, 1.0, 4)],
+)
+def test_labelled_rows_are_even_and_follow_the_ratio(batch_size, ratio, rows):
+    """6 pictures, one to one: 3 are odd, and 2 * round(1.5) is 4."""
+    config = configured("semi", f"batch_size={batch_size}", f"data.unlabelled_ratio={ratio}")
+    assert program.labelled_rows(config) == rows
+    assert program.labelled_rows(configured("full", f"batch_size={batch_size}")) == batch_size
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "ratio"), [(16, 100.0), (16, 0.01), (2, 1.0)], ids=["none", "all", "small"]
+)
+def test_a_ratio_that_leaves_one_kind_without_rows_is_refused(batch_size, ratio):
+    config = configured("semi", f"batch_size={batch_size}", f"data.unlabelled_ratio={ratio}")
+    with pytest.raises(UserError, match=r"unlabelled_ratio: .*expected 2 to"):
+        program.labelled_rows(config)
+
+
+def test_a_batch_must_suit_devices_parts_and_pairs(monkeypatch):
+    full = configured("smoke,full")
+    program.check_batch(full, 8)
+    with pytest.raises(ValueError, match=r"accumulate is 2; unlabelled pictures need 1"):
+        program.check_batch(configured("smoke,semi", "optim.accumulate=2"), 4)
+    program.check_batch(configured("smoke,full", "optim.accumulate=4"), 8)
+    said = r"cutmix pairs .*8 pictures leave 1 to a device .*expected an even number"
+    with pytest.raises(ValueError, match=said):
+        program.check_batch(configured("smoke,full", "optim.accumulate=8"), 8)
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    with pytest.raises(ValueError, match=said):
+        program.check_batch(full, 8)
+    program.check_batch(configured("smoke"), 8)
+    program.check_batch(configured("smoke,full", "views.strong.cutmix=0.0"), 8)
+    monkeypatch.setattr(jax, "device_count", lambda: 3)
+    with pytest.raises(ValueError, match="multiple of 3"):
+        program.check_batch(full, 8)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "heads"),
+    [
+        ((), ["cycle", "iac"]),
+        (("loss.iac=0.0",), ["cycle"]),
+        (("loss.cycle=0.0",), ["iac"]),
+        (("loss.cycle=0.0", "loss.iac=0.0", "loss.gen=0.0"), []),
+    ],
+)
+def test_the_losses_say_which_heads_there_are(overrides, heads):
+    fields = program.model_fields(configured("smoke", *overrides))
+    assert fields["heads"] == heads
+    assert fields["iac_blocks"] == ["decoder_0"]
+    assert fields["width"] == 4
+
+
+def test_consistency_is_taken_on_decoder_blocks_alone():
+    fields = program.model_fields(configured("smoke", "loss.iac_blocks=decoder"))
+    assert fields["iac_blocks"] == ["decoder_1", "decoder_0"]
+    for blocks in ("encoder_0", "", "all", "bottleneck"):
+        with pytest.raises(ValueError, match="expected decoder blocks"):
+            program.model_fields(configured("smoke", f"loss.iac_blocks={blocks}"))
+
+
+@pytest.mark.parametrize(
+    ("names", "blocks"),
+    [
+        ("", ()),
+        ("all", ("encoder_0", "encoder_1", "encoder_2", "decoder_1", "decoder_0")),
+        ("encoder", ("encoder_0", "encoder_1")),
+        ("bottleneck", ("encoder_2",)),
+        ("decoder", ("decoder_1", "decoder_0")),
+        ("decoder_0, encoder_1", ("encoder_1", "decoder_0")),
+        ("decoder,bottleneck,decoder_1", ("encoder_2", "decoder_1", "decoder_0")),
+    ],
+)
+def test_blocks_are_named_alone_or_by_kind_and_come_in_the_order_of_the_data(names, blocks):
+    assert biclip.named_blocks(names, 3) == blocks
+
+
+@pytest.mark.parametrize("name", ["encoder_3", "decoder_2", "middle", "All"])
+def test_an_unknown_block_is_named_with_the_known_ones(name):
+    with pytest.raises(ValueError, match=rf"'{name}' is no block .*all, encoder, .*decoder_0"):
+        biclip.named_blocks(f"decoder_0,{name}", 3)
+
+
+def test_a_run_s_length_is_counted_in_labelled_pictures(monkeypatch):
+    monkeypatch.setattr(biclip, "init", tiny.abstract_init)
+    fields = ("num_steps=0", "num_epochs=3", "eval_every=0")
+    whole, half = (build(configured(v, *fields), 33) for v in ("smoke,full", "smoke,semi"))
+    assert (whole.num_steps, whole.eval_every, whole.labelled_rows) == (12, 4, 8)
+    assert (half.num_steps, half.eval_every, half.labelled_rows) == (24, 8, 4)
+    few = build(configured("smoke,semi", *fields), 3)
+    assert (few.num_steps, few.eval_every) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("variant", "override", "said"),
+    [
+        ("smoke,full", "loss.pseudo_labels=1.0", r"set data\.unlabelled, or both to 0"),
+        ("smoke,full", "model.bmf.levels=encoder_7", "is no block of the U-Net"),
+        ("smoke,full", "loss.iac_blocks=encoder_0", "expected decoder blocks"),
+        ("smoke,full", "optim.accumulate=8", "expected an even number"),
+        ("smoke,semi", "optim.accumulate=2", "unlabelled pictures need 1"),
+        ("smoke", "model.image_size=60", "image_size is 60"),
+        ("smoke,unet", "model.image_size=58", "need a multiple of 4"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_a_user_s_error(monkeypatch, variant, override, said):
+    monkeypatch.setattr(biclip, "init", tiny.abstract_init)
+    with pytest.raises(UserError, match=rf"^--config: .*{said}"):
+        build(configured(variant, override))
+
+
+def test_sizes_that_only_the_generator_refuses_are_open_to_the_u_net(monkeypatch):
+    monkeypatch.setattr(biclip, "init", tiny.abstract_init)
+    for variant in ("smoke,unet", "smoke,no_generator"):
+        assert build(configured(variant, "model.image_size=64")).initial.params
+
+
+def test_streams_differ_by_name_and_seed():
+    keys = [
+        jax.random.key_data(program.stream(configured("smoke", f"seed={seed}"), name))
+        for seed in (0, 1)
+        for name in ("params", "augment")
+    ]
+    assert len(np.unique(keys, axis=0)) == 4
+
+
+def test_a_model_folder_says_nothing_of_this_machine(monkeypatch):
+    monkeypatch.setattr(biclip, "init", tiny.abstract_init)
+    described = build(configured("smoke,full")).described
+    assert described["kind"] == "biclip"
+    assert described["image_tower"] == {}
+    assert described["model"]["heads"] == ["cycle", "iac"]
+    assert described["model"]["bmf"]["levels"] == "all"
+    model = biclip.build(described["model"], vocab_size=described["vocab_size"])
+    assert len(model.levels) == 5
+    assert model.no_text
