@@ -66,7 +66,7 @@ def build(config: Any) -> dict[str, Callable[[], Any]]:
     recipe = objective.make_recipe(config.to_dict())
     step = partial(
         steps.train_step,
-        objective=partial(objective.objective, model=model, recipe=recipe),
+        objective=partial(objective.objective, model=model.clone(axis_name=None), recipe=recipe),
         optimizer=optimizer,
     )
     states = [state.create(fresh, optimizer) for fresh in variables]

@@ -10,12 +10,122 @@ from PIL import Image
 
 from biclip_jax import evaluate, train
 from biclip_jax.data.annotations import VARIANTS
+from biclip_jax.errors import UserError
+from biclip_jax.evaluation import conditions
+from biclip_jax.weights import folder as model_folder
+from tests.evaluation import test_runner as known
 
 
 def run(*argv):
     with pytest.raises(SystemExit) as stopped:
         evaluate.main(list(argv))
     return stopped.value.code
+
+
+@pytest.fixture
+def untrained(tmp_path, monkeypatch):
+    """The work directory of a run whose model is the stub of the runner's tests."""
+    workdir = tmp_path / "run of mine"
+    (workdir / "model").mkdir(parents=True)
+    (workdir / "config.json").write_text('{"data": {"name": "known"}, "seed": 0}')
+    described(workdir)
+
+    def opened(args, config):
+        splits = dict.fromkeys(("train", "val", "test"), known.RECORDS)
+        return evaluate.Job(
+            make=lambda damage=None: known.predict,
+            predict=known.predict,
+            members=[],
+            encode=known.encode,
+            splits=splits,
+            records=conditions.subset(splits[args.split], args.subset),
+            folder=evaluate._output(args),
+        )
+
+    monkeypatch.setattr(evaluate, "_open", opened)
+    return workdir
+
+
+def described(workdir, **changes):
+    """Writes the model's config.json."""
+    hashes = {"sha256": "a", "tokenizer_sha256": "b"}
+    config = {"format": model_folder.FORMAT, **hashes, "step": 7, **changes}
+    (workdir / "model/config.json").write_text(json.dumps(config))
+
+
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_second_call_adds_to_the_first(untrained):
+    argv, folder = ("--workdir", str(untrained)), untrained / "evaluation/test"
+    assert run(*argv, "--degradations", "gamma", "--severities", "2", "--mirroring") == 0
+    first = results_of(folder)
+    assert first["model_sha256"] == "a" and first["best_step"] == 7
+    columns = (folder / "per_image.csv").read_text().splitlines()[0].split(",")
+    assert run(*argv, "--text-conditions", "right", "--no-baselines", "--calibration") == 0
+    second = results_of(folder)
+    for name in ("degradations", "mirroring", "baselines", "conditions", "left_out"):
+        assert second[name] == first[name]
+    assert "calibration" in second and "calibration" not in first
+    kept = (folder / "per_image.csv").read_text().splitlines()[0].split(",")
+    assert sorted(kept) == sorted(columns)
+    assert second["command"] != first["command"]
+    assert second["earlier_commands"] == [first["command"]]
+    assert run(*argv, "--degradations", "gamma", "--severities", "4") == 0
+    assert set(results_of(folder)["degradations"]["gamma"]) == {"2", "4"}
+
+
+def test_the_results_of_another_model_are_replaced(untrained):
+    argv, folder = ("--workdir", str(untrained)), untrained / "evaluation/test"
+    assert run(*argv, "--mirroring") == 0
+    described(untrained, sha256="c")
+    assert run(*argv, "--no-baselines", "--text-conditions", "right") == 0
+    found = results_of(folder)
+    assert set(found["conditions"]) == {"right"} and found["model_sha256"] == "c"
+    assert not {"mirroring", "baselines", "earlier_commands"} & set(found)
+
+
+def test_a_subset_has_its_own_folder_and_the_splits_shuffled_sentences(untrained):
+    argv = ("--workdir", str(untrained), "--no-baselines")
+    assert run(*argv) == 0
+    whole = (untrained / "evaluation/test/results.json").read_bytes()
+    assert run(*argv, "--subset", "3") == 0
+    assert (untrained / "evaluation/test/results.json").read_bytes() == whole
+    assert results_of(untrained / "evaluation/test-3")["subset"] == 3
+    # One sentence in the subset, two in the split: shuffled ones come from the split.
+    assert run(*argv, "--subset", "1") == 0
+    assert results_of(untrained / "evaluation/test-1")["conditions"]["shuffled"]["num_images"] == 1
+
+
+def test_recorded_commands_are_those_of_a_shell(untrained):
+    assert run("--workdir", str(untrained), "--no-baselines") == 0
+    found = results_of(untrained / "evaluation/test")["command"]
+    assert found == f"python -m biclip_jax.evaluate --workdir '{untrained}' --no-baselines"
+
+
+def test_configurations_that_describe_no_run_end_in_a_sentence(untrained, capsys):
+    described(untrained, step=None)
+    assert run("--workdir", str(untrained)) == 2
+    assert str(untrained / "model/config.json") in capsys.readouterr().err
+    for data in ("[]", '"here"', "null", "{}"):
+        (untrained / "config.json").write_text(f'{{"data": {data}, "seed": 0}}')
+        assert run("--workdir", str(untrained)) == 2
+        assert "no configuration of a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["²", "1,²", "", "0", "1,,2", "1.5"])
+def test_severities_that_are_none_are_named(text):
+    with pytest.raises(UserError, match="--severities"):
+        evaluate._severities(text)
+    assert evaluate._severities("1,3") == (1, 3)
+
+
+def test_disagreement_is_one_line(capsys):
+    section = {"mean_entropy": 0.5, "mean_mutual_information": 0.25, "error_auroc": None}
+    evaluate._print_disagreement(section)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "0.5000" in out and "0.2500" in out and "AUROC -" in out
 
 
 def test_every_condition_baseline_and_file(trained, tmp_path, capsys):
@@ -142,6 +252,9 @@ def test_members_of_an_ensemble_are_scored_singly(tmp_path, capsys):
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert set(results["members"]) == {"member_0", "member_1"}
     assert all(scores["num_images"] == 8 for scores in results["members"].values())
-    assert "member_1" in capsys.readouterr().out
+    unsure = results["ensemble_uncertainty"]
+    assert 0 < unsure["mean_mutual_information"] <= unsure["mean_entropy"] <= 0.694
+    out = capsys.readouterr().out
+    assert "member_1" in out and "members together: entropy" in out
     own = json.loads((workdir / "test/results.json").read_text())
     assert results["conditions"]["right"] == own["conditions"]["right"]

@@ -21,7 +21,9 @@ def test_a_finished_run_has_its_page(trained, tmp_path, capsys):
     results = json.loads((trained / "test/results.json").read_text())
     text = page.read_text(encoding="utf-8")
     assert f"{100 * results['conditions']['right']['dice_mean']:.2f}" in text
-    assert "biclip_jax.evaluate" not in text or "Not here" in text
+    # Only the test at the end of training is there, and it is asked for nothing more.
+    assert "Test at the end of training" in text
+    assert "biclip_jax.evaluate" not in text and "Not here" not in text
     assert text.count("data:image/png;base64,") >= 3  # overlays, uncertainty, curves
     assert not list(tmp_path.glob(".*"))
 

@@ -4,11 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
-from scipy import special, stats
+from scipy import optimize, special, stats
 
 from biclip_jax.evaluation import calibration
 
-BIN = 2 * calibration.LIMIT / calibration.NUM_BINS
+BIN = 1 / 256  # of the logit
 
 
 def pixels(scale=1.0, n=20_000, seed=0):
@@ -94,6 +94,41 @@ def test_the_temperature_undoes_a_known_scale(scale):
     assert after["ece"] < 0.005
     assert after["nll"] <= calibration.summarize(counts)["nll"] + 1e-9
     assert after["error_auroc"] == calibration.summarize(counts)["error_auroc"]
+
+
+def test_pixels_that_are_surer_than_float32_can_say_above_half_are_told_apart_below():
+    # Much background at -40, and pixels that are calibrated at T = 6.
+    rng = np.random.default_rng(0)
+    unsure = rng.normal(0, 6, 10_000)
+    logits = np.concatenate([np.full(990_000, -40.0), unsure])
+    mask = np.concatenate([np.zeros(990_000), rng.random(10_000) < special.expit(unsure / 6)])
+
+    def nll(temperature):
+        tempered = np.where(mask > 0, -logits, logits) / temperature
+        return np.logaddexp(0, tempered).mean()
+
+    best = optimize.minimize_scalar(nll, bounds=(0.5, 20), method="bounded")
+    assert 4 < best.x < 4.5
+    counts = calibration.histogram(special.expit(logits).astype(np.float32), mask)
+    temperature = calibration.fit_temperature(counts)
+    assert temperature == pytest.approx(best.x, rel=2e-3)
+    for t in (1.0, temperature):
+        assert calibration.summarize(counts, t)["nll"] == pytest.approx(nll(t), rel=2e-3)
+    p = special.expit(logits / temperature)
+    after = calibration.summarize(counts, temperature)
+    assert after["brier"] == pytest.approx(np.mean((p - mask) ** 2), rel=1e-3)
+    assert after["ece"] == pytest.approx(direct_ece(p, mask > 0), abs=1e-4)
+
+
+def test_every_float32_probability_counts_near_its_own_logit():
+    tiny, one = np.finfo(np.float32).tiny, np.float32(1)
+    p = np.array([tiny, 1e-20, 0.3, 0.5, np.nextafter(one, 0, dtype=np.float32)], np.float32)
+    for value in p:
+        counts = calibration.histogram(value[None], np.zeros(1))
+        centre = calibration.CENTRES[np.flatnonzero(counts[0])]
+        assert centre == pytest.approx(special.logit(np.float64(value)), abs=BIN / 2 + 1e-9)
+    ends = calibration.histogram(np.array([0.0, 1.0]), np.array([0, 1]))
+    assert ends[0, 0] == ends[1, -1] == 1
 
 
 def test_a_tempered_histogram_is_that_of_tempered_pixels():

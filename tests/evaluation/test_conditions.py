@@ -34,6 +34,17 @@ def test_made_conditions_are_of_every_picture():
         assert sentences(name).rows.tolist() == [0, 1, 2, 3, 4]
 
 
+def test_a_pictures_shuffled_sentence_does_not_depend_on_the_subset():
+    split = conditions.spoken(RECORDS)
+    drawn = conditions.ask("shuffled", split)
+    whole = dict(zip([one["id"] for one in split], drawn.sentences, strict=True))
+    for size in (1, 2, 5):
+        some = conditions.spoken(conditions.subset(RECORDS, size))
+        asked = conditions.ask("shuffled", some, split=split)
+        assert asked.sentences == [whole[one["id"]] for one in some]
+        assert asked.rows.tolist() == list(range(size))
+
+
 def test_published_variants_are_of_the_pictures_that_have_one():
     assert {"contradictory", "missing_location", "overdescriptive", "underdescriptive"} == set(
         VARIANTS

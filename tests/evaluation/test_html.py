@@ -1,12 +1,22 @@
 """The page on a run: what the files hold, nothing from elsewhere, and nothing that runs."""
 
+import copy
 import json
+import shlex
 from html.parser import HTMLParser
 
 import pytest
 
 from biclip_jax.errors import UserError
-from biclip_jax.evaluation import calibration, html, plots, reporting, runner
+from biclip_jax.evaluation import (
+    calibration,
+    html,
+    metrics,
+    mirroring,
+    plots,
+    reporting,
+    runner,
+)
 
 from . import test_runner as known
 
@@ -72,6 +82,10 @@ def evaluated(folder, **extra):
     counts = runner.pixel_histogram(predict, known.encode, records, 4)
     outcome["calibration"] = calibration.report(counts, counts)
     plots.plot_reliability(outcome["calibration"], folder / "reliability.png")
+    members = runner.evaluate_members([predict, known.predict], known.encode, records, batch_size=4)
+    outcome |= members
+    counts = mirroring.agreement(predict, known.encode, records, 4)
+    outcome["mirroring"] = metrics.summarize(counts)
     outcome["tta"] = runner.evaluate_tta(predict, known.encode, records, batch_size=4)
     outcome["baselines"] = runner.image_free_results(records, records, records)
     found = runner.evaluate_degradations(
@@ -115,7 +129,7 @@ def page(full):
 
 def test_numbers_are_those_of_the_results(page, full):
     outcome, text = full[1], Seen(page).text
-    scores = {**outcome["conditions"], **outcome["baselines"]}
+    scores = {**outcome["conditions"], **outcome["baselines"], **outcome["members"]}
     scores["right_tta"] = outcome["tta"]["right_tta"]
     for name, cell in scores.items():
         low, high = cell["interval_95"]["dice_global"]
@@ -135,6 +149,20 @@ def test_numbers_are_those_of_the_results(page, full):
         assert " ".join(["gamma", *row]) in text
     assert "1429" in text and "987" in text and "9.9" in text
     assert "contradictory" in text  # left out, by name
+    unsure = outcome["ensemble_uncertainty"]
+    assert f"mean has an entropy of {unsure['mean_entropy']:.4f} nats" in text
+    assert f"disagree on {unsure['mean_mutual_information']:.4f}" in text
+    mirrored = [100 * outcome["mirroring"][kind] for kind in ("dice_global", "dice_mean")]
+    assert "Dice global {:.2f}, Dice mean {:.2f}".format(*mirrored) in text
+
+
+def test_facts_name_both_encoders(page, tmp_path):
+    text = Seen(page).text
+    assert "text encoder scratch" in text
+    assert "image encoder cnn" in text  # of a run that is older than the field
+    model = {**CONFIG["model"], "image": {"encoder": "clip_rn50"}}
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "model": model}))
+    assert html.contents(tmp_path)["facts"]["image encoder"] == "clip_rn50"
 
 
 def test_a_page_asks_for_nothing_runs_nothing_and_shows_strange_names_as_they_are(page):
@@ -190,23 +218,51 @@ def test_missing_parts_are_named_with_their_commands(tmp_path, full):
     assert f"Scores on a split: python -m biclip_jax.evaluate --workdir {tmp_path}" in text
     assert "Curves of the training: python -m biclip_jax.train" in text
     assert "Counts of the labelled pictures" in text
-    bare = {k: v for k, v in full[1].items() if k not in ("calibration", "tta", "degradations")}
+    optional = ("calibration", "tta", "degradations", "mirroring")
+    bare = {k: v for k, v in full[1].items() if k not in optional}
     for name in ("evaluation/val", "test"):
         (tmp_path / name).mkdir(parents=True)
         runner.write_json(tmp_path / name / "results.json", {**bare, "split": "val"})
-    (tmp_path / "evaluation/other").mkdir()
-    runner.write_json(tmp_path / "evaluation/other/results.json", full[1])
+    (tmp_path / "evaluation/other-test").mkdir()
+    elsewhere = {**full[1], "data": "other"}
+    runner.write_json(tmp_path / "evaluation/other-test/results.json", elsewhere)
     missing = {part["what"]: part["command"] for part in html.contents(tmp_path)["missing"]}
     # Of another data set; its numbers are there, the plots are not.
-    assert missing["Evaluation: other: reliability.png"].endswith("--source DIR --calibration")
-    assert missing["Evaluation: other: degradations.png"].endswith("DIR --degradations all")
+    reliability = missing["Evaluation: other-test: reliability.png"]
+    assert reliability.endswith("--split test --source DIR --calibration")
+    assert missing["Evaluation: other-test: degradations.png"].endswith("DIR --degradations all")
     assert "Evaluation: val: reliability.png" not in missing
     assert "Scores on a split" not in missing
     assert missing["Evaluation: val: calibration"].endswith("--split val --calibration")
+    assert missing["Evaluation: val: mirroring"].endswith("--split val --mirroring")
     assert missing["Evaluation: val: degradations"].endswith("--split val --degradations all")
     assert missing["Evaluation: val: tta"].endswith("--split val --tta")
     assert {"Evaluation: val: overlays.png", "Evaluation: val: per_image.csv"} <= set(missing)
     assert not any("Test at the end" in what for what in missing)
+
+
+def test_commands_evaluate_the_same_pictures_into_the_same_folder(tmp_path, full):
+    workdir = tmp_path / "my run; $HOME"
+    (workdir / "evaluation").mkdir(parents=True)
+    (workdir / "config.json").write_text(json.dumps(CONFIG))
+    bare = {k: v for k, v in full[1].items() if k not in ("calibration", "baselines")}
+    for name in ("test-3", "mine", "qata_cov19-test-3"):
+        (workdir / "evaluation" / name).mkdir()
+        results = {**bare, "subset": 3}
+        runner.write_json(workdir / "evaluation" / name / "results.json", results)
+    missing = {part["what"]: part["command"] for part in html.contents(workdir)["missing"]}
+    start = ["python", "-m", "biclip_jax.evaluate", "--workdir", str(workdir), "--split", "test"]
+    more = {
+        "test-3": [],
+        "mine": ["--output", str(workdir / "evaluation/mine")],
+        "qata_cov19-test-3": [],
+    }
+    for name, options in more.items():
+        source = ["--source", "DIR"] if name.startswith("qata") else []
+        expected = [*start, *source, "--subset", "3", *options, "--no-baselines", "--calibration"]
+        assert shlex.split(missing[f"Evaluation: {name}: calibration"]) == expected
+    train = shlex.split(missing["Curves of the training"])
+    assert train[-4:] == ["--workdir", str(workdir), "--config", "NAME"]
 
 
 def test_nothing_is_missing_where_everything_is_there(full):
@@ -220,6 +276,11 @@ def test_nothing_is_missing_where_everything_is_there(full):
         ("config.json", "{"),
         ("config.json", "[]"),
         ("config.json", '{"name": "x"}'),
+        ("config.json", json.dumps({k: v for k, v in CONFIG.items() if k != "name"})),
+        ("config.json", json.dumps({**CONFIG, "data": "here"})),
+        ("config.json", json.dumps({**CONFIG, "data": {**CONFIG["data"], "label_fraction": "x"}})),
+        ("config.json", json.dumps({**CONFIG, "model": {**CONFIG["model"], "image": "cnn"}})),
+        ("labels.json", '{"num_images": Infinity, "num_patients": 1}'),
         ("labels.json", '{"num_images": "many"}'),
         ("metrics.jsonl", '{"step": 1\n{"step": 2, "split": "val"}\n'),
         ("metrics.jsonl", "[1]\n[2]\n"),
@@ -244,7 +305,38 @@ def test_damaged_files_are_named(tmp_path, full, name, content):
     assert not (tmp_path / "report.html").exists()
 
 
-@pytest.mark.parametrize("field", ["conditions", "calibration", "tta", "degradations"])
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("tta", "mean_entropy"), "high"),
+        (("tta", "error_auroc"), [1]),
+        (("ensemble_uncertainty", "mean_entropy"), "high"),
+        (("mirroring", "dice_mean"), "high"),
+        (("members", "member_0", "dice_mean"), None),
+        (("calibration", "before", "ece"), "high"),
+        (("calibration", "after", "nll"), {}),
+        (("calibration", "num_pixels"), float("inf")),
+        (("conditions", "right", "num_images"), float("inf")),
+        (("conditions", "right", "interval_95", "dice_mean"), [0.5]),
+        (("subset",), "some"),
+    ],
+)
+def test_figures_that_are_none_are_named(tmp_path, full, place, value):
+    results = copy.deepcopy(full[1])
+    owner = results
+    for name in place[:-1]:
+        owner = owner[name]
+    owner[place[-1]] = value
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "evaluation/test").mkdir(parents=True)
+    runner.write_json(tmp_path / "evaluation/test/results.json", results)
+    with pytest.raises(UserError, match=r"results\.json: not as biclip_jax writes it"):
+        html.write_report(tmp_path, tmp_path / "report.html", "1")
+
+
+@pytest.mark.parametrize(
+    "field", ["conditions", "calibration", "tta", "degradations", "members", "mirroring"]
+)
 def test_results_of_another_shape_are_named(tmp_path, full, field):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     folder = tmp_path / "evaluation/test"

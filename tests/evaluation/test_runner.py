@@ -125,6 +125,59 @@ def test_views_of_an_equivariant_predictor_change_nothing():
     assert 0 < found["mean_entropy"] < 0.1
 
 
+def test_members_are_scored_and_their_disagreement_is_measured_in_one_pass():
+    calls = []
+
+    def half(batch):
+        calls.append(1)
+        return 0.5 * predict(batch)  # 0.45: below the threshold
+
+    found = runner.evaluate_members([predict, half], encode, RECORDS, batch_size=4)
+    assert len(calls) == 3
+    alone = runner.evaluate_members([predict], encode, RECORDS, batch_size=4)
+    assert list(found["members"]) == ["member_0", "member_1"]
+    assert found["members"]["member_0"] == alone["members"]["member_0"]
+    counts = runner.overlap_at_own_size(predict, RECORDS, encode(TEXTS), 4)
+    right = metrics.summarize(counts)
+    assert {k: found["members"]["member_0"][k] for k in right} == right
+    assert found["members"]["member_1"]["dice_global"] == 0
+    unsure = found["ensemble_uncertainty"]
+    assert 0 < unsure["mean_mutual_information"] < unsure["mean_entropy"]
+    assert alone["ensemble_uncertainty"]["mean_mutual_information"] == pytest.approx(0, abs=1e-7)
+
+    def mean(batch):
+        return 0.75 * predict(batch)
+
+    own = runner.pixel_histogram(mean, encode, RECORDS, 4)
+    assert unsure["error_auroc"] == calibration.error_auroc(own)
+
+
+def test_degradations_of_an_earlier_evaluation_stay_beside_those_of_this_one():
+    def section(names, severities, before=None):
+        found = runner.evaluate_degradations(
+            lambda damage: predict,
+            encode,
+            RECORDS,
+            names=names,
+            severities=severities,
+            batch_size=4,
+        )
+        return runner.degradation_results(found, before)
+
+    before = section(("gamma",), (2, 4))
+    before["gamma"]["4"] |= dict.fromkeys(before["mean"], 0.0)
+    broken = {**before, "jpeg": {"2": {}, "x": before["gamma"]["2"]}, "bad": 3}
+    both = section(("motion_blur", "gamma"), (1, 2), broken)
+    assert {name: list(both[name]) for name in ("gamma", "motion_blur")} == {
+        "gamma": ["1", "2", "4"],
+        "motion_blur": ["1", "2"],
+    }
+    assert set(both) == {"gamma", "motion_blur", "mean"}
+    mean = np.mean([both[n][s]["dice_mean"] for n in ("gamma", "motion_blur") for s in both[n]])
+    assert both["mean"]["dice_mean"] == pytest.approx(mean)
+    assert both["gamma"]["4"] == before["gamma"]["4"]
+
+
 def test_results_report_mirrored_images_that_change_apart():
     symmetric = {**RECORDS[0], "id": "s", "text": "all left lung and all right lung"}
     records = [*RECORDS, symmetric]

@@ -62,6 +62,20 @@ def test_a_model_that_ignores_the_flip_is_torn():
     np.testing.assert_allclose(found[..., 2], np.log(2) - stats.entropy([0.1, 0.9]), atol=1e-5)
 
 
+def test_members_are_averaged_and_their_disagreement_is_what_the_mean_adds():
+    def member(p):
+        return lambda batch: np.full((*batch["image"].shape[:3], 1), p, np.float32)
+
+    found = tta.predict_members([member(0.1), member(0.2), member(0.9)], batch())
+    assert found.shape == (3, SIDE, SIDE, 6)
+    own = np.mean([stats.entropy([p, 1 - p]) for p in (0.1, 0.2, 0.9)])
+    whole = stats.entropy([0.4, 0.6])
+    np.testing.assert_allclose(found[0, 0, 0], [0.4, whole, whole - own, 0.1, 0.2, 0.9], atol=1e-6)
+    alike = tta.predict_members([pixelwise, pixelwise], batch())
+    np.testing.assert_array_equal(alike[..., 0], pixelwise(batch())[..., 0])
+    np.testing.assert_allclose(alike[..., 2], 0, atol=1e-7)
+
+
 def test_a_constant_model_is_unaffected_by_all_views():
     def constant(batch):
         return np.full((*batch["image"].shape[:3], 1), 0.3, np.float32)
