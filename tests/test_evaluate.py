@@ -240,6 +240,7 @@ def test_mirroring_is_a_dice_of_the_model_with_itself(trained, tmp_path, capsys)
     assert "mirrored against itself" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_members_of_an_ensemble_are_scored_singly(tmp_path, capsys):
     workdir = tmp_path / "run"
     smoke = ["--config", "default:smoke", "--config.ensemble=2", "--config.num_steps=2"]

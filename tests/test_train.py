@@ -127,6 +127,7 @@ def test_two_runs_are_the_same_to_the_bit(smoke_config, trained, tmp_path):
         assert (tmp_path / "run" / name).read_bytes() == (trained / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_tested_again_without_training(smoke_config, trained, tmp_path, capsys):
     train.train_and_evaluate(smoke_config, tmp_path / "run")
     before = metrics_of(tmp_path / "run")
@@ -195,7 +196,7 @@ def broken_objective(*args, **kwargs):
 PUBLISHED = program.objective.objective
 
 
-@pytest.mark.parametrize("policy", ["skip", "abort"])
+@pytest.mark.parametrize("policy", [pytest.param("skip", marks=pytest.mark.slow), "abort"])
 def test_a_loss_that_is_not_finite_follows_the_policy(smoke_config, tmp_path, monkeypatch, policy):
     monkeypatch.setattr(program.objective, "objective", broken_objective)
     smoke_config.optim.non_finite, smoke_config.final_test = policy, False
@@ -330,6 +331,7 @@ def with_tower(config, folder, **fields):
     return config
 
 
+@pytest.mark.slow
 def test_a_frozen_tower_is_asked_once_and_travels_with_the_model(
     smoke_config, tower_folder, tmp_path, capsys, monkeypatch
 ):

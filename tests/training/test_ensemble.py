@@ -44,6 +44,7 @@ def tiny_optimizer():
     return optim.make_optimizer(fields, 1e-2)
 
 
+@pytest.mark.slow
 def test_three_in_one_program_are_three_runs(runs):
     stacked, alone, _ = runs
     assert train_state.step_of(stacked) == STEPS
@@ -58,6 +59,7 @@ def test_three_in_one_program_are_three_runs(runs):
     assert any(np.abs(a - b).max() > 1e-3 for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 def test_metrics_are_summed_over_the_members(runs):
     for together, single in runs[2]:
         total, count = together["loss"]
@@ -66,6 +68,7 @@ def test_metrics_are_summed_over_the_members(runs):
         assert float(total) == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_ensemble_answers_with_the_mean_of_its_members_probabilities(runs):
     stacked, alone, _ = runs
     batch, member = tiny.batch(2), tiny.model()

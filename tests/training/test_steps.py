@@ -97,6 +97,7 @@ def test_the_loss_falls_and_its_parts_add_up(tiny_step):
     assert parts["loss"] < 0.95 * float(first["loss"][0] / first["loss"][1])
 
 
+@pytest.mark.slow
 def test_no_gradient_enters_through_the_strong_view():
     """L_IAC's gradient is that of 1 - cos(p_w, p_s) with p_s a constant."""
     _, state, batch, key = tiny.train_step()
@@ -144,6 +145,7 @@ def test_grey_and_colour_pictures_give_the_same_where_colours_are_equal(tiny_ste
         np.testing.assert_allclose(value, flat(colour_state.params)[name], atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_narrow_and_keeps_parameters_and_statistics_wide():
     model = tiny.model(dtype="bfloat16")
     variables = jax.jit(model.init)(
