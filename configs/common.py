@@ -106,6 +106,7 @@ def _views() -> ConfigDict:
     views.scale_low = 0.8
     views.scale_high = 1.2
     views.geometry_first = False  # true: before the fusion; a flip then swaps the sentence
+    views.strong_statistics = True  # BatchNorm's running statistics take the strong view, too
     views.strong = ConfigDict()  # what the strong view adds
     views.strong.light = True  # gamma, noise, brightness, contrast, blur as published
     views.strong.noise = 0.0  # largest standard deviation

@@ -22,6 +22,7 @@ def full(config: ConfigDict) -> None:
     config.loss.iac_learner = "strong"
     config.loss.cycle_distance = "l2"
     _weak_views(config)
+    config.views.strong_statistics = False
     config.views.strong.light = False
     config.views.strong.noise = 0.1
     config.views.strong.contrast = 0.3

@@ -81,6 +81,7 @@ def test_full_is_the_column_of_the_method_s_description():
         "loss.iac": 0.05,
         "loss.cycle": 0.07,
         "views.geometry_first": True,
+        "views.strong_statistics": False,
         "views.horizontal_flip": 0.5,
         "views.vertical_flip": 0.0,
         "views.rotation": 10.0,

@@ -357,7 +357,7 @@ def full_loss(
     """The loss of `full`: both views learn from masks, the weak one teaches the embedding.
 
     Args:
-      model: weak goes through its BatchNorm before strong.
+      model: the running statistics of its BatchNorm take the weak view alone.
       image, text_features, mask: of the weak view, as for `published_loss`.
       box: (B, 1, S, S) bool, the same for rows 2j and 2j + 1: the strong view has
         its partner's pixels there.
@@ -377,7 +377,12 @@ def full_loss(
     fused = model.fuse(image, text_features)
     pseudo, text = fused["pseudo_image"], fused["refined_text"]
     logits_w, features_w = model.segment(image, pseudo, text)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 0.0
     logits_s, features_s = model.segment(change(cut(image)), cut(pseudo), mix(text))
+    for norm in norms:
+        norm.momentum = 0.1
     target = mix(model.iac(features_w)).detach()
     cosine = F.cosine_similarity(target, model.iac(features_s), dim=1)
     parts = {

@@ -211,9 +211,9 @@ class BiCLIP(nn.Module):
             x = jnp.concatenate([x, (view.pseudo_image - PSEUDO_MEAN) / PSEUDO_STD], axis=-1)
         return self.unet(x, train, view.text)
 
-    def segment_views(self, views: Sequence[View]) -> list[Segmented]:
-        """Training: several views in turn; BatchNorm's running statistics take each in turn."""
-        return [self._with_embeddings(*self.segment(view, train=True)) for view in views]
+    def training_pass(self, view: View) -> Segmented:
+        """`segment` by the batch's own statistics, and what the consistency heads make of it."""
+        return self._with_embeddings(*self.segment(view, train=True))
 
     def _with_embeddings(self, logits, features):
         heads = self.consistency_heads if "iac" in self.heads else {}

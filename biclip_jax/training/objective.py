@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,8 @@ class Recipe(NamedTuple):
       geometry_first: whether the picture moves before it meets the sentence (`full`),
         whose sides are then exchanged by a flip, or after (`published`).
       strong: of the strong view.
+      strong_statistics: whether BatchNorm's running statistics take the strong view, too
+        (`published`), or those of pictures as they will be met (`full`).
       segment_strong: whether L_seg is the mean over both views, or the weak view's.
       double_sigmoid: see `losses.segmentation_loss`.
       iac_learner: see `losses.consistency_loss`.
@@ -40,6 +42,7 @@ class Recipe(NamedTuple):
     geometry: views.Geometry = views.Geometry()
     geometry_first: bool = False
     strong: views.Strong = views.Strong()
+    strong_statistics: bool = True
     segment_strong: bool = False
     double_sigmoid: bool = False
     iac_learner: str = "weak"
@@ -79,12 +82,14 @@ def make_recipe(config: Mapping[str, Any], labelled: float = 1.0) -> Recipe:
     loss, geometry = config["loss"], dict(config["views"])
     strong = views.Strong(**geometry.pop("strong"))
     geometry_first = geometry.pop("geometry_first")
+    strong_statistics = geometry.pop("strong_statistics")
     names = ("gen", "iac", "cycle", "pseudo_labels", "mean_teacher")
     return Recipe(
         weights={name: loss[name] for name in names},
         geometry=views.Geometry(**geometry),
         geometry_first=geometry_first,
         strong=strong,
+        strong_statistics=strong_statistics,
         segment_strong=loss["views"] == "both",
         double_sigmoid=loss["double_sigmoid"],
         iac_learner=loss["iac_learner"],
@@ -167,9 +172,7 @@ def objective(
     if recipe.needs_strong_view:
         strong, strong_mask = strong_view(weak, mask, strong_keys, deformation, recipe)
         passes.append(strong)
-    out, updates = model.apply(
-        variables, passes, method=model.segment_views, mutable=["batch_stats"]
-    )
+    out, batch_stats = in_turn(model, variables, passes, recipe)
     parts = {"seg": segmentation(out, (mask, strong_mask), example.labelled, recipe)}
     parts |= fusion_parts(example, fused, recipe)
     if recipe.on("iac"):
@@ -189,7 +192,7 @@ def objective(
         if name != "seg"
     )
     values = {"loss": total, **{f"loss_{name}": part for name, part in parts.items()}}
-    return total.mean(), (updates.get("batch_stats", {}), values)
+    return total.mean(), (batch_stats, values)
 
 
 def read(batch: Mapping[str, Array], keys: Any, geometry_keys: Any, recipe: Recipe) -> Example:
@@ -236,6 +239,28 @@ def strong_view(
     return View(image, pseudo[0] if pseudo else None, text), jnp.round(mask)
 
 
+def in_turn(
+    model: BiCLIP, variables: Mapping[str, Any], passes: Sequence[View], recipe: Recipe
+) -> tuple[list[Segmented], Any]:
+    """The weak pass and the strong one, each by its own batch's statistics.
+
+    Returns:
+      What they give, and BatchNorm's running statistics after the weak view or after both.
+    """
+    out, batch_stats = [], variables["batch_stats"]
+    for number, view in enumerate(passes):
+        segmented, updates = model.apply(
+            {**variables, "batch_stats": batch_stats},
+            view,
+            method=model.training_pass,
+            mutable=["batch_stats"],
+        )
+        out.append(segmented)
+        if number == 0 or recipe.strong_statistics:
+            batch_stats = updates.get("batch_stats", {})
+    return out, batch_stats
+
+
 def segmentation(
     out: list[Segmented], masks: Any, labelled: Float[Array, " b"], recipe: Recipe
 ) -> Float[Array, " b"]:
@@ -279,7 +304,7 @@ def teacher_logits(
     variables = {"params": params, "batch_stats": state.ema["batch_stats"]}
     fused = model.apply(variables, example.image, **example.text, method=model.fuse)
     view, _ = weak_view(example, fused, geometry_keys, recipe)
-    (out,), _ = model.apply(variables, [view], method=model.segment_views, mutable=["batch_stats"])
+    out, _ = model.apply(variables, view, method=model.training_pass, mutable=["batch_stats"])
     return out.logits
 
 

@@ -104,19 +104,25 @@ def test_text_features_take_the_place_of_ids():
     assert logits.shape == (1, 56, 56, 1)
 
 
-def test_two_views_chain_the_statistics_weak_first(initialised):
+def test_a_training_pass_is_segment_with_the_heads_embeddings(initialised):
     model, variables = initialised
     image, sentence = inputs()
     pseudo = model.apply(variables, image, **sentence, method=model.fuse).pseudo_image
-    seen = [biclip.View(image, pseudo), biclip.View(image * 0.3, pseudo)]
-    _, both = model.apply(variables, seen, method=model.segment_views, mutable=["batch_stats"])
-    state = variables
-    for view in seen:
-        _, updates = model.apply(
-            state, view, train=True, method=model.segment, mutable=["batch_stats"]
-        )
-        state = {**state, **updates}
-    jax.tree.map(np.testing.assert_array_equal, both["batch_stats"], state["batch_stats"])
+    view = biclip.View(image, pseudo)
+    found, updates = model.apply(
+        variables, view, method=model.training_pass, mutable=["batch_stats"]
+    )
+    (logits, features), same = model.apply(
+        variables, view, train=True, method=model.segment, mutable=["batch_stats"]
+    )
+    np.testing.assert_array_equal(found.logits, logits)
+    jax.tree.map(np.testing.assert_array_equal, updates, same)
+    head = variables["params"]["consistency_head"]
+    pooled = np.asarray(features["decoder_0"]).mean((1, 2))
+    x = pooled @ head["out"]["kernel"] + head["out"]["bias"]
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    expected = x * head["norm"]["scale"] + head["norm"]["bias"]
+    np.testing.assert_allclose(found.embeddings["decoder_0"], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from scipy.spatial.distance import cosine
 from scipy.special import expit
 
 from biclip_jax import cli
-from biclip_jax.models.biclip import Fused, Segmented
+from biclip_jax.models.biclip import Fused, Segmented, View
 from biclip_jax.training import losses, objective, views
 from biclip_jax.training import state as train_state
 from tests import tiny
@@ -27,10 +27,10 @@ PARTS = {"gen": 0.3, "iac": 0.5, "cycle": 0.7, "pseudo_labels": 1.1, "mean_teach
 class Plain:
     """A few numbers in the place of the network."""
 
-    fuse, segment_views = "fuse", "segment_views"
+    fuse, training_pass = "fuse", "training_pass"
 
     def __init__(self):
-        self.num_views = []
+        self.num_passes = 0
 
     def apply(self, variables, first, *, method, mutable=(), train=False, **text):
         params = variables["params"]
@@ -41,9 +41,9 @@ class Plain:
             pseudo = jax.nn.sigmoid(params["pseudo"] * t.sum(-1))[:, None, None, None]
             pseudo = pseudo * jnp.ones((1, *first.shape[1:]))
             return Fused(t, t, pseudo, params["cycle"] * t if train else None)
-        self.num_views.append(len(first))
-        out = [self.segment(params, view) for view in first]
-        return out, {"batch_stats": {"seen": variables["batch_stats"]["seen"] + len(first)}}
+        self.num_passes += 1
+        seen = 10 * variables["batch_stats"]["seen"] + first.image.mean()
+        return self.segment(params, first), {"batch_stats": {"seen": seen}}
 
     def segment(self, params, view):
         logits = params["image"] * (view.image + view.pseudo_image).mean(-1, keepdims=True)
@@ -139,7 +139,7 @@ def test_a_part_without_a_weight_is_absent(name):
 
 
 def test_without_use_for_it_there_is_no_strong_view():
-    for changes, num_views in [
+    for changes, num_passes in [
         ({}, 2),
         ({"segment_strong": False}, 1),
         ({"segment_strong": False, "weights": {"iac": 0.1}}, 2),
@@ -148,7 +148,21 @@ def test_without_use_for_it_there_is_no_strong_view():
     ]:
         model = Plain()
         names_of(recipe(**changes), model=model)
-        assert model.num_views == [num_views], changes
+        assert model.num_passes == num_passes, changes
+
+
+@pytest.mark.parametrize("strong_statistics", [True, False])
+def test_running_statistics_take_the_weak_view_first_and_the_strong_one_where_asked(
+    strong_statistics,
+):
+    state, bound = plain_state(), recipe(strong_statistics=strong_statistics)
+    weak, strong = (
+        View(jnp.full((1, 2, 2, 3), x), jnp.zeros(1), jnp.zeros((1, 1))) for x in (3, 4)
+    )
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    out, after = objective.in_turn(Plain(), variables, [weak, strong], bound)
+    assert len(out) == 2
+    assert float(after["seen"]) == (34 if strong_statistics else 3)
 
 
 def by_hand(params, batch, box):
@@ -223,7 +237,7 @@ def test_the_teacher_teaches_the_unlabelled_rows_alone(ema_teacher):
     np.testing.assert_allclose(values["loss_pseudo_labels"][2:], 2 * labels[2:], rtol=1e-4)
     for name in ("loss_pseudo_labels", "loss_mean_teacher"):
         assert not values[name][:2].any()
-    assert model.num_views == ([2, 1] if ema_teacher else [2])
+    assert model.num_passes == (3 if ema_teacher else 2)
 
 
 def strong_logits(params, box):

@@ -115,7 +115,7 @@ def test_no_gradient_enters_through_the_strong_view():
         pseudo = model.apply(variables, image, **sentence, method=model.fuse).pseudo_image
         light = jax.vmap(lambda k, x: views.change_light(jax.random.split(k)[1], x))(keys, image)
         seen = [biclip.View(image, pseudo), biclip.View(light, pseudo)]
-        out, _ = model.apply(variables, seen, method=model.segment_views, mutable=["batch_stats"])
+        out, _ = objective.in_turn(model, variables, seen, recipe)
         return [part.embeddings["decoder_0"] for part in out]
 
     _, fixed = embeddings(state.params)
