@@ -1,4 +1,4 @@
-"""Time of a train step of K models: one program each, one program in turn, one program mapped.
+"""Time of a train step of K models: K calls, one program in turn, in a loop, or mapped.
 
     python -m benchmarks.ensemble --config qata:small,published --members 3 --steps 5
 
@@ -20,15 +20,16 @@ from biclip_jax import cli
 
 
 def main() -> None:
-    """Builds the three, then times them in turn."""
+    """Builds them, then times them in turn."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="qata:small")
     parser.add_argument("--members", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5, help="warm steps")
+    parser.add_argument("--only", default="single,in_turn,loop,vmap", metavar="A,B")
     args, overrides = parser.parse_known_args()
     cli.set_xla_flags()
     config = cli.load_config(args.config, [*overrides, f"--config.ensemble={args.members}"])
-    takers = build(config)
+    takers = {name: take for name, take in build(config).items() if name in args.only.split(",")}
     first = {name: seconds_of(take) for name, take in takers.items()}
     warm: dict[str, list[float]] = {name: [] for name in takers}
     for _ in range(args.steps):
@@ -38,8 +39,9 @@ def main() -> None:
     for name in takers:
         line = {"name": name, "config": config.name, "members": args.members}
         print(json.dumps({**line, "first_step_s": first[name], "step_s": step[name]}))
-    ratios = {f"speed_{name}_over_single": step["single"] / step[name] for name in takers}
-    print(json.dumps(ratios))
+    if "single" in step:
+        ratios = {f"speed_{name}_over_single": step["single"] / step[name] for name in takers}
+        print(json.dumps(ratios))
 
 
 def seconds_of(take: Callable[[], Any]) -> float:
@@ -75,9 +77,11 @@ def build(config: Any) -> dict[str, Callable[[], Any]]:
     together, stacked_keys = state.stack(states), program.stream(config, "augment")
     single = jax.jit(step)
     in_turn, mapped = jax.jit(steps.in_turn(step)), jax.jit(jax.vmap(step))
+    loop = jax.jit(lambda *members: jax.lax.map(lambda one: step(*one), members))
     return {
         "single": lambda: [single(s, batch, key) for s, key in zip(states, keys, strict=True)],
         "in_turn": lambda: in_turn(together, batches, stacked_keys),
+        "loop": lambda: loop(together, batches, stacked_keys),
         "vmap": lambda: mapped(together, batches, stacked_keys),
     }
 

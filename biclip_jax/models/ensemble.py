@@ -17,7 +17,7 @@ class Ensemble(nn.Module):
     """Members that answer in turn; the probability is the mean of theirs.
 
     Their variables lie below "member" with a leading axis, see `stacked`. In turn
-    rather than at once: mapped convolutions become grouped ones, which are slow.
+    rather than at once, and written out: see `training.steps.in_turn`.
 
     Attributes:
       member: the architecture; takes a picture and named sentence fields.
@@ -52,6 +52,7 @@ class Ensemble(nn.Module):
             variable_axes={"params": 0, "batch_stats": 0},
             split_rngs={"params": True},
             length=self.num_members,
+            unroll=self.num_members,
         )
         _, member_logits = in_turn(self.member, (), None)
         probs = jax.nn.sigmoid(member_logits).mean(0)

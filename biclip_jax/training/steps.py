@@ -83,15 +83,19 @@ def train_step(
 def in_turn(step: Callable[..., Any]) -> Callable[..., Any]:
     """The step of an ensemble: every argument and the state have a leading axis of members.
 
-    Members step in turn inside one program: `vmap` would make grouped convolutions of
-    their convolutions, which are slower. Metrics are summed over the members.
+    Members step in turn inside one program, written out one after the other: `vmap` makes
+    grouped convolutions of theirs, and a loop runs them on one core of a CPU, both of which
+    are slow (benchmarks/ensemble.py). Metrics are summed over the members.
     """
 
-    def mapped(states: TrainState, batches: Any, keys: Any) -> tuple[TrainState, dict[str, Any]]:
-        states, metrics = jax.lax.map(lambda one: step(*one), (states, batches, keys))
+    def members(states: TrainState, batches: Any, keys: Any) -> tuple[TrainState, dict[str, Any]]:
+        def one(carry: None, member: Any) -> tuple[None, Any]:
+            return carry, step(*member)
+
+        _, (states, metrics) = jax.lax.scan(one, None, (states, batches, keys), unroll=True)
         return states, jax.tree.map(lambda x: x.sum(0), metrics)
 
-    return mapped
+    return members
 
 
 def mean_metrics(
