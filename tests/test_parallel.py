@@ -60,7 +60,8 @@ def one_device(tmp_path_factory):
     return run_on(1, tmp_path_factory.mktemp("one") / "state.npz")
 
 
-@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4])
 def test_more_devices_give_the_same_run(one_device, devices, tmp_path):
     """With SGD: AdamW would hide a wrong scale of the gradient."""
     check_same(one_device, run_on(devices, tmp_path / "state.npz"))

@@ -66,7 +66,8 @@ def test_the_whole_network_matches_the_twin(norm):
     assert np.abs(nhwc(logits) - ours).max() <= 1e-4 * float(logits.std())
 
 
-@pytest.mark.parametrize("norm", ["batch", pytest.param("group", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["batch", "group"])
 def test_losses_gradients_and_statistics_match_the_twin(monkeypatch, norm):
     """With a flip first, the sentence mirrored, a fixed box in each pair, a fixed strong light."""
     box = np.zeros((4, SIZE, SIZE, 1), bool)

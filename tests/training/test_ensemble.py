@@ -89,6 +89,7 @@ def test_the_ensemble_answers_with_the_mean_of_its_members_probabilities(runs):
         np.testing.assert_allclose(again, answer, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_shared_text_tower_encodes_once_for_all_members():
     batch, tower = tiny.batch(2), TextEncoder(tiny.VOCAB_SIZE, tiny.MAX_LENGTH, 8, 1, 2)
     member = tiny.model().clone(text_encoder=None)
