@@ -8,7 +8,7 @@ import pytest
 from biclip_jax.models import ensemble
 from biclip_jax.models.text import TextEncoder
 from biclip_jax.training import state as train_state
-from biclip_jax.training import steps
+from biclip_jax.training import optim, steps
 from tests import tiny
 
 MEMBERS, STEPS = 3, 5
@@ -17,12 +17,11 @@ MEMBERS, STEPS = 3, 5
 @pytest.fixture(scope="module")
 def runs():
     """Five SGD steps of three members together, and of each alone."""
-    step, first, _, _ = tiny.train_step(optimizer="sgd")
+    step, *_ = tiny.train_step(optimizer="sgd")
     members = [
         train_state.create(tiny.init(tiny.model(), seed), tiny_optimizer())
         for seed in range(MEMBERS)
     ]
-    del first
     keys = [jax.random.key(seed) for seed in range(MEMBERS)]
     single, together = jax.jit(step), jax.jit(steps.in_turn(step))
     stacked, alone = train_state.stack(members), list(members)
@@ -38,8 +37,6 @@ def runs():
 
 
 def tiny_optimizer():
-    from biclip_jax.training import optim
-
     fields = {"name": "sgd", "weight_decay": 0.0, "clip_norm": 0.0, "tower_learning_rate": 0.0}
     return optim.make_optimizer(fields, 1e-2)
 
