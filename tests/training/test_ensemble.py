@@ -7,8 +7,8 @@ import pytest
 
 from biclip_jax.models import ensemble
 from biclip_jax.models.text import TextEncoder
-from biclip_jax.training import state as train_state
 from biclip_jax.training import optim, steps
+from biclip_jax.training import state as train_state
 from tests import tiny
 
 MEMBERS, STEPS = 3, 5
