@@ -109,9 +109,8 @@ def check(cell: Cell, command: Sequence[str]) -> None:
     towers = ("model.text.tower", "model.image.tower")  # written by the run, not configured
     changed = cli.changed_fields(path, json.loads(config.to_json()), towers)
     if changed:
-        listed = ", ".join(f"{k} ({a} -> {b})" for k, (a, b) in list(changed.items())[:5])
         raise UserError(
-            f"{path}: a run with another configuration lies there: {listed}; "
+            f"{path}: a run with another configuration lies there: {cli.listed(changed)}; "
             "give another --workdir, or the same fields"
         )
 

@@ -171,6 +171,11 @@ def changed_fields(
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
+def listed(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """The first five of `changed_fields`, for an error."""
+    return ", ".join(f"{name} ({a} -> {b})" for name, (a, b) in list(changed.items())[:5])
+
+
 def _config_module(source: str) -> ModuleType:
     path = Path(source)
     if path.is_file():

@@ -95,9 +95,8 @@ def claim(config: ConfigDict, workdir: Path, towers: Mapping[str, str]) -> None:
                 "another --workdir, or that tower"
             )
     if changed:
-        listed = ", ".join(f"{k} ({a} -> {b})" for k, (a, b) in list(changed.items())[:5])
         raise UserError(
-            f"{path}: this run began with another configuration: {listed}; "
+            f"{path}: this run began with another configuration: {cli.listed(changed)}; "
             "give another --workdir, or the same fields"
         )
     runner.write_json(path, resolved)

@@ -159,12 +159,8 @@ def train_batches(
     share = batch_size // process_count
     local = slice(process_index * share, (process_index + 1) * share)
     row = np.arange(batch_size, dtype=np.int32)[local]
-
     num_labelled = len(records) if num_labelled is None else num_labelled
     labelled_rows = batch_size if labelled_rows is None else labelled_rows
-
-    def order(start: int, stop: int, rows: int, seed: int) -> Any:
-        return grain.MapDataset.range(start, stop).shuffle(seed=seed).repeat().batch(rows)
 
     def read(index: np.ndarray) -> Batch:
         batch = _stack(records, texts, index[local], row)
@@ -173,25 +169,35 @@ def train_batches(
         return {**batch, "mask": mask, "labelled": known}
 
     def member(seed: int) -> Any:
-        indices = order(0, num_labelled, labelled_rows, seed)
+        indices = _order(0, num_labelled, labelled_rows, seed)
         if labelled_rows < batch_size:
-            others = order(num_labelled, len(records), batch_size - labelled_rows, seed)
+            others = _order(num_labelled, len(records), batch_size - labelled_rows, seed)
             indices = indices.map_with_index(lambda i, rows: np.concatenate([rows, others[i]]))
         return indices.map(read)
-
-    def together(i: int, _: Any) -> dict[str, np.ndarray]:
-        rows = [batches[i] for batches in members]
-        return {name: np.stack([batch[name] for batch in rows]) for name in rows[0]}
 
     members = [member(seed + k) for k in range(num_members)]
     batches = members[0]
     if num_members > 1:
-        batches = grain.MapDataset.range(1).repeat().map_with_index(together)
+        clock = grain.MapDataset.range(1).repeat()
+        batches = clock.map_with_index(lambda i, _: _together([one[i] for one in members]))
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     iterator = iter(batches.to_iter_dataset(options))
     if position is not None:
         iterator.set_state(position)
     return iterator
+
+
+def _order(start: int, stop: int, rows: int, seed: int) -> Any:
+    """The rows of every batch, each epoch in another order; without an end."""
+    import grain
+
+    return grain.MapDataset.range(start, stop).shuffle(seed=seed).repeat().batch(rows)
+
+
+def _together(batches: Sequence[Batch]) -> dict[str, np.ndarray]:
+    """The batches of an ensemble's members, stacked."""
+    fields: list[dict[str, Any]] = [dict(batch) for batch in batches]
+    return {name: np.stack([batch[name] for batch in fields]) for name in fields[0]}
 
 
 def eval_batches(
