@@ -57,7 +57,7 @@ setup(
             "build>=1.2,<2",
             "tensorboardX>=2.6,<3",
         ],
-        "parity": ["torch==2.13.0"],
+        "parity": ["torch==2.13.0", "opencv-python-headless>=4.10,<6"],
     },
     entry_points={"console_scripts": ["biclip=biclip_jax.train:main"]},
     classifiers=[

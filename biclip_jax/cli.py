@@ -92,10 +92,18 @@ CHOICES = {
     "model.text.pooling": ("all_tokens", "masked", "embedding"),
     "model.norm": ("batch", "group"),
     "model.image.encoder": ("cnn", "clip_vit_b16", "clip_rn50"),
+    "model.kind": ("biclip", "medclipseg"),
+    "model.variant": ("clip", "pubmedclip", "unimedclip", "biomedclip"),
+    "model.input": ("clip", "imagenet_bgr"),
+    "loss.dice_over": ("image", "rows"),
+    "loss.contrastive_kind": ("described", "released"),
+    "optim.rate_moves": ("step", "epoch"),
     "loss.views": ("weak", "both"),
     "loss.iac_learner": ("weak", "strong", "both"),
     "loss.cycle_distance": ("l1", "l2"),
     "data.sentences": ("right", "missing"),
+    "data.resize": ("antialiased", "opencv"),
+    "data.percent": (10, 25, 50, 100),
 }
 AT_LEAST = {
     "ensemble": 1,
@@ -108,12 +116,20 @@ AT_LEAST = {
     "loss.ramp_steps": 0,
     "data.unlabelled_ratio": 0,
     "model.num_levels": 1,
+    "model.num_layers": 1,
+    "model.num_samples": 1,
+    "model.max_length": 4,
     "model.bmf.hidden": 1,
     "model.width": 2,
 }
 # from, and up to but without
-BETWEEN = {"model.text.dropout": (0, 1), "optim.ema_decay": (0, 1), "loss.confidence": (0.5, 1)}
-WEIGHTS = ("gen", "iac", "cycle", "pseudo_labels", "mean_teacher")
+BETWEEN = {
+    "model.text.dropout": (0, 1),
+    "model.towers.dropout": (0, 1),
+    "optim.ema_decay": (0, 1),
+    "loss.confidence": (0.5, 1),
+}
+WEIGHTS = ("gen", "iac", "cycle", "pseudo_labels", "mean_teacher", "dice", "bce", "contrastive")
 # What may change between two starts of one run: nothing that its numbers depend on.
 FREE_FIELDS = (
     "data.source",
@@ -121,6 +137,7 @@ FREE_FIELDS = (
     "data.in_memory",
     "model.text.weights",
     "model.image.weights",
+    "model.towers.weights",
     "final_test",
 )
 
@@ -129,20 +146,21 @@ def check(config: ConfigDict) -> None:
     """Raises UserError where a field has a value that no code stands for."""
     fields = dict(leaves(config))
     for name, legal in CHOICES.items():
-        if fields[name] not in legal:
-            near = _nearest(fields[name], list(legal))
+        if name in fields and fields[name] not in legal:
+            known = [str(value) for value in legal]
+            near = _nearest(str(fields[name]), known)
             raise UserError(
-                f"--config.{name}: {fields[name]!r}; expected one of {', '.join(legal)}{near}"
+                f"--config.{name}: {fields[name]!r}; expected one of {', '.join(known)}{near}"
             )
-    ranges = [f"views.strong.{name}" for name in config.views.strong if name != "light"]
+    ranges = [f"views.strong.{name}" for name in config.views.get("strong", ()) if name != "light"]
     lowest = AT_LEAST | dict.fromkeys(ranges + [f"loss.{name}" for name in WEIGHTS], 0)
     for name, least in lowest.items():
-        if fields[name] < least:
+        if name in fields and fields[name] < least:
             raise UserError(f"--config.{name}: {fields[name]}; expected at least {least}")
     for name, (low, high) in BETWEEN.items():
-        if not low <= fields[name] < high:
+        if name in fields and not low <= fields[name] < high:
             raise UserError(f"--config.{name}: {fields[name]}; expected {low} <= value < {high}")
-    if fields["views.strong.cutmix"] > 1:
+    if fields.get("views.strong.cutmix", 0) > 1:
         raise UserError(
             f"--config.views.strong.cutmix: {fields['views.strong.cutmix']}; expected a probability"
         )

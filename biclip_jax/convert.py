@@ -3,9 +3,11 @@
     python -m biclip_jax.convert bert FOLDER weights/cxr_bert     CXR-BERT, PubMedBERT, BiomedBERT
     python -m biclip_jax.convert clip ViT-B-16.pt weights/clip --tokenizer FOLDER_OF_ITS_VOCABULARY
     python -m biclip_jax.convert biclip last.ckpt weights/biclip --tokenizer FOLDER_OF_CXR_BERT
+    python -m biclip_jax.convert medclipseg latest.pth weights/medclipseg --tokenizer FOLDER
 
 SOURCE is a file or a folder: Hugging Face's safetensors, Flax msgpack and .bin, whole or
-sharded; OpenAI's and open_clip's CLIP; BiCLIP's Lightning checkpoint. A name such as
+sharded; OpenAI's and open_clip's CLIP, also with the BERT of UniMedCLIP and BiomedCLIP;
+BiCLIP's Lightning checkpoint; MedCLIPSeg's released ones. A name such as
 microsoft/BiomedVLP-CXR-BERT-specialized, where no such folder exists, is looked up on the
 Hugging Face hub. OUT opens with biclip_jax.load_model.
 """
@@ -21,14 +23,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from biclip_jax import cli, inference, sentences
+from biclip_jax import cli, medclipseg_towers, sentences
 from biclip_jax.data import tokenizers
 from biclip_jax.errors import UserError
 from biclip_jax.models.transformer import ACTIVATIONS
 from biclip_jax.weights import architectures, readers
 from biclip_jax.weights import folder as model_folder
+from biclip_jax.weights.medclipseg import convert_medclipseg
 
-KINDS = ("bert", "clip", "biclip")
+KINDS = ("bert", "clip", "biclip", "medclipseg")
 # What a hub's repository holds beside the weights that is read.
 HUB_FILES = ["config.json", "open_clip_config.json", "tokenizer.json", "tokenizer_config.json"]
 HUB_FILES += ["vocab.txt", "vocab.json", "merges.txt"]
@@ -48,17 +51,22 @@ def convert(args: argparse.Namespace) -> Path:
         if not 3 <= max_length <= longest:
             raise UserError(f"--max-length {max_length}: expected 3 to {longest} tokens")
         tokenizer = read_tokenizer("bert", source, args.tokenizer, tower)
-        folder = output / inference.TEXT_ENCODER
+        folder = output / sentences.TEXT_ENCODER
         identity = write_tower("bert", tower, tokenizer, folder, origin)
         write_biclip(network, tokenizer, output, origin, identity)
         return output
-    load = {"bert": architectures.convert_bert, "clip": architectures.convert_clip}[args.kind]
+    load = {
+        "bert": architectures.convert_bert,
+        "clip": architectures.convert_clip,
+        "medclipseg": convert_medclipseg,
+    }[args.kind]
     converted = load(checkpoint, hf_config)
     tokenizer = read_tokenizer(args.kind, source, args.tokenizer, converted)
-    if args.kind == "clip" and not hf_config:
+    if args.kind in ("clip", "medclipseg") and not hf_config:
         print("no config.json beside the weights: quick_gelu assumed (--activation)")
     # A BiCLIP that is replaced had its own tower inside.
-    shutil.rmtree(output / inference.TEXT_ENCODER, ignore_errors=True)
+    for inside in (sentences.TEXT_ENCODER, medclipseg_towers.TOWERS):
+        shutil.rmtree(output / inside, ignore_errors=True)
     write_tower(args.kind, converted, tokenizer, output, origin)
     return output
 
@@ -124,12 +132,13 @@ def read_tokenizer(
 ) -> Any:
     """The tokenizer beside the weights, or the one that was given; it must fit the weights."""
     place = Path(given) if given else source if source.is_dir() else source.parent
+    text = converted.config.get("text", converted.config)
+    is_bert = kind in ("bert", "biclip") or text.get("kind") == "bert"
     try:
-        tokenizer = tokenizers.read_tokenizer(kind, place)
+        tokenizer = tokenizers.read_tokenizer("bert" if is_bert else "clip", place)
     except UserError as error:
         mend = "" if given else " Or give the tokenizer's file or folder by --tokenizer."
         raise UserError(f"{error}{mend}") from error
-    text = converted.config["text"] if kind == "clip" else converted.config
     sentences.check_vocabulary(place, tokenizer, text["vocab_size"])
     return tokenizer
 
@@ -175,16 +184,13 @@ def _from_open_clip(path: Path) -> dict[str, Any]:
         model = config["model_cfg"]
         activation = {"hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu"}
         vision, text = model["vision_cfg"], model["text_cfg"]
-        if "timm_model_name" in vision or "hf_model_name" in text:
-            raise UserError(
-                f"{path}: a tower of timm or of transformers inside an open_clip model; "
-                "this architecture is not built; give OpenAI's or open_clip's own towers"
-            )
-        # open_clip leaves out what has its default.
+        # open_clip leaves out what has its default, and says nothing of towers of other libraries.
         image_heads = vision.get("width", 768) // vision.get("head_width", 64)
+        image = {**activation, "num_attention_heads": image_heads}
+        own = {**activation, "num_attention_heads": text.get("heads", 8)}
         return {
-            "vision_config": {**activation, "num_attention_heads": image_heads},
-            "text_config": {**activation, "num_attention_heads": text.get("heads", 8)},
+            "vision_config": {} if "timm_model_name" in vision else image,
+            "text_config": {} if "hf_model_name" in text else own,
         }
     except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
         raise UserError(
@@ -207,9 +213,12 @@ Converted by biclip_jax; the licence is that of the original weights.
     model, variables, processor = biclip_jax.load_model("this folder")
 """
     report = converted.report._asdict()
+    described: dict[str, Any] = {"model": converted.config}
+    if kind == "medclipseg":  # its towers lie inside; it tells no number of steps
+        described |= {"towers": "", "name": origin["source"], "data": "unknown", "step": 0}
     model_folder.write(
         output,
-        config={"kind": kind, "model": converted.config, "origin": {**origin, "report": report}},
+        config={**described, "kind": kind, "origin": {**origin, "report": report}},
         variables=converted.variables,
         tokenizer=tokenizer.to_str(),
         card=card,

@@ -26,6 +26,7 @@ import jax
 from biclip_jax import __version__, cli, inference, sentences
 from biclip_jax.configs import common
 from biclip_jax.data import pipeline
+from biclip_jax.data.annotations import VARIANTS
 from biclip_jax.data.schema import SPLITS, Record
 from biclip_jax.errors import UserError
 from biclip_jax.evaluation import (
@@ -38,6 +39,7 @@ from biclip_jax.evaluation import (
     plots,
     reporting,
     runner,
+    surface,
 )
 from biclip_jax.weights import folder as model_folder
 
@@ -73,6 +75,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.baselines:
         train, val = job.splits["train"], job.splits["val"]
         extra["baselines"] = runner.image_free_results(train, val, job.records)
+    columns: dict[str, list[float]] = {}
+    if args.surface:
+        columns = surface.per_image(job.predict, job.encode, job.records, args.batch_size)
+        extra["surface"] = surface.section(columns)
     outcome = runner.evaluate(
         job.predict,
         job.encode,
@@ -83,6 +89,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         extra=extra,
         before=earlier.read(job.folder, extra),
         split=job.splits[args.split],
+        columns=columns,
     )
     if job.members:
         outcome |= runner.evaluate_members(
@@ -128,7 +135,7 @@ def _open(args: argparse.Namespace, config: dict[str, Any]) -> Job:
     if args.source:
         empty = dict.fromkeys(data["num_examples"], 0)
         data |= {"name": "folder", "source": args.source, "layout": args.layout}
-        data |= {"prompt": "", "num_examples": empty}
+        data |= {"prompt": "", "percent": 100, "num_examples": empty}
     model, variables, processor = inference.load_model(Path(args.workdir))
     wanted = {args.split, *(("train", "val") if args.baselines else ())}
     wanted |= {"val"} if args.calibration else set()
@@ -183,6 +190,8 @@ def _print(args: argparse.Namespace, job: Job, outcome: dict[str, Any]) -> None:
     print(runner.table_of({**outcome["conditions"], **more, **outcome.get("baselines", {})}))
     if job.members:
         _print_disagreement(outcome["ensemble_uncertainty"])
+    if args.surface:
+        _print_surface(outcome["surface"])
     if args.mirroring:
         scores = {"mirrored against itself": outcome["mirroring"]}
         print(runner.table_of(scores))
@@ -206,6 +215,14 @@ def _print_disagreement(section: dict[str, Any]) -> None:
         f"members together: entropy {section['mean_entropy']:.4f} nats, of it disagreement "
         f"{section['mean_mutual_information']:.4f}, error AUROC "
         f"{'-' if auroc is None else format(auroc, '.4f')}"
+    )
+
+
+def _print_surface(section: dict[str, Any]) -> None:
+    print(
+        f"masks resized by nearest neighbour: DSC {100 * section['dsc']:.2f}, NSD within "
+        f"{section['tolerance']:g} pixels {100 * section['nsd_plate']:.2f} as a plate with its "
+        f"faces, {100 * section['nsd_2d']:.2f} of the boundary in 2-D"
     )
 
 
@@ -273,6 +290,28 @@ def _text_conditions(text: str) -> tuple[str, ...]:
     return names
 
 
+def _prompts(text: str) -> tuple[str, ...]:
+    names = tuple(name for name in text.split(",") if name)
+    if not names or not set(names) <= set(VARIANTS):
+        raise UserError(
+            f"--prompts {text}: expected some of {', '.join(VARIANTS)}, joined by commas; other "
+            "conditions go by --text-conditions"
+        )
+    return ("right", *names)
+
+
+def _asked(args: argparse.Namespace) -> tuple[str, ...]:
+    """The text conditions of both flags that name them."""
+    if args.prompts is None:
+        return _text_conditions("all" if args.text_conditions is None else args.text_conditions)
+    if args.text_conditions is not None:
+        raise UserError(
+            f"--prompts {args.prompts}: found --text-conditions {args.text_conditions} beside it; "
+            "expected one of them; name all conditions in --text-conditions"
+        )
+    return _prompts(args.prompts)
+
+
 def _degradations(text: str) -> tuple[str, ...]:
     names = degrade.NAMES if text == "all" else tuple(name for name in text.split(",") if name)
     unknown = [name for name in names if name not in degrade.NAMES]
@@ -308,15 +347,22 @@ def _main(argv: list[str]) -> None:
     parser.add_argument("--subset", type=int, default=0, metavar="N", help="fixed N pictures of it")
     parser.add_argument(
         "--text-conditions",
-        default="all",
         metavar="A,B",
         help=f"all, or right and some of {', '.join(conditions.CONDITIONS[1:])} (default: all)",
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="A,B",
+        help=f"short for --text-conditions right,A,B: published sentences, {', '.join(VARIANTS)}",
     )
     parser.add_argument(
         "--tta", action="store_true", help="also the mean over flips, rotations, contrast"
     )
     parser.add_argument(
         "--mirroring", action="store_true", help="Dice of the mirrored pass and the mirrored mask"
+    )
+    parser.add_argument(
+        "--surface", action="store_true", help="DSC and NSD as MedCLIPSeg takes them, NSD in 2-D"
     )
     parser.add_argument("--calibration", action="store_true", help="of the pixels' probabilities")
     parser.add_argument(
@@ -336,7 +382,7 @@ def _main(argv: list[str]) -> None:
         raise UserError(f"--batch-size {args.batch_size}: expected at least 1 picture at a time")
     if args.subset < 0:
         raise UserError(f"--subset {args.subset}: expected at least 1 picture")
-    args.text_conditions, args.argv = _text_conditions(args.text_conditions), argv
+    args.text_conditions, args.argv = _asked(args), argv
     args.degradations = _degradations(args.degradations)
     args.severities = _severities(args.severities)
     evaluate(args)

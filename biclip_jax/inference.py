@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from biclip_jax import image_towers, sentences
+from biclip_jax import image_towers, medclipseg_towers, sentences
 from biclip_jax.data import image_io, tokenizers
 from biclip_jax.data import text as text_lib
 from biclip_jax.errors import UserError
 from biclip_jax.evaluation import tta
-from biclip_jax.evaluation.steps import predict_step
-from biclip_jax.models import bert, biclip, clip
+from biclip_jax.evaluation.steps import predict_step, sample_step
+from biclip_jax.models import bert, biclip, clip, medclipseg
 from biclip_jax.models.ensemble import Ensemble
 from biclip_jax.models.text import PooledTower
 from biclip_jax.weights import architectures
@@ -27,9 +27,6 @@ from biclip_jax.weights import folder as model_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-
-TEXT_ENCODER = "text_encoder"  # the frozen tower's own folder, inside a model folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +38,14 @@ class Processor:
       image_size: S, in pixels; 0 for a text tower alone.
       max_length: L, in tokens.
       threshold: probability from which a pixel is foreground.
+      resizing: of pictures, of `image_io.RESIZE_METHODS`; as the model was trained (`data.resize`).
     """
 
     tokenizer: Tokenizer
     image_size: int
     max_length: int
     threshold: float = 0.5
+    resizing: str = "antialiased"
 
     def __call__(self, images: Sequence[np.ndarray], texts: Sequence[str]) -> dict[str, Any]:
         """uint8 pictures (H, W, 1 or 3) of any size, one sentence each, to a `Batch`'s fields.
@@ -64,7 +63,8 @@ class Processor:
         """Pictures alone: (B, S, S, 3) uint8; Raises as `__call__`."""
         if not self.image_size:
             raise ValueError("this is a text tower; it takes sentences alone: processor.encode")
-        resized = [image_io.resize_image(image, self.image_size) for image in images]
+        size, method = self.image_size, self.resizing
+        resized = [image_io.resize_image(image, size, method) for image in images]
         shape = (self.image_size, self.image_size, 3)
         return np.stack([np.broadcast_to(image, shape) for image in resized])
 
@@ -90,6 +90,20 @@ class Prediction(NamedTuple):
     uncertainty: np.ndarray
 
 
+class SampledPrediction(NamedTuple):
+    """`Prediction` of a model that samples, MedCLIPSeg; its probability is the samples' mean.
+
+    Attributes:
+      epistemic: (H, W) float32, the part of `uncertainty` that the samples disagree about, their
+        mutual information; the rest is aleatoric, what each sample by itself is unsure of.
+    """
+
+    mask: np.ndarray
+    probability: np.ndarray
+    uncertainty: np.ndarray
+    epistemic: np.ndarray
+
+
 class Predictor:
     """A loaded model as a function of a picture and a sentence."""
 
@@ -97,7 +111,9 @@ class Predictor:
         self.processor = processor
         self._encode = sentences.encoder(model, variables, processor)
         self._variables = jax.device_put(sentences.without_tower(model, variables))
-        self._predict = jax.jit(partial(predict_step, model=model))
+        self.samples = isinstance(model, medclipseg.MedCLIPSeg)
+        step = sample_step if self.samples else predict_step
+        self._predict = jax.jit(partial(step, model=model))
 
     def predict(self, image: np.ndarray | str | Path, sentence: str = "") -> Prediction:
         """Segments one picture: a uint8 array (H, W), (H, W, 1 or 3), or a file.
@@ -106,20 +122,40 @@ class Predictor:
           BadImageError: the file is not a picture that can be read.
           ValueError: an array of another shape or dtype.
         """
-        pixels = image_io.read_image(image) if isinstance(image, str | Path) else _checked(image)
-        batch = {"image": self.processor.resize([pixels]), **self._encode([sentence])}
-        probs = np.asarray(self._predict(self._variables, batch))[0, ..., 0]
-        probs = image_io.resize_probability(probs, pixels.shape[0], pixels.shape[1])
+        if self.samples:
+            return Prediction(*self.predict_samples(image, sentence)[:3])
+        (probs,) = self._maps(image, sentence)
         uncertainty = tta.entropy(probs).astype(np.float32)
         return Prediction(probs >= self.processor.threshold, probs, uncertainty)
+
+    def predict_samples(
+        self, image: np.ndarray | str | Path, sentence: str = ""
+    ) -> SampledPrediction:
+        """`predict`, with the uncertainty's parts apart; for models that sample (`samples`).
+
+        Raises:
+          ValueError: also for another model.
+        """
+        if not self.samples:
+            raise ValueError("this model draws no samples; use predict")
+        probs, total, epistemic = self._maps(image, sentence)
+        mask = probs >= self.processor.threshold
+        return SampledPrediction(mask, probs, total, epistemic)
+
+    def _maps(self, image, sentence) -> list[np.ndarray]:
+        pixels = image_io.read_image(image) if isinstance(image, str | Path) else _checked(image)
+        batch = {"image": self.processor.resize([pixels]), **self._encode([sentence])}
+        maps = np.moveaxis(np.asarray(self._predict(self._variables, batch))[0], -1, 0)
+        size = pixels.shape[:2]
+        return [image_io.resize_probability(one, size[0], size[1]) for one in maps]
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], Processor]:
     """Opens a run's work directory (its best model), a model folder, or a converted tower.
 
     Returns:
-      The model (`BiCLIP`, an `Ensemble` of it, `CLIP` or `Bert`), its variables (numpy) for
-      `model.apply`, and the processor.
+      The model (`BiCLIP`, an `Ensemble` of it, `MedCLIPSeg`, `CLIP` or `Bert`), its variables
+      (numpy) for `model.apply`, and the processor.
 
     Raises:
       UserError: nothing to open, a damaged file, or parameters that are not the model's.
@@ -127,7 +163,12 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], Processor]:
     path = model_path(path)
     config, variables = model_folder.read(path)
     tokenizer = tokenizers.load_tokenizer(path / "tokenizer")
-    opened = {"bert": _open_bert, "clip": _open_clip, "biclip": _open_biclip}
+    opened = {
+        "bert": _open_bert,
+        "clip": _open_clip,
+        "biclip": _open_biclip,
+        "medclipseg": _open_medclipseg,
+    }
     with model_folder.describing(path):
         return opened[config["kind"]](path, config, variables, tokenizer)
 
@@ -158,11 +199,13 @@ def _open_biclip(path, config, variables, tokenizer):
         )
     text, tower = config["model"]["text"], None
     if text["encoder"] != "scratch":
-        tower = sentences.open_tower(path / TEXT_ENCODER, text["encoder"], config["model"]["dtype"])
+        tower = sentences.open_tower(
+            path / sentences.TEXT_ENCODER, text["encoder"], config["model"]["dtype"]
+        )
         sentences.check_tower(tower, text)
         if tower.identity != config["tower"]:
             raise UserError(
-                f"{path / TEXT_ENCODER}: not the tower that this model was trained with; "
+                f"{path / sentences.TEXT_ENCODER}: not the tower that this model was trained with; "
                 "copy the folder again"
             )
     make = partial(_built, config)
@@ -177,8 +220,22 @@ def _open_biclip(path, config, variables, tokenizer):
     model_folder.check_shapes(path, variables, expected)
     if frozen:
         variables["params"]["text_encoder"] = {"tower": frozen.params}
-    processor = Processor(tokenizer, config["model"]["image_size"], text["max_length"])
+    size, resizing = config["model"]["image_size"], config.get("resize", "antialiased")
+    processor = Processor(tokenizer, size, text["max_length"], resizing=resizing)
     return make(tower), variables, processor
+
+
+def _open_medclipseg(path, config, variables, tokenizer):
+    fields = config["model"]
+    sentences.check_vocabulary(path / "tokenizer", tokenizer, fields["text"]["vocab_size"])
+    if config["towers"]:
+        variables["params"] |= medclipseg_towers.linked(path, config["towers"])
+    model, size = medclipseg.build(fields), fields["image_size"]
+    ids = jnp.zeros((1, fields["max_length"]), jnp.int32)
+    expected = architectures.shapes_of(model, jnp.zeros((1, size, size, 3)), ids)
+    model_folder.check_shapes(path, variables, expected)
+    processor = Processor(tokenizer, size, fields["max_length"], resizing=fields["resize"])
+    return model, variables, processor
 
 
 def _built(config: Mapping[str, Any], tower: sentences.TextTower | None) -> nn.Module:
@@ -203,7 +260,7 @@ def load(path: str | Path) -> Predictor:
       UserError: also for a converted tower, which does not segment.
     """
     model, variables, processor = load_model(path)
-    if not isinstance(model, biclip.BiCLIP | Ensemble):
+    if not isinstance(model, biclip.BiCLIP | Ensemble | medclipseg.MedCLIPSeg):
         raise UserError(
             f"{path}: holds {type(model).__name__}, which does not segment pictures; give the "
             "workdir of a run, or open it with biclip_jax.load_model"

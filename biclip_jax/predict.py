@@ -6,8 +6,8 @@
         --output out
 
 For every picture NAME: NAME_mask.png (0 or 255), NAME_probability.png (16 bit,
-65535 = 1) and NAME_overlay.png at the picture's own size, and one line in
-predictions.csv.
+65535 = 1) and NAME_overlay.png at the picture's own size, NAME_uncertainty.png
+with its scale, and one line in predictions.csv.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from biclip_jax import cli, inference
 from biclip_jax.data import image_io
 from biclip_jax.data.text import unknown_words
 from biclip_jax.errors import BadImageError, UserError
-from biclip_jax.evaluation import reporting
+from biclip_jax.evaluation import plots, reporting
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -85,18 +85,25 @@ def predict_image(
 ) -> dict[str, Any]:
     """Writes one picture's mask, probability and overlay; returns its line of predictions.csv."""
     image = image_io.read_image(path)
-    mask, probability, uncertainty = predictor.predict(image, sentence)
+    predict_one = predictor.predict_samples if predictor.samples else predictor.predict
+    mask, probability, uncertainty, *parts = predict_one(image, sentence)
     stem = output / path.stem
     image_io.write_png(f"{stem}_mask.png", mask.astype(np.uint8) * 255)
     scaled = np.rint(probability.clip(0, 1) * 65535).astype(np.uint16)
     image_io.write_png(f"{stem}_probability.png", scaled)
     image_io.write_png(f"{stem}_overlay.png", reporting.overlay(image, pred=mask))
-    return {
+    maps = {"entropy": uncertainty}
+    line = {
         "image": path.name,
         "text": sentence,
         "foreground_share": float(mask.mean()),
         "mean_uncertainty_nats": float(uncertainty.mean()),
     }
+    for epistemic in parts:
+        maps |= {"of it epistemic": epistemic}
+        line["mean_epistemic_nats"] = float(epistemic.mean())
+    plots.plot_uncertainty(maps, f"{stem}_uncertainty.png", path.name)
+    return line
 
 
 def predict(args: argparse.Namespace) -> int:

@@ -1,23 +1,22 @@
-"""What a configuration compiles to: the model, the state it begins with, the steps."""
+"""What a configuration compiles to: the state a run begins with, and the steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from biclip_jax import image_towers, parallel, sentences
+from biclip_jax import biclip_program, medclipseg_program, parallel, sentences
 from biclip_jax.errors import UserError
 from biclip_jax.evaluation import steps as eval_steps
-from biclip_jax.models import biclip
 from biclip_jax.models.ensemble import Ensemble
-from biclip_jax.models.text import PooledTower
-from biclip_jax.training import objective, optim, steps
+from biclip_jax.training import optim, steps
 from biclip_jax.training import state as train_state
+
+# model.kind -> the module that knows its towers, sentences, variables and loss
+FAMILIES: dict[str, Any] = {"biclip": biclip_program, "medclipseg": medclipseg_program}
 
 
 class Program(NamedTuple):
@@ -35,6 +34,7 @@ class Program(NamedTuple):
       num_members: of the ensemble; 1 for a single model.
       num_labelled: pictures with masks, of the training split.
       labelled_rows: of a batch, the first ones.
+      linked: parameters that a model folder holds in a folder of their own.
       described: the model folder's config.json, but for the step.
     """
 
@@ -47,6 +47,7 @@ class Program(NamedTuple):
     num_members: int
     num_labelled: int
     labelled_rows: int
+    linked: Collection[str]
     described: dict[str, Any]
 
 
@@ -54,8 +55,7 @@ def build(
     config: ConfigDict,
     num_labelled: int,
     spoken: sentences.Sentences,
-    tower: sentences.TextTower | None = None,
-    image_tower: image_towers.OpenedTower | None = None,
+    towers: Any = None,
 ) -> Program:
     """Model, optimiser and steps, and the state they begin with.
 
@@ -63,7 +63,7 @@ def build(
       config: resolved.
       num_labelled: pictures with masks; they make an epoch.
       spoken: the sentences.
-      tower, image_tower: pretrained, where configured.
+      towers: pretrained, what the family's `open_towers` gave; None: those of the configuration.
 
     Raises:
       UserError: fields that do not go together.
@@ -71,29 +71,28 @@ def build(
     rows = labelled_rows(config)
     steps_per_epoch = max(num_labelled // rows, 1)
     num_steps = config.num_steps or config.num_epochs * steps_per_epoch
+    family = FAMILIES[config.model.kind]
+    towers = family.open_towers(config) if towers is None else towers
     try:
         check_batch(config, rows)
-        model, variables = build_model(config, spoken, tower, image_tower)
-        recipe = objective.make_recipe(config.to_dict(), rows / config.batch_size)
+        built = family.assemble(config, spoken, towers, rows / config.batch_size)
     except ValueError as error:
         raise UserError(f"--config: {error}") from error
-    schedule = optim.make_schedule(config.optim.to_dict(), num_steps)
+    schedule = optim.make_schedule(config.optim.to_dict(), num_steps, steps_per_epoch)
     optimizer = optim.make_optimizer(config.optim.to_dict(), schedule)
-    keeps_tower = image_tower is not None and not config.model.image.trainable
-    frozen = {"image_tower"} & variables[0]["params"].keys() if keeps_tower else ()
     train_step: Callable[..., Any] = partial(
         steps.train_step,
-        objective=partial(objective.objective, model=model, recipe=recipe),
+        objective=built.objective,
         optimizer=optimizer,
         accumulate=config.optim.accumulate,
         ema_decay=config.optim.ema_decay,
         axis_name=parallel.AXIS,
     )
     states = [
-        train_state.create(fresh, optimizer, frozen, config.optim.ema_decay > 0)
-        for fresh in variables
+        train_state.create(fresh, optimizer, built.frozen, config.optim.ema_decay > 0)
+        for fresh in built.members
     ]
-    initial = states[0]
+    initial, model = states[0], built.model
     if config.ensemble > 1:
         initial, train_step = train_state.stack(states), steps.in_turn(train_step)
         model = Ensemble(model, config.ensemble)
@@ -108,27 +107,9 @@ def build(
         num_members=config.ensemble,
         num_labelled=num_labelled,
         labelled_rows=rows,
-        described=describe(config, spoken, image_tower),
+        linked=built.linked,
+        described=built.described,
     )
-
-
-def describe(
-    config: ConfigDict, spoken: sentences.Sentences, image_tower: image_towers.OpenedTower | None
-) -> dict[str, Any]:
-    """What a model folder must say for `inference.load_model` to build this model again."""
-    fields = model_fields(config)
-    for part in ("text", "image"):
-        fields[part] = {**fields[part], "weights": ""}  # a path here; the tower lies inside
-    return {
-        "kind": "biclip",
-        "model": fields,
-        "vocab_size": spoken.tokenizer.get_vocab_size(),
-        "tower": spoken.tower,
-        "image_tower": image_tower.fields if image_tower else {},
-        "ensemble": config.ensemble,
-        "name": config.name,
-        "data": config.data.name,
-    }
 
 
 def labelled_rows(config: ConfigDict) -> int:
@@ -147,78 +128,12 @@ def labelled_rows(config: ConfigDict) -> int:
 def check_batch(config: ConfigDict, labelled: int) -> None:
     """Raises ValueError where a batch cannot be cut as the devices and the views need it."""
     parts = config.optim.accumulate
-    if config.ensemble > 1 and config.model.text.trainable:
-        raise ValueError("an ensemble shares its text tower; set model.text.trainable to false")
     parallel.check_batch_size(config.batch_size, parts)
     if parts > 1 and labelled < config.batch_size:
         raise ValueError(f"optim.accumulate is {parts}; unlabelled pictures need 1")
     share = config.batch_size // (parallel.num_devices() * parts)
-    if config.views.strong.cutmix and share % 2:
+    if config.views.get("strong", {}).get("cutmix") and share % 2:
         raise ValueError(
             f"views.strong.cutmix pairs the rows of a batch, and {config.batch_size} pictures "
             f"leave {share} to a device and part; expected an even number"
         )
-
-
-def model_fields(config: ConfigDict) -> dict[str, Any]:
-    """What `models.biclip.build` is given: `model`, and the heads that the losses need."""
-    blocks = biclip.named_blocks(config.loss.iac_blocks, config.model.num_levels)
-    if not blocks or not all(block.startswith("decoder") for block in blocks):
-        raise ValueError(f"loss.iac_blocks is {config.loss.iac_blocks!r}; expected decoder blocks")
-    fields = config.model.to_dict()
-    refines = config.model.bmf.vision_to_text
-    if config.model.image.encoder != "cnn" and not refines:
-        raise ValueError("model.image.encoder is a tower, but bmf.vision_to_text is off; set cnn")
-    heads = [head for head in biclip.HEADS if config.loss[head] > 0]
-    return fields | {"heads": heads, "iac_blocks": list(blocks)}
-
-
-def build_model(
-    config: ConfigDict,
-    spoken: sentences.Sentences,
-    tower: sentences.TextTower | None,
-    image_tower: image_towers.OpenedTower | None,
-) -> tuple[biclip.BiCLIP, list[dict[str, Any]]]:
-    """The model as it is trained, and each member's first variables; towers begin as converted.
-
-    Raises:
-      ValueError: sizes that do not go together.
-    """
-    make = partial(
-        biclip.build,
-        model_fields(config),
-        vocab_size=spoken.tokenizer.get_vocab_size(),
-        image_tower=image_tower and image_tower.module,
-        axis_name=parallel.AXIS,
-    )
-    model = make()
-    trained = tower if tower and config.model.text.trainable else None
-    if trained:
-        num_features = PooledTower(trained.module, config.model.text.pooling).num_features
-        one = {"text_features": jnp.zeros((1, num_features))}
-    else:
-        one = {k: jnp.asarray(v[:1]) for k, v in spoken.fields["train"].items()}
-    text = biclip.text_inputs(one)
-    members = [biclip.init(model, key, text) for key in member_keys(config, "params")]
-    for variables in members:
-        if trained and model.uses_text:
-            variables["params"]["text_encoder"] = {"tower": trained.params}
-        # Named after the model's field; absent where nothing refines the sentence.
-        if image_tower and "image_tower" in variables["params"]:
-            variables["params"]["image_tower"] = image_tower.params
-            if image_tower.batch_stats:
-                variables["batch_stats"]["image_tower"] = image_tower.batch_stats
-    return make(tower=trained.module) if trained else model, members
-
-
-def stream(config: ConfigDict, name: str) -> jax.Array:
-    """The key of a named random stream; of an ensemble, one a member along the first axis."""
-    keys = member_keys(config, name)
-    return keys[0] if len(keys) == 1 else jnp.stack(keys)
-
-
-def member_keys(config: ConfigDict, name: str) -> list[jax.Array]:
-    """Each member's key of a named random stream: derived from its seed, never stored."""
-    index = ("params", "augment").index(name)
-    seeds = range(config.seed, config.seed + config.ensemble)
-    return [jax.random.fold_in(jax.random.key(seed), index) for seed in seeds]

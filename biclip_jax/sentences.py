@@ -23,6 +23,8 @@ from biclip_jax.weights import folder as model_folder
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+TEXT_ENCODER = "text_encoder"  # the frozen tower's own folder, inside a model folder
+
 # sentences -> the sentence fields of a batch, (N, ...) each
 Encode = Callable[[Sequence[str]], dict[str, np.ndarray]]
 # sentences -> ids (N, L) and mask (N, L)
@@ -209,7 +211,7 @@ def encoder(model: nn.Module, variables: Mapping[str, Any], processor: Any) -> E
     Args:
       model, variables, processor: what `inference.load_model` gives.
     """
-    if not isinstance(model.text_encoder, PooledTower):
+    if not _has_pooled_tower(model):
         return processor.encode
     tokenize = partial(text_lib.encode, processor.tokenizer, max_length=processor.max_length)
     params = variables["params"]["text_encoder"]["tower"]
@@ -227,10 +229,15 @@ def encoder(model: nn.Module, variables: Mapping[str, Any], processor: Any) -> E
 
 def without_tower(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, Any]:
     """The variables that a pass over `encoder`'s vectors needs."""
-    if not isinstance(model.text_encoder, PooledTower):
+    if not _has_pooled_tower(model):
         return dict(variables)
     params = {name: part for name, part in variables["params"].items() if name != "text_encoder"}
     return {**variables, "params": params}
+
+
+def _has_pooled_tower(model):
+    # Models whose towers work together have no encoder of sentences alone.
+    return isinstance(getattr(model, "text_encoder", None), PooledTower)
 
 
 def _vectors(pooled: PooledTower, params: Any, tokenize: Tokenize) -> text_features.Encode:

@@ -8,6 +8,7 @@ The same command again goes on where it stopped.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -19,12 +20,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from biclip_jax import cli, image_towers, inference, parallel, sentences
+from biclip_jax import cli, inference, parallel, sentences
+from biclip_jax.assembly import stream
 from biclip_jax.data import pipeline, subsets
 from biclip_jax.errors import UserError
 from biclip_jax.evaluation import reporting, runner
 from biclip_jax.models import ensemble
-from biclip_jax.program import Program, build, stream
+from biclip_jax.program import FAMILIES, Program, build
 from biclip_jax.training import checkpoint, steps, writers
 from biclip_jax.training import state as train_state
 from biclip_jax.weights import folder as model_folder
@@ -44,14 +46,11 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
       UserError: a configuration, a data set or a folder that does not fit.
       SystemExit: 143 or 130 after SIGTERM or SIGINT, the state saved.
     """
-    text, data = config.model.text.to_dict(), config.data.to_dict()
-    tower = sentences.open_configured(text, config.model.dtype)
-    image_tower = image_towers.open_configured(config.model.image.to_dict(), config.model.dtype)
+    family, data = FAMILIES[config.model.kind], config.data.to_dict()
+    towers = family.open_towers(config)
     with checkpoint.lock(workdir):
-        opened = {"text": tower, "image": image_tower}
-        claim(config, workdir, {name: t.identity if t else "" for name, t in opened.items()})
-        if tower:
-            model_folder.link(tower.folder, workdir / "model" / inference.TEXT_ENCODER)
+        claim(config, workdir, towers.identities)
+        family.link_towers(towers, workdir / "model")
         prepared = pipeline.prepare(data, config.model.image_size)
         splits = pipeline.open_splits(prepared, data)
         runner.write_json(workdir / "labels.json", subsets.report(r["id"] for r in splits["train"]))
@@ -59,8 +58,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         unlabelled = pipeline.open_unlabelled(prepared, data, config.model.image_size)
         splits["train"] = [*splits["train"], *unlabelled] if unlabelled else splits["train"]
         texts = {split: [record["text"] for record in splits[split]] for split in ("train", "val")}
-        spoken = sentences.read(text, texts, tower, prepared, print)
-        program = build(config, num_labelled, spoken, tower, image_tower)
+        spoken = family.read_sentences(config, texts, towers, prepared, print)
+        program = build(config, num_labelled, spoken, towers)
         state, progress = restore_or_init(workdir, program)
         state = loop(config, workdir, program, splits, spoken, state, progress)
         reporting.plot_curves(
@@ -73,8 +72,8 @@ def claim(config: ConfigDict, workdir: Path, towers: Mapping[str, str]) -> None:
     """Writes the resolved configuration, after a check that a run there began with the same.
 
     Fields that do not change a run, such as where its data lies, may differ; a
-    tower is known by the SHA-256 of its weights and tokenizer, `towers` by the
-    names "text" and "image".
+    tower is known by the SHA-256 of its weights and tokenizer, `towers` by its
+    section of `model`.
 
     Raises:
       UserError: another configuration began this run (naming the fields).
@@ -113,8 +112,11 @@ def restore_or_init(
     progress = {"position": None, "best_score": -1.0, "best_step": 0, "stale": 0}
     for kind in ("last", "best"):
         checkpoint.clean(workdir / "checkpoints" / kind)
-    found = checkpoint.restore_latest(workdir / "checkpoints/last", program.initial, print)
-    state, progress = found or (program.initial, progress)
+    # What is never trained is not saved either: it is the towers', or follows from the seed.
+    bare = train_state.without_frozen(program.initial)
+    found = checkpoint.restore_latest(workdir / "checkpoints/last", bare, print)
+    state, progress = found or (bare, progress)
+    state = dataclasses.replace(state, frozen=program.initial.frozen)
     if found:
         print(f"{workdir}: goes on after step {train_state.step_of(state)} of {program.num_steps}")
     return parallel.replicate(state), progress
@@ -174,7 +176,8 @@ def loop(
                 writer.write(step, "val", scores)
                 keep_best(workdir, program, spoken, state, scores, progress)
             if due or signalled is not None:
-                checkpoint.save(workdir / "checkpoints/last", parallel.to_host(state), progress)
+                host_state = parallel.to_host(train_state.without_frozen(state))
+                checkpoint.save(workdir / "checkpoints/last", host_state, progress)
             since += time.perf_counter() - paused
             if signalled is not None:
                 print(f"{workdir}: stopped by a signal after step {step}; saved, can go on")
@@ -258,12 +261,15 @@ def keep_best(
     step = train_state.step_of(state)
     progress.update(best_score=scores["dice_global"], best_step=step, stale=0)
     host_state = parallel.to_host(state)
-    checkpoint.save(workdir / "checkpoints/best", host_state, progress, keep=1)
+    bare = train_state.without_frozen(host_state)
+    checkpoint.save(workdir / "checkpoints/best", bare, progress, keep=1)
     described = {**program.described, "step": step}
+    variables = variables_of(program, host_state)
+    params = {k: v for k, v in variables["params"].items() if k not in program.linked}
     model_folder.write(
         workdir / "model",
         config=described,
-        variables=variables_of(program, host_state),
+        variables={**variables, "params": params},
         tokenizer=spoken.tokenizer.to_str(),
         card=model_folder.model_card(described, {"validation": scores}),
         scores={"validation": scores},

@@ -1,6 +1,6 @@
 """Every field there is, with its unit and the published default."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from ml_collections import ConfigDict
 
@@ -35,6 +35,8 @@ def _data() -> ConfigDict:
     data.source = ""  # folder on disk in one of the known layouts
     data.layout = ""  # lvit, languide, medclipseg, medvlsm, csv; empty: look and see
     data.prompt = ""  # p0..p9 of the medvlsm layout; empty: the last that is not empty
+    data.percent = 100  # 10, 25, 50: published subset of train and val, medclipseg layout alone
+    data.resize = "antialiased"  # opencv: bilinear without antialiasing, nearest for masks
     data.cache_dir = ""  # where prepared sets go; empty: the user's cache folder
     data.in_memory = True  # decoded pictures stay in host memory
     data.sentences = "right"  # "missing" trains and evaluates with empty sentences
@@ -49,6 +51,7 @@ def _data() -> ConfigDict:
 def _model() -> ConfigDict:
     """The network."""
     model = ConfigDict()
+    model.kind = "biclip"  # configs/medclipseg.py has the other one
     model.image_size = 224  # pixels; 112, 224, 448 with five levels
     model.width = 64  # channels of the U-Net's first level; scales every encoder
     model.num_levels = 5  # of the U-Net, the bottleneck included
@@ -123,6 +126,8 @@ def _optim() -> ConfigDict:
     optim.name = "adamw"  # adamw or sgd
     optim.learning_rate = 1e-4  # at the start of the cosine
     optim.tower_learning_rate = 0.0  # of trained towers; 0: learning_rate
+    optim.final_learning_rate = 0.0  # at the end of the cosine
+    optim.rate_moves = "step"  # along the cosine at every step, or once an epoch
     optim.warmup_steps = 0
     optim.weight_decay = 0.01
     optim.clip_norm = 0.0  # global norm of the gradient; 0: no clipping
@@ -156,15 +161,35 @@ def finish(
     Raises:
       ValueError: an unknown variant.
     """
-    known = {**(own or {}), "smoke": smoke, **variants.METHODS}
     names = variant.split(",") if variant else []
     methods = [name for name in names if name in variants.METHODS]
     if len(methods) > 1:
         raise ValueError(f"{', '.join(methods)} are whole methods; name one of them")
+    return apply(config, variant, {**(own or {}), "smoke": smoke, **variants.METHODS}, methods)
+
+
+def apply(
+    config: ConfigDict,
+    variant: str | None,
+    known: Mapping[str, Callable[[ConfigDict], None]],
+    first: Sequence[str] = (),
+) -> ConfigDict:
+    """The configuration with variants applied in the order of their names, and named after them.
+
+    Args:
+      config: of a page.
+      variant: comma-separated; each adds its name to the configuration's.
+      known: {name: function that changes a configuration}.
+      first: of the variants, those that are applied before the others.
+
+    Raises:
+      ValueError: an unknown variant.
+    """
+    names = variant.split(",") if variant else []
     for name in names:
         if name not in known:
             raise ValueError(f"no variant {name!r}; the variants are {', '.join(known)}")
-    for name in sorted(names, key=lambda name: name not in methods):
+    for name in sorted(names, key=lambda name: name not in first):
         known[name](config)
     config.name = "_".join([config.name, *names])
     return config

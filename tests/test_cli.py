@@ -56,6 +56,8 @@ def test_overrides_take_the_field_s_type(override, path, value):
         ("qata", "--config.optim.name=adam", "did you mean adamw"),
         ("qata", "--config.model.dtype=float16", "bfloat16"),
         ("qata", "--config.data.sentences=mising", "did you mean missing"),
+        ("qata", "--config.data.resize=opencv2", "did you mean opencv"),
+        ("qata", "--config.data.percent=20", "expected one of 10, 25, 50, 100"),
         ("qata", "--config.model.norm=layer", "expected one of batch, group"),
         ("qata", "--config.model.image.encoder=clip_vit", "did you mean clip_vit_b16"),
         ("qata", "--config.loss.views=strong", "expected one of weak, both"),

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from biclip_jax import cli, parallel, program, sentences
+from biclip_jax import assembly, cli, parallel, program, sentences
 from biclip_jax.configs import variants
 from biclip_jax.errors import UserError
 from biclip_jax.models import biclip
@@ -42,7 +42,7 @@ def test_every_method_builds_and_traces(method, monkeypatch):
         "labelled": jnp.arange(rows) < built.labelled_rows,
         **spoken.fields["train"],
     }
-    key = program.stream(config, "augment")
+    key = assembly.stream(config, "augment")
     state, metrics = jax.eval_shape(built.train_step, built.initial, parallel.shard(batch), key)
     assert set(metrics) == {
         "loss",
@@ -56,7 +56,7 @@ def test_every_method_builds_and_traces(method, monkeypatch):
     assert built.labelled_rows == (rows // 2 if method == "semi" else rows)
 
 
-@pytest.mark.parametrize("page", cli.config_names())
+@pytest.mark.parametrize("page", sorted({*cli.config_names()} - {"medclipseg"}))
 def test_every_page_takes_every_method(page):
     base = cli.load_config(page, [])
     assert cli.load_config(f"{page}:published", []).to_dict() | {"name": ""} == (

@@ -1,5 +1,6 @@
 """The evaluation door."""
 
+import csv
 import json
 import shutil
 from hashlib import sha256
@@ -119,6 +120,38 @@ def test_severities_that_are_none_are_named(text):
     with pytest.raises(UserError, match="--severities"):
         evaluate._severities(text)
     assert evaluate._severities("1,3") == (1, 3)
+
+
+def test_surface_scores_are_kept_beside_the_others(untrained, capsys):
+    argv, folder = ("--workdir", str(untrained), "--no-baselines"), untrained / "evaluation/test"
+    assert run(*argv, "--text-conditions", "right", "--surface") == 0
+    found = results_of(folder)["surface"]
+    assert found["num_images"] == len(known.RECORDS) and found["tolerance"] == 2
+    assert "each mask's own size" in found["size"]
+    with open(folder / "per_image.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name in ("dsc", "nsd_plate", "nsd_2d"):
+        assert np.mean([float(row[name]) for row in rows]) == pytest.approx(found[name])
+    assert f"DSC {100 * found['dsc']:.2f}, NSD within 2 pixels" in capsys.readouterr().out
+    assert run(*argv, "--text-conditions", "right,missing") == 0
+    assert results_of(folder)["surface"] == found
+    header = (folder / "per_image.csv").read_text().splitlines()[0].split(",")
+    assert {"dsc", "nsd_plate", "nsd_2d", "dice_missing"} <= set(header)
+
+
+def test_prompts_are_short_for_text_conditions(untrained, capsys):
+    argv = ("--workdir", str(untrained), "--no-baselines")
+    assert run(*argv, "--prompts", "contradictory,underdescriptive") == 0
+    found = results_of(untrained / "evaluation/test")
+    assert set(found["conditions"]) == {"right"}
+    assert found["left_out"] == ["contradictory", "underdescriptive"]
+    for names in ("shuffled", "contradictory,vague", ""):
+        assert run(*argv, "--prompts", names) == 2
+        assert f"--prompts {names}: expected some of {', '.join(VARIANTS)}" in (
+            capsys.readouterr().err
+        )
+    assert run(*argv, "--prompts", "contradictory", "--text-conditions", "right") == 2
+    assert "expected one of them" in capsys.readouterr().err
 
 
 def test_disagreement_is_one_line(capsys):

@@ -12,7 +12,17 @@ import optax
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from biclip_jax import cli, convert, image_towers, inference, parallel, program, sentences, train
+from biclip_jax import (
+    biclip_program,
+    cli,
+    convert,
+    image_towers,
+    inference,
+    parallel,
+    program,
+    sentences,
+    train,
+)
 from biclip_jax.errors import UserError
 from biclip_jax.evaluation import metrics
 from biclip_jax.models import biclip, clip, fusion
@@ -186,7 +196,7 @@ def configured(folders, name, tmp_path, variant="smoke", **image):
 def build(config, tower):
     texts = {"train": ["lower left lung"] * config.batch_size}
     spoken = sentences.read(config.model.text.to_dict(), texts, None)
-    return spoken, program.build(config, 32, spoken, image_tower=tower)
+    return spoken, program.build(config, 32, spoken, biclip_program.Towers(image=tower))
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet"])
@@ -275,7 +285,7 @@ def test_a_run_with_a_tower_is_kept_and_goes_on(folders, tmp_path, trainable):
     tokenizer = inference.load_model(tmp_path / "run")[2].tokenizer
     one = sentences.read(config.model.text.to_dict(), texts, None).fields["train"]
     spoken = sentences.Sentences(tokenizer, {"train": one})
-    built = program.build(config, 32, spoken, image_tower=tower)
+    built = program.build(config, 32, spoken, biclip_program.Towers(image=tower))
     state, _ = checkpoint.restore_latest(tmp_path / "run/checkpoints/best", built.initial, print)
     model, variables, processor = inference.load_model(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, variables, train_state.variables_of(state))

@@ -15,7 +15,13 @@ MODELS, DATA, TRAINING = "biclip_jax.models", "biclip_jax.data", "biclip_jax.tra
 EVALUATION, WEIGHTS = "biclip_jax.evaluation", "biclip_jax.weights"
 PARALLEL, METRICS = "biclip_jax.parallel", "biclip_jax.evaluation.metrics"
 
-TOWERS = {"biclip_jax.sentences", "biclip_jax.image_towers"}
+TOWERS = {
+    "biclip_jax.sentences",
+    "biclip_jax.image_towers",
+    "biclip_jax.medclipseg_towers",
+}
+ASSEMBLY = "biclip_jax.assembly"
+PROGRAMS = {"biclip_jax.biclip_program", "biclip_jax.medclipseg_program"}
 
 # room -> what of our own it may import
 ALLOWED = {
@@ -27,7 +33,11 @@ ALLOWED = {
     "sentences.py": {WEIGHTS, MODELS, DATA},
     "image_towers.py": {WEIGHTS, MODELS},
     "inference.py": {WEIGHTS, MODELS, DATA, EVALUATION, *TOWERS},
-    "program.py": {TRAINING, EVALUATION, WEIGHTS, MODELS, PARALLEL, *TOWERS},
+    "medclipseg_towers.py": {WEIGHTS, MODELS, DATA, *TOWERS},
+    "assembly.py": set(),
+    "biclip_program.py": {TRAINING, WEIGHTS, MODELS, PARALLEL, ASSEMBLY, *TOWERS},
+    "medclipseg_program.py": {TRAINING, WEIGHTS, MODELS, PARALLEL, DATA, ASSEMBLY, *TOWERS},
+    "program.py": {TRAINING, EVALUATION, MODELS, PARALLEL, *PROGRAMS, *TOWERS},
     "parallel.py": set(),
     "errors.py": set(),
     "cli.py": {"biclip_jax.configs"},
@@ -38,6 +48,7 @@ RUNNER_ALSO = {
     "evaluation/runner.py",
     "evaluation/baselines.py",
     "evaluation/conditions.py",
+    "evaluation/surface.py",
 }
 # library -> where alone it may be imported
 OWNERS = {
@@ -45,13 +56,13 @@ OWNERS = {
     "safetensors": {"weights/"},
     "msgpack": {"weights/"},
     "transformers": {"data/tokenizers.py"},
-    "tokenizers": {"data/", "sentences.py", "inference.py"},
+    "tokenizers": {"data/", "sentences.py", "inference.py", "medclipseg_towers.py"},
     "huggingface_hub": {"convert.py"},
     "grain": {"data/"},
     "tensorflow_datasets": {"data/"},
     "tensorboardX": {"training/writers.py"},
     "jinja2": {"evaluation/html.py"},
-    "scipy": {"evaluation/calibration.py"},
+    "scipy": {"evaluation/calibration.py", "evaluation/surface.py"},
 }
 MODEL_LIBRARIES = {"jax", "flax", "numpy", "jaxtyping"}
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 import biclip_jax
 from biclip_jax import inference
+from biclip_jax.data import image_io
 from biclip_jax.errors import BadImageError, UserError
 
 SENTENCE = "unilateral pulmonary infection, one infected area, lower left lung."
@@ -38,6 +39,14 @@ def test_the_model_applies_to_what_the_processor_gives(trained, picture):
     assert logits.shape == (2, 56, 56, 1)
     assert set(aux) == {"text", "refined_text", "pseudo_image", "features"}
     assert inputs["text_mask"].sum(1).tolist()[1] == 1
+
+
+def test_the_processor_resizes_as_it_is_told(picture):
+    plain = inference.Processor(None, 56, 8).resize([picture])
+    told = inference.Processor(None, 56, 8, resizing="opencv").resize([picture])
+    assert plain.shape == told.shape == (1, 56, 56, 3)
+    np.testing.assert_array_equal(plain[0, ..., :1], image_io.resize_image(picture, 56))
+    np.testing.assert_array_equal(told[0, ..., 2:], image_io.resize_image(picture, 56, "opencv"))
 
 
 def test_a_prediction_has_the_picture_s_size_and_agrees_with_itself(trained, picture):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from biclip_jax import cli, program, sentences
+from biclip_jax import assembly, biclip_program, cli, program, sentences
 from biclip_jax.errors import UserError
 from biclip_jax.models import biclip
 from tests import tiny
@@ -69,18 +69,18 @@ def test_a_batch_must_suit_devices_parts_and_pairs(monkeypatch):
     ],
 )
 def test_the_losses_say_which_heads_there_are(overrides, heads):
-    fields = program.model_fields(configured("smoke", *overrides))
+    fields = biclip_program.model_fields(configured("smoke", *overrides))
     assert fields["heads"] == heads
     assert fields["iac_blocks"] == ["decoder_0"]
     assert fields["width"] == 4
 
 
 def test_consistency_is_taken_on_decoder_blocks_alone():
-    fields = program.model_fields(configured("smoke", "loss.iac_blocks=decoder"))
+    fields = biclip_program.model_fields(configured("smoke", "loss.iac_blocks=decoder"))
     assert fields["iac_blocks"] == ["decoder_1", "decoder_0"]
     for blocks in ("encoder_0", "", "all", "bottleneck"):
         with pytest.raises(ValueError, match="expected decoder blocks"):
-            program.model_fields(configured("smoke", f"loss.iac_blocks={blocks}"))
+            biclip_program.model_fields(configured("smoke", f"loss.iac_blocks={blocks}"))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_sizes_that_only_the_generator_refuses_are_open_to_the_u_net(monkeypatch
 
 def test_streams_differ_by_name_and_seed():
     keys = [
-        jax.random.key_data(program.stream(configured("smoke", f"seed={seed}"), name))
+        jax.random.key_data(assembly.stream(configured("smoke", f"seed={seed}"), name))
         for seed in (0, 1)
         for name in ("params", "augment")
     ]

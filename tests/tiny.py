@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from biclip_jax import program
+from biclip_jax import biclip_program
 from biclip_jax.configs import common, variants
 from biclip_jax.models import biclip
 from biclip_jax.training import objective, optim, state, steps
@@ -35,7 +35,7 @@ def config(method="published", **changes):
 
 def model(axis_name=None, method="", **changes):
     """The model of `model_config`, or of a method."""
-    fields = program.model_fields(config(method)) if method else model_config()
+    fields = biclip_program.model_fields(config(method)) if method else model_config()
     return biclip.build({**fields, **changes}, vocab_size=VOCAB_SIZE, axis_name=axis_name)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from biclip_jax.data import opencv
 from biclip_jax.errors import BadImageError
 
 MAX_PIXELS = 64 * 2**20
@@ -19,6 +20,8 @@ MAX_PIXELS = 64 * 2**20
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 LOSSY_FORMATS = ("JPEG", "MPO", "WEBP")
 LOSSY_NOISE = 16
+
+RESIZE_METHODS = ("antialiased", "opencv")
 
 _DECODER_ERRORS = (
     OSError,
@@ -63,6 +66,9 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
 def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
     """Reads a mask: foreground is above 127, or nonzero where the maximum is 1.
 
+    The MedCLIPSeg reference counts 127 itself, too, when it trains, and takes a mask of 0 and 1 for
+    an empty one; masks of 0 and 255 are the same to both.
+
     Args:
       path: a picture file as `read_image` takes; colour is turned into grey first.
 
@@ -91,26 +97,56 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
     return (pixels > 127).astype(np.uint8)[..., None]
 
 
-def resize_image(image: np.ndarray, size: int) -> np.ndarray:
-    """Resizes (H, W, C) uint8 to (size, size, C) uint8, bilinear and antialiased.
+def resize_image(image: np.ndarray, size: int, method: str = "antialiased") -> np.ndarray:
+    """Resizes (H, W, C) uint8 to (size, size, C) uint8, bilinear.
 
     The aspect ratio is not kept; a picture of that size already is returned as it is.
+
+    Args:
+      image: 8-bit picture.
+      size: side of the result in pixels.
+      method: of `RESIZE_METHODS`: "antialiased" averages the pixels that fall together; "opencv"
+        weighs the two nearest a direction alone, to the bit as cv2.resize does.
+
+    Raises:
+      ValueError: another method.
     """
+    _check_method(method)
     if image.shape[:2] == (size, size):
         return image
+    if method == "opencv":
+        return opencv.bilinear(image, size, size)
     picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
     resized = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
     return resized.reshape(size, size, image.shape[2])
 
 
-def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
-    """Resizes (H, W, 1) {0, 1} to (size, size, 1) uint8 {0, 1}: foreground covers >= half."""
+def resize_mask(mask: np.ndarray, size: int, method: str = "antialiased") -> np.ndarray:
+    """Resizes (H, W, 1) {0, 1} to (size, size, 1) uint8 {0, 1}.
+
+    Args:
+      mask: 8-bit mask.
+      size: side of the result in pixels.
+      method: of `RESIZE_METHODS`: "antialiased" is foreground where it covers at least half;
+        "opencv" takes one pixel for all, as cv2.resize's nearest neighbour does.
+
+    Raises:
+      ValueError: another method.
+    """
+    _check_method(method)
     if mask.shape[:2] == (size, size):
         return mask
+    if method == "opencv":
+        return opencv.nearest(mask, size, size)
     picture = Image.fromarray(mask[..., 0].astype(np.float32))
     cover = np.asarray(picture.resize((size, size), Image.Resampling.BOX))
     # The tolerance keeps an exact half foreground whatever its sum rounds to.
     return (cover >= 0.5 - 1e-6).astype(np.uint8)[..., None]
+
+
+def _check_method(method: str) -> None:
+    if method not in RESIZE_METHODS:
+        raise ValueError(f"method: found {method!r}; expected one of {', '.join(RESIZE_METHODS)}")
 
 
 def encode_png(array: np.ndarray) -> bytes:

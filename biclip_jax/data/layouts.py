@@ -6,8 +6,9 @@ To add a layout, write a reader `root -> Found` and name it in `_READERS`, its m
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from biclip_jax.data.annotations import (
     VARIANTS,
@@ -33,6 +34,7 @@ LAYOUTS: dict[str, str] = {
     "medvlsm": "anns",
     "csv": "annotations.csv, or a single *.csv",
 }
+PERCENTS = (10, 25, 50, 100)
 
 
 def find_layout(root: str | os.PathLike[str]) -> str:
@@ -54,7 +56,10 @@ def find_layout(root: str | os.PathLike[str]) -> str:
 
 
 def read_layout(
-    root: str | os.PathLike[str], layout: str | None = None, prompt: str | None = None
+    root: str | os.PathLike[str],
+    layout: str | None = None,
+    prompt: str | None = None,
+    percent: int = 100,
 ) -> list[Example]:
     """Reads and checks the annotations of a data set; no picture is opened.
 
@@ -66,6 +71,8 @@ def read_layout(
       layout: a name of `LAYOUTS`, or None to look.
       prompt: medvlsm only, the prompt to take ("p6"); None takes the highest-numbered that is
         not empty. Of several wordings of one prompt the first is taken.
+      percent: medclipseg only, of `PERCENTS`: below 100 train and val are the published subsets,
+        the workbooks {Train,Val}_text_PERCENT.xlsx; pictures without a row are then left out.
 
     Returns:
       The examples, train before val before test, in file order within a split.
@@ -79,7 +86,12 @@ def read_layout(
         raise DataError(f"layout: found {layout!r}; expected one of {', '.join(LAYOUTS)}.")
     if prompt is not None and layout != "medvlsm":
         raise DataError(f"prompt: found {prompt!r}; the {layout} layout has no prompts; drop it.")
-    found = _READERS[layout](root) if prompt is None else _medvlsm(root, prompt)
+    _check_percent(percent, layout)
+    options: dict[str, dict[str, Any]] = {
+        "medvlsm": {"prompt": prompt},
+        "medclipseg": {"percent": percent},
+    }
+    found = _READERS[layout](root, **options.get(layout, {}))
     if problems := problems_of(found):
         raise collected(f"{root}, as {layout} layout", problems)
     rows = sorted(found.rows, key=lambda row: SPLITS.index(row.split))
@@ -90,8 +102,22 @@ def read_layout(
     ]
 
 
+def _check_percent(percent: int, layout: str) -> None:
+    if percent not in PERCENTS:
+        known = ", ".join(map(str, PERCENTS))
+        raise DataError(f"percent: found {percent}; expected one of {known}; choose one.")
+    if percent != 100 and layout != "medclipseg":
+        raise DataError(
+            f"percent: found {percent}; expected 100, as the {layout} layout has no published "
+            "subsets; drop it, or train on data.label_fraction."
+        )
+
+
 def read_variants(
-    root: str | os.PathLike[str], examples: Sequence[Example], layout: str | None = None
+    root: str | os.PathLike[str],
+    examples: Sequence[Example],
+    layout: str | None = None,
+    percent: int = 100,
 ) -> dict[str, dict[str, str]]:
     """Reads the other published sentences of the same pictures, where a data set has them.
 
@@ -102,6 +128,7 @@ def read_variants(
       root: the data set's folder.
       examples: what `read_layout` gave.
       layout: a name of `LAYOUTS`, or None to look.
+      percent: as of `read_layout`; below 100 sentences of pictures left out are, too.
 
     Returns:
       {id: {NAME: sentence}}, of the pictures that have any.
@@ -114,7 +141,10 @@ def read_variants(
     layout = layout or find_layout(root)
     if layout not in readers:
         return {}
-    found, problems = variants_by_id(readers[layout](root), {e.id for e in examples})
+    variants, ids = readers[layout](root), {e.id for e in examples}
+    if percent != 100:
+        variants = [variant for variant in variants if variant.id in ids]
+    found, problems = variants_by_id(variants, ids)
     if problems:
         raise collected(f"{root}, as {layout} layout", problems)
     return found
@@ -172,13 +202,17 @@ def _mask_named(table: Path, places: dict[Split, tuple[Folder, Folder]]) -> Foun
     return Found(rows, problems, [images for images, _ in places.values()])
 
 
-def _medclipseg(root: Path) -> Found:
+def _medclipseg(root: Path, percent: int) -> Found:
     parts = []
     for split in SPLITS:
-        table = root / "Prompts_Folder" / f"{split.title()}_text.xlsx"
+        whole = percent == 100 or split == "test"
+        name = f"{split.title()}_text{'' if whole else f'_{percent}'}.xlsx"
+        table = root / "Prompts_Folder" / name
         original = table.with_name("Test_text_original.xlsx")
         table = original if split == "test" and original.is_file() else table
-        parts.append(_image_named(split, table, *_split_folders(root, split, "label")))
+        part = _image_named(split, table, *_split_folders(root, split, "label"))
+        # The pictures that a subset leaves out have no row, and need none.
+        parts.append(part if whole else part._replace(picture_dirs=[]))
     return join(parts)
 
 
@@ -211,7 +245,7 @@ def _image_named(split: Split, table: Path, images: Folder, masks: Folder) -> Fo
     return Found(rows, problems, [images])
 
 
-def _medvlsm(root: Path, prompt: str | None = None) -> Found:
+def _medvlsm(root: Path, prompt: str | None) -> Found:
     images, masks = list_pictures(root / "images"), list_pictures(root / "masks")
     rows, problems = [], []
     for split in SPLITS:
@@ -249,7 +283,7 @@ def _csv_variants(root: Path) -> list[Variant]:
     ]
 
 
-_READERS = {
+_READERS: dict[str, Callable[..., Found]] = {
     "lvit": _lvit,
     "languide": _languide,
     "medclipseg": _medclipseg,

@@ -33,6 +33,8 @@ def prepare(config: Mapping[str, Any], image_size: int) -> Path:
         source_dir=config["source"] or None,
         layout=config["layout"] or None,
         prompt=config["prompt"] or None,
+        percent=config["percent"],
+        resize=config["resize"],
         num_examples=sizes or None,
     )
 
@@ -74,7 +76,7 @@ def open_unlabelled(prepared: Path, config: Mapping[str, Any], image_size: int) 
         return []
     if config["unlabelled"] != "rest":
         other = {**config, "name": "folder", "source": config["unlabelled"], "layout": ""}
-        other |= {"prompt": "", "num_examples": {}}
+        other |= {"prompt": "", "percent": 100, "num_examples": {}}
         records = builders.open_split(prepare(other, image_size), "train")
         return _as_configured(records, config)
     train = builders.open_split(prepared, "train")

@@ -32,7 +32,10 @@ SECTIONS = (
     "tta",
     "calibration",
     "degradations",
+    "surface",
 )
+# What names of per_image.csv's scores begin with.
+COLUMNS = ("dice_", "iou_", "dsc", "nsd_")
 SEVERITIES = tuple(map(str, degrade.SEVERITIES))
 SCORES = ("dice_global", "dice_mean", "iou_global", "iou_mean", "num_images")
 
@@ -92,7 +95,7 @@ def with_columns(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str
     ids = [reporting.read_csv_cell(line.get("id") or "") for line in lines]
     if ids != [row["id"] for row in rows]:
         return [dict(row) for row in rows]
-    more = [n for n in names if n.startswith(("dice_", "iou_")) and n not in rows[0]]
+    more = [n for n in names if n.startswith(COLUMNS) and n not in rows[0]]
     return [
         {**row, **{name: line[name] for name in more}}
         for row, line in zip(rows, lines, strict=True)

@@ -1,10 +1,13 @@
-"""The reliability diagram."""
+"""The reliability diagram, and maps of uncertainty."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from biclip_jax.evaluation.calibration import ECE_BINS
 from biclip_jax.evaluation.reporting import written_whole
@@ -54,3 +57,30 @@ def _shares(rows: Sequence[Mapping[str, Any]]) -> list[float]:
     total = sum(row["count"] for row in rows)
     counts = {round(row["low"] * ECE_BINS): row["count"] for row in rows}
     return [counts.get(i, 0) / total for i in range(ECE_BINS)]
+
+
+def plot_uncertainty(
+    maps: Mapping[str, np.ndarray], path: str | os.PathLike, title: str = ""
+) -> None:
+    """Writes a PNG of uncertainty maps side by side, all on one scale from 0 to ln 2.
+
+    Args:
+      maps: {name: (H, W) in nats}.
+      path: where the PNG goes.
+      title: the headline.
+    """
+    from matplotlib.figure import Figure
+
+    height, width = next(iter(maps.values())).shape
+    panel = 4.0 * min(width / height, 2.0)
+    figure = Figure(figsize=(panel * len(maps) + 1.2, 4.6), layout="constrained")
+    panels = figure.subplots(1, len(maps), squeeze=False)[0]
+    for axes, (name, values) in zip(panels, maps.items(), strict=True):
+        drawn = axes.imshow(values, cmap="inferno", vmin=0.0, vmax=math.log(2))
+        axes.set_title(f"{name}, mean {values.mean():.4f} nats", fontsize=10)
+        axes.set_axis_off()
+    bar = figure.colorbar(drawn, ax=list(panels), fraction=0.04, pad=0.02)
+    bar.set_label("nats; 0 is sure, ln 2 = 0.693 is even odds")
+    figure.suptitle(title, fontsize=11)
+    with written_whole(path) as part:
+        figure.savefig(part, dpi=110, format="png")

@@ -74,6 +74,7 @@ def evaluate(
     extra: Mapping[str, Any] | None = None,
     before: Mapping[str, Any] | None = None,
     split: Sequence[Record] | None = None,
+    columns: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, Any]:
     """Evaluates a split; writes results.json, per_image.csv, overlays.png and uncertainty.png.
 
@@ -87,6 +88,7 @@ def evaluate(
       extra: more for results.json: split, checkpoint, baselines.
       before: what `earlier.read` found; what it has and this call does not make stays.
       split: the whole one, where `records` are a subset of it.
+      columns: more for per_image.csv, a value a picture.
 
     Returns:
       What results.json holds; "left_out" names conditions that the split has not.
@@ -98,6 +100,8 @@ def evaluate(
     left_out = [name for name in conditions if name not in found]
     outcome = {**(extra or {}), **results(found, records), "left_out": left_out}
     lines = per_image_rows(found, records)
+    for name, values in (columns or {}).items():
+        lines = [{**line, name: value} for line, value in zip(lines, values, strict=True)]
     if before:
         outcome = earlier.merged(before, outcome)
         lines = earlier.with_columns(folder / "per_image.csv", lines)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from biclip_jax.evaluation import metrics
+from biclip_jax.models import medclipseg
 from biclip_jax.models.biclip import text_inputs, to_unit_rgb
 
 
@@ -33,8 +34,41 @@ def predict_step(
     if damage is not None:
         # Before a grey picture becomes RGB: its noise is one noise.
         image = 255 * damage(image.astype(jnp.float32) / 255, batch["image_hash"])
-    logits, _ = model.apply(variables, to_unit_rgb(image), **text_inputs(batch))
+    image, text = to_unit_rgb(image), text_inputs(batch)
+    if isinstance(model, medclipseg.MedCLIPSeg):
+        return sampled(variables, batch, image, model=model).mean
+    logits, _ = model.apply(variables, image, **text)
     return jax.nn.sigmoid(logits)
+
+
+def sampled(
+    variables: Mapping[str, Any],
+    batch: Mapping[str, Array],
+    image: Float[Array, "b h w 3"],
+    *,
+    model: medclipseg.MedCLIPSeg,
+) -> medclipseg.Samples:
+    """MedCLIPSeg's `num_samples` passes; a picture's noise follows its id alone, where known.
+
+    Args:
+      variables: of the model.
+      batch: sentences; and image_hash, or index, (B,) that tell the pictures apart.
+      image: RGB in [0, 1].
+      model: bound with `functools.partial`.
+    """
+    numbers = batch.get("image_hash", batch.get("index", jnp.zeros(len(image), jnp.uint32)))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), numbers)
+    return medclipseg.sample_statistics(
+        model, variables, image, batch["text_ids"], batch["text_mask"], keys, model.num_samples
+    )
+
+
+def sample_step(
+    variables: Mapping[str, Any], batch: Mapping[str, Array], *, model: medclipseg.MedCLIPSeg
+) -> Float[Array, "b h w 3"]:
+    """The samples' mean, its entropy, and the epistemic part of that; see `medclipseg.Samples`."""
+    found = sampled(variables, batch, to_unit_rgb(batch["image"]), model=model)
+    return jnp.concatenate([found.mean, found.total, found.epistemic], axis=-1)
 
 
 def eval_step(
@@ -44,7 +78,12 @@ def eval_step(
     model: nn.Module,
     axis_name: str | None = None,
 ) -> dict[str, Array]:
-    """`metrics.overlap_sums` at the model's own size, over the devices; padding is not counted."""
+    """`metrics.overlap_sums` at the model's own size, over the devices; padding is not counted.
+
+    One sample of MedCLIPSeg, as its authors validate.
+    """
+    if isinstance(model, medclipseg.MedCLIPSeg):
+        model = model.clone(num_samples=1)
     probs = predict_step(variables, batch, model=model)
     sums = metrics.overlap_sums(probs, batch["mask"], batch["valid"])
     return sums if axis_name is None else jax.lax.psum(sums, axis_name)

@@ -7,21 +7,23 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from biclip_jax.models.layers import dense, gelu
-from biclip_jax.models.transformer import Block
+from biclip_jax.models.transformer import Block, drop, fold_keys
 
 
 class Bert(nn.Module):
-    """Post-norm transformer over word, position and segment embeddings; no dropout.
+    """Post-norm transformer over word, position and segment embeddings.
 
     Attributes:
       vocab_size, max_length, num_segments: rows of the three embedding tables.
       width, num_layers, num_heads, mlp_width: of the transformer.
-      projection_size: of CXR-BERT's projection head (Boecking et al., arXiv
-        2204.09817); 0: no head.
+      projection_size: of the projection head; 0: no head.
+      projection_kind: "cxr_bert" (Boecking et al., arXiv 2204.09817), or "mlp", which
+        UniMedCLIP and BiomedCLIP have.
       activation, epsilon: of the blocks.
+      dropout: of the embeddings and in the blocks, where there are keys for it.
       dtype: of the computation.
     """
 
@@ -33,8 +35,10 @@ class Bert(nn.Module):
     num_heads: int = 12
     mlp_width: int = 3072
     projection_size: int = 0
+    projection_kind: str = "cxr_bert"
     activation: str = "gelu"
     epsilon: float = 1e-12
+    dropout: float = 0.0
     dtype: Any = jnp.float32
 
     @property
@@ -55,21 +59,23 @@ class Bert(nn.Module):
                 self.activation,
                 self.epsilon,
                 post_norm=True,
+                dropout=self.dropout,
                 dtype=self.dtype,
             )
             for _ in range(self.num_layers)
         ]
         if self.projection_size:
-            self.projection = ProjectionHead(self.projection_size, dtype=self.dtype)
+            head = ProjectionMLP if self.projection_kind == "mlp" else ProjectionHead
+            self.projection = head(self.projection_size, dtype=self.dtype)
 
     def __call__(
-        self, text_ids: Int[Array, "b l"], text_mask: Bool[Array, "b l"]
+        self, text_ids: Int[Array, "b l"], text_mask: Bool[Array, "b l"] | None = None
     ) -> tuple[Float[Array, "b e"], dict[str, Any]]:
         """Sentences to embeddings.
 
         Args:
           text_ids: with [CLS] first; at most `max_length` of them.
-          text_mask: true at tokens, false at padding, which no token sees.
+          text_mask: true at tokens, false at padding, which no token sees; None: [PAD] is id 0.
 
         Returns:
           The projected state of [CLS] (B, projection_size), or without a head the
@@ -77,21 +83,41 @@ class Bert(nn.Module):
           (B, L, width), the embeddings first.
         """
         x = self.embed(text_ids)
-        mask = text_mask[:, None, None, :]
+        mask = self.attention_mask(text_ids, text_mask)
         hidden_states = [x]
         for block in self.blocks:
             x = block(x, mask)
             hidden_states.append(x)
-        embedding = self.projection(x[:, 0]) if self.projection_size else x[:, 0]
-        return embedding, {"hidden_states": tuple(hidden_states)}
+        return self.pool(x[:, 0]), {"hidden_states": tuple(hidden_states)}
 
-    def embed(self, text_ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
-        """The normalised sum of the embeddings; every token is of the first segment."""
+    def pool(self, state: Float[Array, "b d"]) -> Float[Array, "b e"]:
+        """The last state of [CLS] to the sentence's embedding."""
+        return self.projection(state) if self.projection_size else state
+
+    def summary_row(self, text_ids: Int[Array, "b l"]) -> Int[Array, " b"]:
+        """The token that stands for the sentence: [CLS], the first."""
+        return jnp.zeros(len(text_ids), jnp.int32)
+
+    def attention_mask(
+        self, text_ids: Int[Array, "b l"], text_mask: Bool[Array, "b l"] | None = None
+    ) -> Bool[Array, "b 1 1 l"]:
+        """True where a key is seen: at every token, not at padding."""
+        return (text_ids != 0 if text_mask is None else text_mask)[:, None, None, :]
+
+    def embed(
+        self, text_ids: Int[Array, "b l"], keys: Key[Array, " b"] | None = None
+    ) -> Float[Array, "b l d"]:
+        """The normalised sum of the embeddings; every token is of the first segment.
+
+        `keys` are of the dropout; None: without it.
+        """
         length = text_ids.shape[1]
         if length > self.max_length:
             raise ValueError(f"{length} tokens; the tower has {self.max_length} positions")
-        x = self.words(text_ids) + self.positions[:length] + self.segments[0]
-        return self.norm(x)
+        x = self.norm(self.words(text_ids) + self.positions[:length] + self.segments[0])
+        if keys is None or not self.dropout:
+            return x
+        return drop(x, fold_keys(keys, self.num_layers), self.dropout)
 
 
 class ProjectionHead(nn.Module):
@@ -105,6 +131,19 @@ class ProjectionHead(nn.Module):
         x = gelu(dense(self.features, self.dtype, name="hidden")(x))
         x = nn.LayerNorm(epsilon=1e-12, dtype=self.dtype, name="norm")(x)
         return dense(self.features, self.dtype, name="out")(x)
+
+
+class ProjectionMLP(nn.Module):
+    """The head of open_clip's BERT towers: linear, exact GELU, linear; no biases."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b e"]:
+        hidden = (x.shape[-1] + self.features) // 2
+        x = gelu(nn.Dense(hidden, use_bias=False, dtype=self.dtype, name="hidden")(x))
+        return nn.Dense(self.features, use_bias=False, dtype=self.dtype, name="out")(x)
 
 
 def build(config: Mapping[str, Any], dtype: str = "float32") -> Bert:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from biclip_jax.models import bert
 from biclip_jax.models.layers import full_precision
 from biclip_jax.models.resnet import ModifiedResNet
 from biclip_jax.models.transformer import Block, interpolate_positions
@@ -59,6 +60,8 @@ class VisionTransformer(nn.Module):
       width, num_layers, num_heads, mlp_width: of the transformer.
       embedding_size: E, of the joint space.
       activation, epsilon: of the blocks.
+      patch_bias, stem_norm: what the stem has; timm's ViT of BiomedCLIP has the first and not
+        the second.
       dtype: of the computation.
     """
 
@@ -71,15 +74,18 @@ class VisionTransformer(nn.Module):
     embedding_size: int = 512
     activation: str = "quick_gelu"
     epsilon: float = 1e-5
+    patch_bias: bool = False
+    stem_norm: bool = True
     dtype: Any = jnp.float32
 
     def setup(self):
         table = nn.initializers.normal(self.width**-0.5)
         num_positions = (self.image_size // self.patch_size) ** 2 + 1
-        self.patches = nn.Dense(self.width, use_bias=False, dtype=self.dtype)
+        self.patches = nn.Dense(self.width, use_bias=self.patch_bias, dtype=self.dtype)
         self.class_token = self.param("class_token", table, (self.width,))
         self.positions = self.param("positions", table, (num_positions, self.width))
-        self.norm_pre = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype)
+        if self.stem_norm:
+            self.norm_pre = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype)
         self.blocks = _blocks(self)
         self.norm_post = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype)
         self.projection = nn.Dense(self.embedding_size, use_bias=False, dtype=self.dtype)
@@ -119,7 +125,7 @@ class VisionTransformer(nn.Module):
         x = self.patches(x.reshape(b, grid[0] * grid[1], size * size * channels))
         first = jnp.broadcast_to(self.class_token.astype(x.dtype), (b, 1, self.width))
         x = jnp.concatenate([first, x], axis=1) + interpolate_positions(self.positions, grid)
-        return self.norm_pre(x)
+        return self.norm_pre(x) if self.stem_norm else x
 
     def project(self, x: Float[Array, "b n d"]) -> Float[Array, "b n e"]:
         """States of the last block into the joint space, token by token."""
@@ -170,14 +176,14 @@ class TextTransformer(nn.Module):
           width); tokens (B, L, E), all of them projected.
         """
         x = self.embed(text_ids)
-        mask = self.causal_mask(text_ids.shape[1])
+        mask = self.attention_mask(text_ids)
         if text_mask is not None:
             mask = mask & text_mask[:, None, None, :]
         hidden_states = [x]
         for block in self.blocks:
             x = block(x, mask)
             hidden_states.append(x)
-        pooled = self.norm_post(x[jnp.arange(len(x)), text_ids.argmax(axis=-1)])
+        pooled = self.norm_post(x[jnp.arange(len(x)), self.summary_row(text_ids)])
         return self.projection(pooled), {
             "hidden_states": tuple(hidden_states),
             "pooled": pooled,
@@ -191,9 +197,17 @@ class TextTransformer(nn.Module):
             raise ValueError(f"{length} tokens; the tower has {self.max_length} positions")
         return (self.words(text_ids) + self.positions[:length]).astype(self.dtype)
 
-    def causal_mask(self, length: int) -> Bool[Array, "1 1 l l"]:
-        """True where a key is not later than its query."""
-        return jnp.tril(jnp.ones((1, 1, length, length), bool))
+    def pool(self, state: Float[Array, "b d"]) -> Float[Array, "b e"]:
+        """The last state of the end token to the sentence's embedding."""
+        return self.projection(self.norm_post(state))
+
+    def summary_row(self, text_ids: Int[Array, "b l"]) -> Int[Array, " b"]:
+        """The token that stands for the sentence: the end token, which has the largest id."""
+        return text_ids.argmax(axis=-1)
+
+    def attention_mask(self, text_ids: Int[Array, "b l"]) -> Bool[Array, "1 1 l l"]:
+        """True where a key is not later than its query, padding or not."""
+        return jnp.tril(jnp.ones((1, 1, *2 * text_ids.shape[1:]), bool))
 
 
 def _blocks(tower: VisionTransformer | TextTransformer) -> list[Block]:
@@ -208,7 +222,7 @@ class CLIP(nn.Module):
 
     Attributes:
       image_encoder: a `VisionTransformer` or `ModifiedResNet`.
-      text_encoder: a `TextTransformer`.
+      text_encoder: a `TextTransformer` or `Bert`.
     """
 
     image_encoder: nn.Module
@@ -286,9 +300,14 @@ def build_image_encoder(
     return VisionTransformer(**fields, dtype=jnp.dtype(dtype))
 
 
-def build_text_encoder(config: Mapping[str, Any], dtype: str = "float32") -> TextTransformer:
+def build_text_encoder(
+    config: Mapping[str, Any], dtype: str = "float32"
+) -> TextTransformer | bert.Bert:
     """The text tower that the `text` part of a converted folder's `config.json` describes."""
-    return TextTransformer(**config, dtype=jnp.dtype(dtype))
+    fields = {name: value for name, value in config.items() if name != "kind"}
+    if config.get("kind") == "bert":
+        return bert.build(fields, dtype)
+    return TextTransformer(**fields, dtype=jnp.dtype(dtype))
 
 
 def build(config: Mapping[str, Any], dtype: str = "float32") -> CLIP:

@@ -55,6 +55,19 @@ def max_pool_2x2(x: Float[Array, "b h w c"]) -> Float[Array, "b h//2 w//2 c"]:
     return x.reshape(b, h // 2, 2, w // 2, 2, c).max(axis=(2, 4))
 
 
+def depthwise_conv3x3(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c"]
+) -> Float[Array, "b h w c"]:
+    """A 3x3 convolution of every channel by itself, the map's size kept.
+
+    A sum of shifted maps: on a CPU an order of magnitude faster than a grouped convolution.
+    """
+    _, h, w, _ = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifted = [padded[:, a : a + h, b : b + w] * kernel[a, b] for a in range(3) for b in range(3)]
+    return sum(shifted[1:], shifted[0])
+
+
 def depth_to_space(x: Float[Array, "b h w d"]) -> Float[Array, "b 2*h 2*w d//4"]:
     """Spreads channel groups ordered (row, column, channel) over 2x2 blocks."""
     b, h, w, c = x.shape
@@ -69,12 +82,13 @@ class UpConv2x2(nn.Module):
     """
 
     features: int
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w d"]:
         kernel = self.param("kernel", fan_in_uniform, (2, 2, x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        bias = self.param("bias", self.bias_init, (self.features,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         kernel = kernel.transpose(2, 0, 1, 3).reshape(x.shape[-1], 4 * self.features)
         return depth_to_space(x @ kernel) + bias

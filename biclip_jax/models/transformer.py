@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from biclip_jax.models.layers import full_precision, gelu
 
@@ -41,32 +42,87 @@ def interpolate_positions(table: Float[Array, "n d"], grid: tuple[int, int]) -> 
     return jnp.concatenate([table[:1], patches.reshape(-1, width)])
 
 
+def drop(x: Float[Array, "b ..."], keys: Key[Array, " b"], rate: float) -> Float[Array, "b ..."]:
+    """Dropout by one key an example: a share `rate` of the values is 0, the others grow for it."""
+    keep = jax.vmap(lambda key, one: jax.random.bernoulli(key, 1 - rate, one.shape))(keys, x)
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
+def fold_keys(keys: Key[Array, " b"], number: int) -> Key[Array, " b"]:
+    """Other keys, one an example, by a number."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
+class Projections(nn.Module):
+    """The queries, keys and values of an attention: one kernel, of which parts can be asked for."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b l d"], first: int = 0, last: int = 3
+    ) -> tuple[Array, ...]:
+        """Parts `first` to `last`, without it, of query, key, value; (B, L, D) each."""
+        width = x.shape[-1]
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (width, 3 * width))
+        bias = self.param("bias", nn.initializers.zeros, (3 * width,))
+        part = slice(first * width, last * width)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel[:, part], bias[part], dtype=self.dtype)
+        return tuple(jnp.split(x @ kernel + bias, last - first, axis=-1))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, softmax(Q K^T / sqrt(d)) V; one product makes Q, K and V.
 
     Attributes:
       num_heads: divides the width.
+      dropout: of the softmax's probabilities, where there are keys for it.
       dtype: of the computation; the softmax is float32 or wider.
     """
 
     num_heads: int
+    dropout: float = 0.0
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b l d"], mask: Bool[Array, "#b 1 #l l"] | None = None
-    ) -> Float[Array, "b l d"]:
-        """`mask` (B, 1, queries, keys) is true where a key is seen."""
-        b, length, width = x.shape
-        qkv = nn.Dense(3 * width, dtype=self.dtype, name="qkv")(x)
-        qkv = qkv.reshape(b, length, 3, self.num_heads, width // self.num_heads)
-        query, key, value = qkv.transpose(2, 0, 3, 1, 4)
-        scores = full_precision(query @ key.swapaxes(-1, -2)) * (width // self.num_heads) ** -0.5
+        self,
+        x: Float[Array, "b l d"],
+        mask: Bool[Array, "#b 1 #q l"] | None = None,
+        queries: Float[Array, "b q d"] | None = None,
+        keys: Key[Array, " b"] | None = None,
+        values_only: bool = False,
+    ) -> Float[Array, "b q d"]:
+        """Attends to `x`.
+
+        Args:
+          x: what is attended to.
+          mask: (B, 1, queries, keys), true where a key is seen.
+          queries: those rows of `x` whose answers are wanted; None: all.
+          keys: of the dropout; None: without it.
+          values_only: every token's own value in place of the mixture.
+        """
+        project = Projections(self.dtype, name="qkv")
+        out = nn.Dense(x.shape[-1], dtype=self.dtype, name="out")
+        if values_only:
+            return out(*project(x, 2, 3))
+        if queries is None:
+            query, key, value = project(x)
+        else:
+            (query,), (key, value) = project(queries, 0, 1), project(x, 1, 3)
+        query, key, value = (self._by_head(part) for part in (query, key, value))
+        scores = full_precision(query @ key.swapaxes(-1, -2)) * query.shape[-1] ** -0.5
         if mask is not None:
             scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-        mixed = jax.nn.softmax(scores, axis=-1).astype(value.dtype) @ value
-        mixed = mixed.transpose(0, 2, 1, 3).reshape(b, length, width)
-        return nn.Dense(width, dtype=self.dtype, name="out")(mixed)
+        weights = jax.nn.softmax(scores, axis=-1)
+        if keys is not None and self.dropout:
+            weights = drop(weights, keys, self.dropout)
+        mixed = (weights.astype(value.dtype) @ value).transpose(0, 2, 1, 3)
+        return out(mixed.reshape(*mixed.shape[:2], x.shape[-1]))
+
+    def _by_head(self, x):
+        b, length, width = x.shape
+        return x.reshape(b, length, self.num_heads, width // self.num_heads).transpose(0, 2, 1, 3)
 
 
 class Block(nn.Module):
@@ -78,6 +134,8 @@ class Block(nn.Module):
       activation: a name of `ACTIVATIONS`.
       epsilon: of the LayerNorms.
       post_norm: false: x + f(norm(x)), as in CLIP; true: norm(x + f(x)), as in BERT.
+      dropout: of the attention's probabilities and of both residual branches, where there
+        are keys for it.
       dtype: of the computation.
     """
 
@@ -86,20 +144,56 @@ class Block(nn.Module):
     activation: str = "gelu"
     epsilon: float = 1e-5
     post_norm: bool = False
+    dropout: float = 0.0
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b l d"], mask: Bool[Array, "#b 1 #l l"] | None = None
-    ) -> Float[Array, "b l d"]:
-        attention = Attention(self.num_heads, self.dtype, name="attention")
+        self,
+        x: Float[Array, "b l d"],
+        mask: Bool[Array, "#b 1 #l l"] | None = None,
+        row: Int[Array, " b"] | None = None,
+        keys: Key[Array, " b"] | None = None,
+        values_only: bool = False,
+    ) -> Float[Array, "b q d"]:
+        """One block.
+
+        Args:
+          x: the states.
+          mask: (B, 1, queries, keys), true where a key is seen.
+          row: the one token of each example that is wanted, (B, 1, D); None: all (B, L, D).
+          keys: of the dropout; None: without it.
+          values_only: the attention's output projection of every token's own value, alone.
+        """
+        attention = Attention(self.num_heads, self.dropout, self.dtype, name="attention")
         mlp_in = nn.Dense(self.mlp_width, dtype=self.dtype, name="mlp_in")
         mlp_out = nn.Dense(x.shape[-1], dtype=self.dtype, name="mlp_out")
         norm_0 = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm_0")
         norm_1 = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm_1")
         activation = ACTIVATIONS[self.activation]
-        if self.post_norm:
-            x = norm_0(x + attention(x, mask))
-            return norm_1(x + mlp_out(activation(mlp_in(x))))
-        x = x + attention(norm_0(x), mask)
-        return x + mlp_out(activation(mlp_in(norm_1(x))))
+        attended = x if self.post_norm else norm_0(x)
+        if values_only:
+            return attention(attended, values_only=True)
+        queries = None
+        if row is not None:
+            x, queries = (one[jnp.arange(len(x)), row][:, None] for one in (x, attended))
+            mask = _row_of(mask, row)
+        dropped = partial(_residual_dropout, keys=keys, rate=self.dropout)
+        inside = None if keys is None else fold_keys(keys, 0)
+        x = x + dropped(attention(attended, mask, queries, inside), site=1)
+        x = norm_0(x) if self.post_norm else x
+        hidden = mlp_in(x if self.post_norm else norm_1(x))
+        x = x + dropped(mlp_out(activation(hidden)), site=2)
+        return norm_1(x) if self.post_norm else x
+
+
+def _row_of(mask, row):
+    """The mask of one query an example, out of one of all queries or of none in particular."""
+    if mask is None or mask.shape[2] == 1:
+        return mask
+    mask = jnp.broadcast_to(mask, (len(row), *mask.shape[1:]))
+    return mask[jnp.arange(len(row)), :, row][:, :, None]
+
+
+def _residual_dropout(x, *, keys, rate, site):
+    return x if keys is None or not rate else drop(x, fold_keys(keys, site), rate)

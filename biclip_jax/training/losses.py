@@ -1,7 +1,8 @@
-"""The losses of BiCLIP, one value an example; the reduction is the step's.
+"""The losses of both models, one value an example; the reduction is the step's.
 
 Argument names say logits or probs. Sources: arXiv 2603.00156 and the published
-network, for the column `published` of docs/method.md.
+network, for the column `published` of docs/method.md; arXiv 2602.20423 and its
+released code, from `row_dice_loss` on.
 """
 
 from __future__ import annotations
@@ -127,3 +128,61 @@ def squared_error(
     """Mean (p - p_teacher)^2, the teacher held fixed: Mean Teacher (arXiv 1703.01780)."""
     difference = jax.nn.sigmoid(logits) - jax.lax.stop_gradient(target_probs)
     return jnp.square(difference).mean((1, 2, 3))
+
+
+# --- MedCLIPSeg (arXiv 2602.20423) ---
+
+
+def row_dice_loss(
+    logits: Float[Array, "b h w 1"], mask: Float[Array, "b h w 1"]
+) -> Float[Array, " b"]:
+    """`soft_dice_loss` of every row of pixels but the first, meaned over the rows.
+
+    What the published training code computes: its Dice takes the rows for classes and the
+    first one for background. A row without foreground gives nearly 1, whatever is predicted.
+    """
+    probs = jax.nn.sigmoid(logits)[:, 1:, :, 0]
+    mask = mask[:, 1:, :, 0]
+    intersection, total = (probs * mask).sum(-1), probs.sum(-1) + mask.sum(-1)
+    return (1 - (2 * intersection + SMOOTH) / (total + SMOOTH)).mean(-1)
+
+
+def pooled_patches(features: Float[Array, "b n e"]) -> Float[Array, "b e"]:
+    """The mean of the patches' features, each of length 1; the mean itself is shorter."""
+    return (features / jnp.linalg.norm(features, axis=-1, keepdims=True)).mean(1)
+
+
+def contrastive_loss(
+    pooled: Float[Array, "b e"],
+    text: Float[Array, "b e"],
+    temperature: float = 0.2,
+    kind: str = "described",
+) -> Float[Array, " b"]:
+    """Soft contrastive loss between the pictures and the sentences of a batch.
+
+    The mean of both directions' cross-entropy of S = r T^T / tau against soft targets G, which
+    tell how much the sentences are alike. One row alone gives 0.
+
+    Args:
+      pooled: r, see `pooled_patches`: S is the mean over patches of their similarities.
+      text: features of the sentences, of any length.
+      temperature: tau.
+      kind: "described", as in the paper: sentences of length 1, G = softmax(T T^T / tau), for
+        either direction. "released", as its code computes: sentences as they are, G = softmax of
+        the rows of T T^T, each of length 1, which makes it nearly uniform; and the other
+        direction against G transposed, whose rows do not sum to 1.
+    """
+    if kind == "described":
+        text = text / jnp.linalg.norm(text, axis=-1, keepdims=True)
+        targets = jax.nn.softmax(text @ text.T / temperature, axis=-1)
+        backwards = targets
+    else:
+        alike = text @ text.T / temperature
+        alike = alike / jnp.linalg.norm(alike, axis=-1, keepdims=True)
+        targets = jax.nn.softmax(alike, axis=-1)
+        backwards = targets.T
+    targets, backwards = jax.lax.stop_gradient((targets, backwards))
+    scores = pooled @ text.T / temperature
+    there = -(targets * jax.nn.log_softmax(scores, axis=-1)).sum(-1)
+    back = -(backwards * jax.nn.log_softmax(scores.T, axis=-1)).sum(-1)
+    return (there + back) / 2

@@ -9,22 +9,29 @@ import jax
 import optax
 
 
-def make_schedule(config: Mapping[str, Any], num_steps: int) -> optax.Schedule:
-    """Linear warm-up over `warmup_steps`, then one cosine to 0 at `num_steps`.
+def make_schedule(
+    config: Mapping[str, Any], num_steps: int, steps_per_epoch: int = 1
+) -> optax.Schedule:
+    """Linear warm-up over `warmup_steps`, then one cosine to `final_learning_rate`.
 
     Args:
-      config: fields learning_rate and warmup_steps.
-      num_steps: length of the run.
+      config: fields learning_rate, final_learning_rate, warmup_steps, and rate_moves: "step", or
+        "epoch", where an epoch's steps all have the rate of its first.
+      num_steps: length of the run, where the cosine ends.
+      steps_per_epoch: for rate_moves "epoch".
 
     Returns:
       step -> learning rate.
     """
     warmup = min(config["warmup_steps"], max(num_steps - 1, 0))
-    rate = config["learning_rate"]
-    cosine = optax.cosine_decay_schedule(rate, max(num_steps - warmup, 1))
-    if not warmup:
-        return cosine
-    return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), cosine], [warmup])
+    rate, final = config["learning_rate"], config["final_learning_rate"]
+    schedule = optax.cosine_decay_schedule(rate, max(num_steps - warmup, 1), final / rate)
+    if warmup:
+        rise = optax.linear_schedule(0.0, rate, warmup)
+        schedule = optax.join_schedules([rise, schedule], [warmup])
+    if config["rate_moves"] == "step":
+        return schedule
+    return lambda step: schedule(step // steps_per_epoch * steps_per_epoch)
 
 
 def make_optimizer(

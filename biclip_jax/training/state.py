@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -70,6 +71,11 @@ def variables_of(state: TrainState) -> dict[str, Any]:
     """The state's part that inference needs, as `model.apply` takes it; averages where kept."""
     kept = state.ema or {"params": state.params, "batch_stats": state.batch_stats}
     return {**kept, "params": {**kept["params"], **state.frozen}}
+
+
+def without_frozen(state: TrainState) -> TrainState:
+    """The state without the parameters that are never trained."""
+    return dataclasses.replace(state, frozen={})
 
 
 def stack(states: Sequence[TrainState]) -> TrainState:

@@ -23,6 +23,9 @@ from biclip_jax.weights.readers import Checkpoint
 
 # Widths whose heads are 64 wide in every released tower: BERT base and large, OpenAI's CLIP.
 HEAD_SIZE, KNOWN_WIDTHS = 64, (512, 640, 768, 1024)
+# The embedding of words in OpenAI's text tower and in open_clip's BERT.
+OPENAI_WORDS = "token_embedding.weight"
+BERT_WORDS = "transformer.embeddings.word_embeddings.weight"
 
 
 def convert_clip(checkpoint: Checkpoint, hf_config: Mapping[str, Any] | None = None) -> Converted:
@@ -37,12 +40,21 @@ def convert_clip(checkpoint: Checkpoint, hf_config: Mapping[str, Any] | None = N
       UserError: no CLIP, or arrays missing, too many, or misshapen.
     """
     path, tensors = checkpoint.path, convert.standard_names(checkpoint)
-    if "text.token_embedding.weight" in tensors:  # open_clip's CustomTextCLIP
-        tensors = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}
+    for prefix in ("text.", "text_encoder."):  # open_clip's CustomTextCLIP, and UniMedCLIP
+        if any(f"{prefix}{name}" in tensors for name in (OPENAI_WORDS, BERT_WORDS)):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return clip_of(path, tensors, hf_config or {})
+
+
+def clip_of(path: Path, tensors: dict[str, Tensor], hf_config: Mapping[str, Any]) -> Converted:
+    """`convert_clip` of arrays by name."""
     dialect = _clip_dialect(path, tensors)
     describe = _hf_clip if dialect == "hf" else _openai_clip
-    config = describe(_Shapes(path, tensors), hf_config or {})
-    sizes = [config[tower]["embedding_size"] for tower in ("image", "text")]
+    config = describe(_Shapes(path, tensors), hf_config)
+    sizes = [
+        config["image"]["embedding_size"],
+        config["text"].get("embedding_size") or config["text"]["projection_size"],
+    ]
     if sizes[0] != sizes[1]:
         raise UserError(
             f"{path}: the image tower's projection makes {sizes[0]} numbers, text_projection "
@@ -139,19 +151,22 @@ class _Shapes:
 
     def side(self, name: str) -> int:
         """The side of the square grid that a table of 1 + side^2 positions is for."""
-        rows = self.of(name, 2)[0]
-        side = math.isqrt(rows - 1)
-        if side < 1 or side**2 != rows - 1:
-            raise UserError(
-                f"{self.path}: {name} has {rows} rows; expected 1 and a square number; "
-                "the file belongs to another model"
-            )
-        return side
+        return _side(self.path, name, self.of(name, 2)[0])
 
     def count(self, pattern: str) -> int:
         """How many different texts stand in the pattern's group: the number of layers."""
         found = (re.match(pattern, name) for name in self.names)
         return len({match.group(1) for match in found if match})
+
+
+def _side(path: Path, name: str, rows: int) -> int:
+    side = math.isqrt(rows - 1)
+    if side < 1 or side**2 != rows - 1:
+        raise UserError(
+            f"{path}: {name} has {rows} rows; expected 1 and a square number; "
+            "the file belongs to another model"
+        )
+    return side
 
 
 def _clip_dialect(path: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -212,23 +227,59 @@ def _hf_clip(shapes: _Shapes, hf_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _openai_clip(shapes: _Shapes, hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    vocab_size, text_width = shapes.of("token_embedding.weight", 2)
     image_config, text_config = _parts(shapes.path, hf_config)
-    is_resnet = "visual.attnpool.positional_embedding" in shapes.names
-    image = _openai_resnet(shapes) if is_resnet else _openai_vit(shapes, image_config)
+    describe_text = _open_clip_bert if BERT_WORDS in shapes.names else _openai_text
+    if "visual.attnpool.positional_embedding" in shapes.names:
+        image = _openai_resnet(shapes)
+    elif "visual.trunk.pos_embed" in shapes.names:
+        image = _timm_vit(shapes, image_config)
+    else:
+        image = _openai_vit(shapes, image_config)
+    return {"image": image, "text": describe_text(shapes, text_config)}
+
+
+def _openai_text(shapes: _Shapes, text_config: Mapping[str, Any]) -> dict[str, Any]:
+    vocab_size, width = shapes.of(OPENAI_WORDS, 2)
     return {
-        "image": image,
-        "text": {
-            "vocab_size": vocab_size,
-            "max_length": shapes.of("positional_embedding", 2)[0],
-            "width": text_width,
-            "num_layers": shapes.count(r"transformer\.resblocks\.(\d+)\."),
-            "num_heads": _heads(shapes.path, text_config, text_width),
-            "mlp_width": shapes.of("transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
-            "embedding_size": shapes.of("text_projection", 2)[1],
-            "activation": _activation(shapes.path, text_config, "quick_gelu"),
-            "epsilon": _epsilon(shapes.path, text_config, 1e-5),
-        },
+        "vocab_size": vocab_size,
+        "max_length": shapes.of("positional_embedding", 2)[0],
+        "width": width,
+        "num_layers": shapes.count(r"transformer\.resblocks\.(\d+)\."),
+        "num_heads": _heads(shapes.path, text_config, width),
+        "mlp_width": shapes.of("transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
+        "embedding_size": shapes.of("text_projection", 2)[1],
+        "activation": _activation(shapes.path, text_config, "quick_gelu"),
+        "epsilon": _epsilon(shapes.path, text_config, 1e-5),
+    }
+
+
+def _open_clip_bert(shapes: _Shapes, text_config: Mapping[str, Any]) -> dict[str, Any]:
+    # Its activation and epsilon are BERT's own, whatever open_clip says of the image tower.
+    heads = {name: text_config[name] for name in ("num_attention_heads",) if name in text_config}
+    return {
+        "kind": "bert",
+        **_bert_config(shapes, "transformer.", heads),
+        "projection_size": shapes.of("proj.2.weight", 2)[0],
+        "projection_kind": "mlp",
+    }
+
+
+def _timm_vit(shapes: _Shapes, image_config: Mapping[str, Any]) -> dict[str, Any]:
+    width, _, patch, _ = shapes.of("visual.trunk.patch_embed.proj.weight", 4)
+    num_positions = shapes.of("visual.trunk.pos_embed", 3)[1]
+    return {
+        "kind": "vit",
+        "image_size": _side(shapes.path, "visual.trunk.pos_embed", num_positions) * patch,
+        "patch_size": patch,
+        "width": width,
+        "num_layers": shapes.count(r"visual\.trunk\.blocks\.(\d+)\."),
+        "num_heads": _heads(shapes.path, image_config, width),
+        "mlp_width": shapes.of("visual.trunk.blocks.0.mlp.fc1.weight", 2)[0],
+        "embedding_size": shapes.of("visual.head.proj.weight", 2)[0],
+        "activation": "gelu",
+        "epsilon": 1e-6,
+        "patch_bias": True,
+        "stem_norm": False,
     }
 
 

@@ -22,9 +22,20 @@ LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "conv": lambda x: x.transpose(2, 3, 1, 0),
     "conv_transpose": lambda x: x.transpose(2, 3, 0, 1),
     "patches": lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
+    "depthwise": lambda x: x[:, 0].transpose(1, 2, 0),
+    "flat": lambda x: x.reshape(-1),
+    "first": lambda x: x[0],
 }
 FLOATS = ("float32", "float16", "bfloat16", "float64")
-RANKS = {"linear": 2, "conv": 4, "conv_transpose": 4, "patches": 4}
+RANKS = {
+    "linear": 2,
+    "conv": 4,
+    "conv_transpose": 4,
+    "patches": 4,
+    "depthwise": 4,
+    "flat": 3,
+    "first": 3,
+}
 
 
 class Report(NamedTuple):

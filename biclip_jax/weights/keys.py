@@ -61,6 +61,13 @@ LAYERS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
         ("params", "/bias", ".bias", "same"),
     ),
     "patches": (("params", "/kernel", ".weight", "patches"),),
+    "patches_bias": (
+        ("params", "/kernel", ".weight", "patches"),
+        ("params", "/bias", ".bias", "same"),
+    ),
+    "flat": (("params", "", "", "flat"),),
+    "first": (("params", "", "", "first"),),
+    "depthwise": (("params", "", ".weight", "depthwise"),),
 }
 
 
@@ -162,9 +169,32 @@ RESNET_SKIP: tuple[Row, ...] = (
 LOGIT_SCALE: tuple[Row, ...] = (("param", "logit_scale", "logit_scale"),)
 
 CLIP_UNUSED = (
+    r"transformer\.(embeddings\.(position_ids|token_type_ids)|pooler\.dense\..*)",
     r"(vision|text)_model\.embeddings\.position_ids",
     r"input_resolution|context_length|vocab_size|attn_mask",
     r"visual\..*\.num_batches_tracked",
+)
+
+# --- the towers of UniMedCLIP and BiomedCLIP inside open_clip: timm's ViT, a BERT with an MLP ---
+
+TIMM_BLOCK: tuple[Row, ...] = (
+    ("norm", "norm_0", "norm1"),
+    ("linear", "attention/qkv", "attn.qkv"),
+    ("linear", "attention/out", "attn.proj"),
+    ("norm", "norm_1", "norm2"),
+    ("linear", "mlp_in", "mlp.fc1"),
+    ("linear", "mlp_out", "mlp.fc2"),
+)
+TIMM_IMAGE: tuple[Row, ...] = (
+    ("flat", "class_token", "visual.trunk.cls_token"),
+    ("patches_bias", "patches", "visual.trunk.patch_embed.proj"),
+    ("first", "positions", "visual.trunk.pos_embed"),
+    ("norm", "norm_post", "visual.trunk.norm"),
+    ("linear_no_bias", "projection", "visual.head.proj"),
+)
+OPEN_CLIP_BERT: tuple[Row, ...] = (
+    ("linear_no_bias", "projection/hidden", "proj.0"),
+    ("linear_no_bias", "projection/out", "proj.2"),
 )
 
 # --- BERT: plain, CXR-BERT general and specialized, BioViL-T's text part ---
@@ -244,12 +274,34 @@ def clip(image: Mapping, text: Mapping, dialect: str) -> dict[str, Rule]:
                 HF_BLOCK, text["num_layers"], "text_encoder/", "text_model.encoder.layers.{i}."
             ),
         }
-    tower = resnet(image["stages"]) if image["kind"] == "resnet" else openai_vit(image)
+    return {**expand(LOGIT_SCALE), **openai_image(image), **openai_text(text)}
+
+
+def openai_image(image: Mapping) -> dict[str, Rule]:
+    """The image tower of OpenAI's or open_clip's files under the name image_encoder."""
+    if image["kind"] == "resnet":
+        return resnet(image["stages"])
+    if image.get("stem_norm", True):
+        return openai_vit(image)
+    name = "visual.trunk.blocks.{i}."
     return {
-        **expand(LOGIT_SCALE),
-        **tower,
-        **expand(OPENAI_TEXT, "text_encoder/"),
-        **blocks(OPENAI_BLOCK, text["num_layers"], "text_encoder/", "transformer.resblocks.{i}."),
+        **expand(TIMM_IMAGE, "image_encoder/"),
+        **blocks(TIMM_BLOCK, image["num_layers"], "image_encoder/", name),
+    }
+
+
+def openai_text(text: Mapping) -> dict[str, Rule]:
+    """The text tower of OpenAI's or open_clip's files under the name text_encoder."""
+    ours, num_layers = "text_encoder/", text["num_layers"]
+    if text.get("kind") == "bert":
+        return {
+            **expand(BERT_EMBEDDINGS, ours, "transformer."),
+            **blocks(BERT_BLOCK, num_layers, ours, "transformer.encoder.layer.{i}."),
+            **expand(OPEN_CLIP_BERT, ours),
+        }
+    return {
+        **expand(OPENAI_TEXT, ours),
+        **blocks(OPENAI_BLOCK, num_layers, ours, "transformer.resblocks.{i}."),
     }
 
 
@@ -300,3 +352,44 @@ def biclip(num_levels: int, num_doublings: int) -> dict[str, Rule]:
         table |= expand([("conv_transpose", f"unet/up_{level}", f"up{i}.up")])
         table |= expand(DOUBLE_CONV, f"unet/decoder_{level}/", f"up{i}.conv.double_conv.")
     return table
+
+
+# --- MedCLIPSeg's released checkpoints, but for their towers ---
+
+ATTENTION: tuple[Row, ...] = (
+    ("linear", "query", "q_proj"),
+    ("linear", "key", "k_proj"),
+    ("linear", "value", "v_proj"),
+    ("linear", "out", "out_proj"),
+    ("norm", "norm_key", "norm_k"),
+    ("norm", "norm_value", "norm_v"),
+    ("param", "gate", "gate"),
+)
+ADAPTER: tuple[Row, ...] = (
+    ("linear_no_bias", "image_down", "proj_vis_down.0"),
+    ("linear_no_bias", "text_down", "proj_txt_down"),
+    ("linear_no_bias", "image_up", "proj_vis_up"),
+    ("linear_no_bias", "text_up", "proj_txt_up"),
+)
+UPSCALER: tuple[Row, ...] = (
+    ("conv_transpose", "up", "conv1"),
+    ("depthwise", "depthwise", "conv2"),
+    ("norm", "norm", "norm"),
+)
+
+
+def medclipseg(num_adapters: int, num_upscales: int) -> dict[str, Rule]:
+    """The table of MedCLIPSeg's adapters and head."""
+    directions = {
+        "image_from_text": "two_way.cross_attn_img_to_txt",
+        "text_from_image": "two_way.cross_attn_txt_to_img",
+    }
+    table: dict[str, Rule] = {}
+    for i in range(num_adapters):
+        ours, theirs = f"adapters_{i}/", f"pvl_adapters.{i}."
+        table |= expand(ADAPTER, ours, theirs)
+        for our_name, their_name in directions.items():
+            table |= expand(ATTENTION, f"{ours}{our_name}/", f"{theirs}{their_name}.")
+    for i in range(num_upscales):
+        table |= expand(UPSCALER, f"head/up_{i}/", f"upscale.{i}.")
+    return table | expand(("linear", f"head/mlp_{i}", f"mask_head.{2 * i}") for i in range(3))

@@ -135,3 +135,12 @@ def medclipseg_variants(root: Path, made: list[Sample], names: tuple[str, ...]) 
         book = root / f"Prompts_Folder/Test_text_{name}.xlsx"
         workbook(book, ("Image", "Description"), rows[::-1])
     return root
+
+
+def medclipseg_subset(root: Path, made: list[Sample], percent: int) -> Path:
+    """Beside `medclipseg`'s workbooks, those of a published subset of train and val."""
+    for split in ("train", "val"):
+        rows = [(f"{s.name}.png", s.text, f"{s.name}_gt.png") for s in made if s.split == split]
+        book = root / f"Prompts_Folder/{FOLDERS[split]}_text_{percent}.xlsx"
+        workbook(book, ("Image", "Description", "Ground Truth"), rows)
+    return root

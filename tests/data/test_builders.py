@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from biclip_jax.data import opencv
 from biclip_jax.data.builders import open_split, preparation, prepare, verify
 from biclip_jax.data.builders.drawing import describe, draw_example, draw_lesions
 from biclip_jax.data.image_io import read_image, resize_image, resize_mask, write_png
@@ -81,6 +82,35 @@ def test_records_are_the_resized_files(tmp_path):
         np.testing.assert_array_equal(record["image"], resize_image(sample.image, 16))
         np.testing.assert_array_equal(record["mask"], resize_mask(mask, 16))
         np.testing.assert_array_equal(record["full_mask"], mask)
+
+
+def test_the_method_of_resizing_is_part_of_the_folder_s_name_where_it_is_chosen(tmp_path):
+    made = fixtures.samples(channels=3)
+    source = fixtures.plain_csv(tmp_path / "source", made)
+    args = {"data_dir": tmp_path / "out", "image_size": 16, "source_dir": source}
+    plain, path = prepare("folder", **args), prepare("folder", **args, resize="opencv")
+    assert prepare("folder", **args, resize="antialiased") == plain != path
+    for record, sample in zip(open_split(path, "train"), made, strict=False):
+        mask = (sample.mask > 127).astype(np.uint8)[..., None]
+        np.testing.assert_array_equal(record["image"], opencv.bilinear(sample.image, 16, 16))
+        np.testing.assert_array_equal(record["mask"], opencv.nearest(mask, 16, 16))
+        np.testing.assert_array_equal(record["full_mask"], mask)
+    with pytest.raises(DataError, match="resize: found 'cubic'"):
+        prepare("folder", **args, resize="cubic")
+
+
+def test_a_published_subset_is_a_set_of_its_own(tmp_path):
+    made = fixtures.samples()
+    source = fixtures.medclipseg(tmp_path / "source", made)
+    fixtures.medclipseg_subset(source, [made[1], made[4]], 10)
+    args = {"data_dir": tmp_path / "out", "image_size": 16, "source_dir": source}
+    path = prepare("folder", **args, percent=10)
+    assert path != prepare("folder", **args)
+    assert [[r["id"] for r in open_split(path, split)] for split in SPLITS] == [
+        ["case_1"],
+        ["case_4"],
+        ["case_5", "case_6"],
+    ]
 
 
 def test_lvit_languide_and_csv_give_the_same_examples(tmp_path):
@@ -156,6 +186,7 @@ def test_damage_is_found_on_reuse(tmp_path):
         ("folder", {}, "source_dir: found none"),
         ("folder", {"num_examples": SMALL}, "num_examples"),
         ("synthetic", {"source_dir": "x"}, "source_dir: found 'x'"),
+        ("synthetic", {"percent": 10}, "percent: found 10"),
         ("synthetic", {"image_size": 0}, "image_size: found 0"),
         ("synthetic", {"num_examples": {"dev": 3}}, "num_examples: found 'dev'"),
         ("synthetic", {"num_examples": {"val": 0}}, "num_examples: found 'val': 0"),

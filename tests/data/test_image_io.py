@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from biclip_jax.data import image_io
+from biclip_jax.data import image_io, opencv
 from biclip_jax.errors import BadImageError
 
 RNG = np.random.default_rng(0)
@@ -179,6 +179,21 @@ def test_resize_mask_is_the_area_average():
     np.testing.assert_array_equal(image_io.resize_mask(mask, 6), expected)
     assert (average == 0.5).any()
     assert image_io.resize_mask(expected, 6) is expected
+
+
+def test_the_method_of_resizing_is_chosen_by_name():
+    np.testing.assert_array_equal(
+        image_io.resize_image(COLOUR, 5, "opencv"), opencv.bilinear(COLOUR, 5, 5)
+    )
+    mask = (GREY > 127).astype(np.uint8)[..., None]
+    np.testing.assert_array_equal(
+        image_io.resize_mask(mask, 5, "opencv"), opencv.nearest(mask, 5, 5)
+    )
+    for resize in (image_io.resize_image, image_io.resize_mask):
+        square = mask[:7]
+        assert resize(square, 7, "opencv") is square
+        with pytest.raises(ValueError, match=r"method: found 'cubic'; expected one of antialiased"):
+            resize(mask, 5, "cubic")
 
 
 def test_write_png_replaces_whole_files_and_leaves_nothing_behind(tmp_path):

@@ -188,6 +188,43 @@ def test_variants_of_medclipseg_are_sorted_by_picture(tmp_path):
     }
 
 
+def test_a_published_subset_reduces_train_and_val_together(tmp_path):
+    made = fixtures.samples()
+    root = fixtures.medclipseg(tmp_path, made)
+    fixtures.medclipseg_subset(root, [made[2], made[4]], 25)
+    fixtures.medclipseg_variants(root, made, ("contradictory",))
+    rows = [(f"{s.name}.png", "no lesion.") for s in made[:4]]
+    book = root / "Prompts_Folder/Train_text_contradictory.xlsx"
+    fixtures.workbook(book, ("Image", "Description"), rows)
+    examples = read_layout(root, percent=25)
+    chosen = [made[2], *made[4:]]
+    assert [(e.split, e.id, e.text) for e in examples] == [
+        (s.split, s.name, s.text) for s in chosen
+    ]
+    assert set(read_variants(root, examples, percent=25)) == {"case_2", "case_5", "case_6"}
+    assert len(read_layout(root, percent=100)) == len(made)
+
+
+def test_subsets_that_are_not_there(tmp_path):
+    made = fixtures.samples()
+    root = fixtures.medclipseg(tmp_path / "a", made)
+    text = message(root, None, None, 10)
+    assert "Train_text_10.xlsx: found no such file" in text
+    assert "Val_text_10.xlsx: found no such file" in text and "2 problem(s)" in text
+    assert "percent: found 30; expected one of 10, 25, 50, 100" in message(root, None, None, 30)
+    other = fixtures.lvit(tmp_path / "b", made)
+    assert "percent: found 10; expected 100, as the lvit layout" in message(other, None, None, 10)
+
+
+def test_the_test_split_of_a_subset_is_whole_and_its_pictures_need_sentences(tmp_path):
+    made = fixtures.samples()
+    root = fixtures.medclipseg(tmp_path, made)
+    fixtures.medclipseg_subset(root, [made[2], made[4]], 50)
+    fixtures.save(root / "Test_Folder/img/stray.png", made[0].image)
+    text = message(root, None, None, 50)
+    assert "stray.png: picture without a sentence" in text and "1 problem(s)" in text
+
+
 def test_variants_of_csv_are_columns_and_empty_ones_are_none(tmp_path):
     made = fixtures.samples()
     root = fixtures.plain_csv(tmp_path, made)

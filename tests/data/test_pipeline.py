@@ -35,6 +35,19 @@ def splits_of(config):
     return pipeline.open_splits(pipeline.prepare(data, 56), data)
 
 
+def test_a_configuration_s_resizing_and_subset_reach_the_builder(smoke_config, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pipeline.builders, "prepare", lambda name, **given: asked.append(given))
+    monkeypatch.setattr(pipeline.builders, "open_split", lambda prepared, split: [])
+    smoke_config.data.resize, smoke_config.data.percent = "opencv", 25
+    smoke_config.data.unlabelled = "elsewhere"
+    data = smoke_config.data.to_dict()
+    pipeline.open_unlabelled(pipeline.prepare(data, 56), data, 56)
+    # The folder of unlabelled pictures has no published subset.
+    assert [given["resize"] for given in asked] == ["opencv", "opencv"]
+    assert [given["percent"] for given in asked] == [25, 100]
+
+
 def indices(iterator, count):
     return [next(iterator)["index"].tolist() for _ in range(count)]
 

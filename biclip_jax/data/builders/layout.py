@@ -73,14 +73,16 @@ class LayoutDataset(tfds.core.GeneratorBasedBuilder):
         variants: dict[str, dict[str, str]],
         image_size: int,
         channels: int,
+        resize: str,
         **kwargs: Any,
     ):
         """Keeps what `_info` needs before TFDS calls it.
 
-        See `layouts.read_variants` for `variants`, `survey` for `channels`.
+        See `layouts.read_variants` for `variants`, `survey` for `channels`,
+        `image_io.RESIZE_METHODS` for `resize`.
         """
         self.examples, self.variants = examples, variants
-        self.image_size, self.channels = image_size, channels
+        self.image_size, self.channels, self.resize = image_size, channels, resize
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -99,19 +101,19 @@ class LayoutDataset(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: Split) -> Iterator[tuple[int, dict]]:
         chosen = (example for example in self.examples if example.split == split)
         for index, example in enumerate(chosen):
-            record = read_record(example, self.image_size, self.channels)
+            record = read_record(example, self.image_size, self.channels, self.resize)
             variants = self.variants.get(example.id, {})
             yield index, records.encode(records.VariedRecord(**record, variants=variants))
 
 
-def read_record(example: Example, image_size: int, channels: int) -> Record:
+def read_record(example: Example, image_size: int, channels: int, resize: str) -> Record:
     """Reads one example's files and resizes them; its image has `channels` channels."""
     image, mask = read_image(example.image_path), read_mask(example.mask_path)
-    image = resize_image(image[..., :channels], image_size)
+    image = resize_image(image[..., :channels], image_size, resize)
     return Record(
         id=example.id,
         image=np.broadcast_to(image, (image_size, image_size, channels)),
-        mask=resize_mask(mask, image_size),
+        mask=resize_mask(mask, image_size, resize),
         full_mask=mask,
         text=example.text,
     )

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from biclip_jax.data.builders.prepared import verify, write_checksums
+from biclip_jax.data.image_io import RESIZE_METHODS
 from biclip_jax.data.layouts import read_layout, read_variants
 from biclip_jax.data.schema import SPLITS, Example, Split
 from biclip_jax.errors import DataError
@@ -33,12 +34,14 @@ def prepare(
     source_dir: str | os.PathLike[str] | None = None,
     layout: str | None = None,
     prompt: str | None = None,
+    percent: int = 100,
+    resize: str = "antialiased",
     num_examples: dict[Split, int] | None = None,
 ) -> Path:
     """Writes a data set as array_record files, or finds it written and undamaged.
 
     The folder's name holds `name`, `image_size` and a hash of the source: the names, sizes and
-    times of its files, and all sentences.
+    times of its files, and all sentences; and `resize`, where it is another than by default.
 
     Args:
       name: "synthetic", or a config of `builders.layout`: "qata_cov19", "mosmed_plus",
@@ -48,6 +51,8 @@ def prepare(
       source_dir: the folder on disk; not for "synthetic".
       layout: a name of `layouts.LAYOUTS`, or None to look.
       prompt: the prompt to take in the medvlsm layout, see `read_layout`.
+      percent: the published subset to take in the medclipseg layout, see `read_layout`.
+      resize: of `image_io.RESIZE_METHODS`; "synthetic" draws at `image_size` and has no use for it.
       num_examples: sizes of the splits, for "synthetic" only; 800, 100 and 200 where left out.
 
     Returns:
@@ -59,11 +64,14 @@ def prepare(
     if not 8 <= image_size <= 4096:
         raise DataError(f"image_size: found {image_size}; expected 8 to 4096 pixels; change it.")
     if name == "synthetic":
-        _refuse(name, source_dir=source_dir, layout=layout, prompt=prompt)
+        subset = None if percent == 100 else percent
+        _refuse(name, source_dir=source_dir, layout=layout, prompt=prompt, percent=subset)
         make, identity = _synthetic(image_size, num_examples or {})
     else:
         _refuse(name, num_examples=num_examples)
-        make, identity = _from_folder(name, image_size, source_dir, layout, prompt)
+        make, identity = _from_folder(
+            name, image_size, resize, source_dir, layout=layout, prompt=prompt, percent=percent
+        )
     digest = hashlib.sha256(json.dumps([FORMAT, identity]).encode()).hexdigest()[:10]
     folder = Path(data_dir) / f"{name}-{image_size}-{digest}"
     if not folder.exists():
@@ -104,9 +112,12 @@ def _synthetic(image_size: int, num_examples: dict[Split, int]) -> tuple[Callabl
 def _from_folder(
     name: str,
     image_size: int,
+    resize: str,
     source_dir: str | os.PathLike[str] | None,
+    *,
     layout: str | None,
     prompt: str | None,
+    percent: int,
 ) -> tuple[Callable, object]:
     """Returns data_dir -> builder, and what tells this set from others."""
     from biclip_jax.data.builders.layout import CONFIGS, LayoutDataset, survey
@@ -116,8 +127,11 @@ def _from_folder(
         raise DataError(f"name: found {name!r}; expected synthetic, {', '.join(known)}.")
     if source_dir is None:
         raise DataError(f"source_dir: found none; expected the folder of {name!r}; give its path.")
-    examples = read_layout(source_dir, layout, prompt)
-    variants = read_variants(source_dir, examples, layout)
+    if resize not in RESIZE_METHODS:
+        methods = ", ".join(RESIZE_METHODS)
+        raise DataError(f"resize: found {resize!r}; expected one of {methods}; choose one.")
+    examples = read_layout(source_dir, layout, prompt, percent)
+    variants = read_variants(source_dir, examples, layout, percent)
 
     def make(data_dir: Path) -> LayoutDataset:
         return LayoutDataset(
@@ -127,10 +141,13 @@ def _from_folder(
             variants=variants,
             image_size=image_size,
             channels=survey(os.fspath(source_dir), examples),
+            resize=resize,
             file_format="array_record",
         )
 
-    return make, [_identity(Path(source_dir), examples), variants]
+    identity: list[object] = [_identity(Path(source_dir), examples), variants]
+    # Sets that were prepared before there was a choice keep their names.
+    return make, identity if resize == RESIZE_METHODS[0] else [*identity, resize]
 
 
 def _identity(root: Path, examples: list[Example]) -> list:
