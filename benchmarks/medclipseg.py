@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -213,6 +214,47 @@ def train_step_ours(variant: str, given: Inputs) -> Callable[[], object]:
     Adam of rate `LEARNING_RATE` on the adapters and the head; no gradient into the towers. Before
     it returns, the model and the optimiser's state are built; the first call compiles.
     """
+    import jax
+    import optax
+
+    from biclip_jax.models import medclipseg
+    from biclip_jax.training import objective_medclipseg as objective
+    from biclip_jax.training import state, steps, views
+
+    model, variables = build_ours(variant)
+    recipe = objective.Recipe(
+        weights={"dice": 0.5, "bce": 0.5, "contrastive": 0.1},
+        dice="rows",
+        contrastive="released",
+        geometry=views.Geometry(horizontal_flip=0.0, vertical_flip=0.0, affine=0.0),
+    )
+    optimizer = optax.adam(LEARNING_RATE)
+    current = state.create(variables, optimizer, medclipseg.FROZEN)
+    ids = given.ids
+    text = {"text_ids": ids, "text_mask": ids > 0, "has_text": ids[:, 0] > 0}
+    batch = {
+        "image": np.rint(255 * given.image).astype(np.uint8),
+        "mask": given.mask[..., None].astype(np.uint8),
+        "row": np.arange(len(ids), dtype=np.int32),
+        **text,
+        **{f"mirrored_{name}": value for name, value in text.items()},
+    }
+    batch = jax.device_put(batch)
+    step = jax.jit(
+        partial(
+            steps.train_step,
+            objective=partial(objective.objective, model=model, recipe=recipe),
+            optimizer=optimizer,
+        ),
+        donate_argnums=0,
+    )
+
+    def repeat():
+        nonlocal current
+        current, metrics = step(current, batch, jax.random.key(1))
+        return jax.block_until_ready(metrics)
+
+    return repeat
 
 
 def torch_work(variant: str, work: str, given: Inputs, published: bool) -> Callable[[], object]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from biclip_jax.configs import common
 from biclip_jax.errors import UserError
 
 CPU_CONVOLUTION_FLAG = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
@@ -184,6 +185,9 @@ def changed_fields(
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error}); give another --workdir") from error
     here = dict(leaves(resolved))
+    # A run may be older than a field: the default is what it did.
+    defaults = dict(leaves(common.base()))
+    there = {name: defaults[name] for name in here if name in defaults} | there
     names = sorted((here.keys() | there.keys()) - {*FREE_FIELDS, *ignored})
     pairs = {name: (there.get(name), here.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

@@ -41,6 +41,7 @@ from biclip_jax.evaluation import (
     runner,
     surface,
 )
+from biclip_jax.models.medclipseg import MedCLIPSeg
 from biclip_jax.weights import folder as model_folder
 
 
@@ -51,6 +52,9 @@ class Job(NamedTuple):
       make: damage -> predict, see `runner.make_predict`.
       predict: without damage.
       members: the same, of each member of an ensemble; empty for a single model.
+      samples: batch -> the samples' mean, its entropy and its epistemic part; None for models
+        that draw none.
+      num_samples: passes of a prediction; None likewise.
       encode: sentences -> the sentence fields of a batch.
       splits: {name: records}, whole.
       records: that are evaluated.
@@ -60,6 +64,8 @@ class Job(NamedTuple):
     make: Callable[..., runner.Predict]
     predict: runner.Predict
     members: list[runner.Predict]
+    samples: runner.Predict | None
+    num_samples: int | None
     encode: runner.Encode
     splits: dict[str, Sequence[Record]]
     records: Sequence[Record]
@@ -95,6 +101,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         outcome |= runner.evaluate_members(
             job.members, job.encode, job.records, batch_size=args.batch_size
         )
+    if args.uncertainty and job.samples is not None:
+        outcome["sampling"] = runner.evaluate_samples(
+            job.samples, job.encode, job.records, batch_size=args.batch_size
+        )
     if args.mirroring:
         counts = mirroring.agreement(job.predict, job.encode, job.records, args.batch_size)
         outcome["mirroring"] = metrics.summarize(counts)
@@ -118,6 +128,7 @@ def _facts(args: argparse.Namespace, config: dict[str, Any], job: Job) -> dict[s
         "split": args.split,
         "subset": args.subset or None,
         "num_images": len(job.records),
+        "num_samples": job.num_samples,
         "pictures_sha256": earlier.digest(conditions.spoken(job.records)),
         "data": Path(args.source).name if args.source else config["data"]["name"],
         "command": shlex.join(["python", "-m", "biclip_jax.evaluate", *args.argv]),
@@ -137,6 +148,14 @@ def _open(args: argparse.Namespace, config: dict[str, Any]) -> Job:
         data |= {"name": "folder", "source": args.source, "layout": args.layout}
         data |= {"prompt": "", "percent": 100, "num_examples": empty}
     model, variables, processor = inference.load_model(Path(args.workdir))
+    sampled = isinstance(model, MedCLIPSeg)
+    if (args.num_samples or args.uncertainty) and not sampled:
+        raise UserError(
+            "--num-samples, --uncertainty: this model draws no samples; leave them out (--tta "
+            "averages over views)"
+        )
+    if args.num_samples:
+        model = model.clone(num_samples=args.num_samples)
     wanted = {args.split, *(("train", "val") if args.baselines else ())}
     wanted |= {"val"} if args.calibration else set()
     prepared = pipeline.prepare(data, processor.image_size)
@@ -147,6 +166,8 @@ def _open(args: argparse.Namespace, config: dict[str, Any]) -> Job:
         make=make,
         predict=make(),
         members=runner.make_member_predicts(model, bare),
+        samples=runner.make_samples(model, bare) if sampled else None,
+        num_samples=model.num_samples if sampled else None,
         encode=sentences.encoder(model, variables, processor),
         splits=dict(splits),
         records=conditions.subset(splits[args.split], args.subset),
@@ -189,9 +210,11 @@ def _print(args: argparse.Namespace, job: Job, outcome: dict[str, Any]) -> None:
     more |= outcome.get("members", {})
     print(runner.table_of({**outcome["conditions"], **more, **outcome.get("baselines", {})}))
     if job.members:
-        _print_disagreement(outcome["ensemble_uncertainty"])
+        _print_disagreement("members", outcome["ensemble_uncertainty"])
     if args.surface:
         _print_surface(outcome["surface"])
+    if args.uncertainty:
+        _print_disagreement("samples", outcome["sampling"])
     if args.mirroring:
         scores = {"mirrored against itself": outcome["mirroring"]}
         print(runner.table_of(scores))
@@ -209,10 +232,10 @@ def _print(args: argparse.Namespace, job: Job, outcome: dict[str, Any]) -> None:
         print(f"{what:8} {job.folder / name}")
 
 
-def _print_disagreement(section: dict[str, Any]) -> None:
+def _print_disagreement(whose: str, section: dict[str, Any]) -> None:
     auroc = section["error_auroc"]
     print(
-        f"members together: entropy {section['mean_entropy']:.4f} nats, of it disagreement "
+        f"{whose} together: entropy {section['mean_entropy']:.4f} nats, of it disagreement "
         f"{section['mean_mutual_information']:.4f}, error AUROC "
         f"{'-' if auroc is None else format(auroc, '.4f')}"
     )
@@ -364,6 +387,12 @@ def _main(argv: list[str]) -> None:
     parser.add_argument(
         "--surface", action="store_true", help="DSC and NSD as MedCLIPSeg takes them, NSD in 2-D"
     )
+    parser.add_argument(
+        "--uncertainty", action="store_true", help="of MedCLIPSeg's samples: entropy, its parts"
+    )
+    parser.add_argument(
+        "--num-samples", type=int, default=0, metavar="S", help="of MedCLIPSeg (default: its own)"
+    )
     parser.add_argument("--calibration", action="store_true", help="of the pixels' probabilities")
     parser.add_argument(
         "--degradations",
@@ -380,6 +409,8 @@ def _main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: expected at least 1 picture at a time")
+    if args.num_samples < 0:
+        raise UserError(f"--num-samples {args.num_samples}: expected at least 1 pass")
     if args.subset < 0:
         raise UserError(f"--subset {args.subset}: expected at least 1 picture")
     args.text_conditions, args.argv = _asked(args), argv

@@ -188,8 +188,10 @@ def loop(
 def announce(config: ConfigDict, program: Program) -> None:
     """Says in a line what is about to run."""
     devices = f"{jax.local_device_count()} x {jax.devices()[0].device_kind}"
+    frozen = train_state.num_parameters(program.initial.frozen)
+    beside = f" beside {frozen:,} frozen ones" if frozen else ""
     print(
-        f"{config.name}: {train_state.num_parameters(program.initial.params):,} parameters, "
+        f"{config.name}: {train_state.num_parameters(program.initial.params):,} parameters{beside}, "
         f"{program.num_labelled} labelled pictures, {program.num_steps} steps of "
         f"{config.batch_size}, on {devices}; the first step compiles"
     )

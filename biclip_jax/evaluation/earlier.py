@@ -23,6 +23,7 @@ IDENTITY = (
     "model_sha256",
     "num_images",
     "pictures_sha256",
+    "num_samples",
 )
 SECTIONS = (
     "baselines",
@@ -33,6 +34,7 @@ SECTIONS = (
     "calibration",
     "degradations",
     "surface",
+    "sampling",
 )
 # What names of per_image.csv's scores begin with.
 COLUMNS = ("dice_", "iou_", "dsc", "nsd_")

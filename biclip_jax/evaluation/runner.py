@@ -19,7 +19,7 @@ from biclip_jax.data.image_io import resize_probability
 from biclip_jax.data.schema import Batch, Record
 from biclip_jax.evaluation import baselines, calibration, degrade, earlier, metrics, reporting, tta
 from biclip_jax.evaluation import conditions as text_conditions
-from biclip_jax.evaluation.steps import predict_step
+from biclip_jax.evaluation.steps import predict_step, sample_step
 from biclip_jax.models.ensemble import Ensemble, member_of
 
 # (batch) -> probabilities (B, S, S, 1), on the host
@@ -33,6 +33,12 @@ def make_predict(
 ) -> Predict:
     """The model on all local devices, as a function of a batch; `damage` as `predict_step`'s."""
     step = parallel.pmap_predict_step(partial(predict_step, model=model, damage=damage))
+    return partial(step, parallel.replicate(variables))
+
+
+def make_samples(model: nn.Module, variables: Mapping[str, Any]) -> Predict:
+    """Batch -> maps (B, S, S, 3) of a model that samples, see `steps.sample_step`."""
+    step = parallel.pmap_predict_step(partial(sample_step, model=model))
     return partial(step, parallel.replicate(variables))
 
 
@@ -248,6 +254,14 @@ def _with_uncertainty(
         "mean_mutual_information": float(sums[1] / num_pixels),
         "error_auroc": calibration.error_auroc(histogram),
     }
+
+
+def evaluate_samples(
+    samples: Predict, encode: Encode, records: Sequence[Record], *, batch_size: int
+) -> dict[str, float | None]:
+    """How much a model's samples disagree, with the right sentences; as of `evaluate_tta`."""
+    texts = encode([record["text"] for record in records])
+    return _with_uncertainty(samples, records, texts, batch_size)[1]
 
 
 def evaluate_degradations(

@@ -443,10 +443,11 @@ def sample_statistics(
     normalised = model.normalise(image)
     begun = model.apply(variables, normalised, text_ids, text_mask, method=model.begin)
     at_once = max(n for n in range(1, min(chunk, num_samples) + 1) if num_samples % n == 0)
+    fold_each = jax.vmap(jax.random.fold_in, (0, None))
 
     def passes(sums, numbers):
         repeated = jax.tree.map(lambda part: _repeat(part, len(image), at_once), begun)
-        noise = jax.vmap(fold_keys, (None, 0))(keys, numbers).reshape(-1)
+        noise = jax.vmap(fold_each, (None, 0))(keys, numbers).reshape(-1)
         logits, _ = model.apply(variables, repeated, noise, method=model.finish)
         probs = jax.nn.sigmoid(logits).reshape(at_once, *image.shape[:3], 1)
         return (sums[0] + probs.sum(0), sums[1] + _entropy(probs).sum(0)), None

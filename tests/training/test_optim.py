@@ -8,26 +8,42 @@ import pytest
 
 from biclip_jax.training import optim
 
+SCHEDULE = {"final_learning_rate": 0.0, "warmup_steps": 0, "rate_moves": "step"}
 ADAMW = {"name": "adamw", "weight_decay": 0.01, "clip_norm": 0.0, "tower_learning_rate": 0.0}
 
 
 @pytest.mark.parametrize("step", [0, 1, 37, 99, 100])
 def test_published_schedule_is_one_cosine_to_zero(step):
-    schedule = optim.make_schedule({"learning_rate": 1e-4, "warmup_steps": 0}, 100)
+    schedule = optim.make_schedule({**SCHEDULE, "learning_rate": 1e-4}, 100)
     expected = 0.5e-4 * (1 + math.cos(math.pi * step / 100))
     assert float(schedule(step)) == pytest.approx(expected, abs=1e-10)
 
 
 def test_warmup_rises_linearly_then_the_cosine_takes_the_rest():
-    schedule = optim.make_schedule({"learning_rate": 1.0, "warmup_steps": 10}, 110)
+    schedule = optim.make_schedule({**SCHEDULE, "learning_rate": 1.0, "warmup_steps": 10}, 110)
     assert [float(schedule(s)) for s in (0, 5, 10)] == pytest.approx([0, 0.5, 1])
     assert float(schedule(60)) == pytest.approx(0.5)
     assert float(schedule(110)) == pytest.approx(0, abs=1e-7)
 
 
 def test_a_warmup_longer_than_the_run_is_cut():
-    schedule = optim.make_schedule({"learning_rate": 1.0, "warmup_steps": 100}, 4)
+    schedule = optim.make_schedule({**SCHEDULE, "learning_rate": 1.0, "warmup_steps": 100}, 4)
     assert float(schedule(3)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 37, 99])
+def test_medclipseg_s_rate_falls_once_an_epoch_to_its_floor(epoch):
+    """lr(e) = 1e-4 + 1e-4 (1 + cos(pi e / E)), at every step of epoch e."""
+    fields = {**SCHEDULE, "learning_rate": 3e-4, "final_learning_rate": 1e-4}
+    schedule = optim.make_schedule({**fields, "rate_moves": "epoch"}, 700, steps_per_epoch=7)
+    expected = 1e-4 + 1e-4 * (1 + math.cos(math.pi * epoch / 100))
+    for step in range(7 * epoch, 7 * epoch + 7):
+        assert float(schedule(step)) == pytest.approx(expected, rel=1e-5)
+        assert float(schedule(jnp.int32(step))) == pytest.approx(expected, rel=1e-5)
+    moving = optim.make_schedule(fields, 700, steps_per_epoch=7)
+    assert float(moving(7 * epoch)) == pytest.approx(expected, rel=1e-5)
+    assert float(moving(7 * epoch + 6)) < expected * (1 - 1e-6)
+    assert float(moving(700)) == pytest.approx(1e-4, rel=1e-5)
 
 
 def test_first_adamw_step_is_the_sign_of_the_gradient_plus_decay():
@@ -37,6 +53,18 @@ def test_first_adamw_step_is_the_sign_of_the_gradient_plus_decay():
     updates, _ = optimizer.update({"w": jnp.array([0.3, -0.2])}, state, params)
     expected = [-0.1 * (1 + 0.01 * 2), -0.1 * (-1 - 0.01 * 3)]
     assert updates["w"].tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_without_decay_adamw_is_adam():
+    """As MedCLIPSeg is trained: m / sqrt(v), worked out for two steps."""
+    optimizer = optim.make_optimizer({**ADAMW, "weight_decay": 0.0}, lambda step: 3e-4)
+    params, first, second = jnp.array([2.0]), 0.3, -0.2
+    updates, state = optimizer.update(jnp.array([first]), optimizer.init(params), params)
+    assert float(updates[0]) == pytest.approx(-3e-4, rel=1e-4)
+    updates, _ = optimizer.update(jnp.array([second]), state, params)
+    mean = (0.09 * first + 0.1 * second) / (1 - 0.9**2)
+    square = (0.999 * 0.001 * first**2 + 0.001 * second**2) / (1 - 0.999**2)
+    assert float(updates[0]) == pytest.approx(-3e-4 * mean / math.sqrt(square), rel=1e-4)
 
 
 def test_clipping_scales_to_the_global_norm():
@@ -69,7 +97,7 @@ def test_labels_tell_towers_from_the_rest():
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_towers_have_the_schedule_scaled_to_their_own_rate(name):
     config = {**ADAMW, "name": name, "learning_rate": 0.1, "tower_learning_rate": 0.001}
-    schedule = optim.make_schedule({"learning_rate": 0.1, "warmup_steps": 2}, 10)
+    schedule = optim.make_schedule({**SCHEDULE, "learning_rate": 0.1, "warmup_steps": 2}, 10)
     optimizer = optim.make_optimizer(config, schedule)
     params = nested()
     state = optimizer.init(params)

@@ -1,0 +1,351 @@
+"""MedCLIPSeg: its attention, adapters and head by hand; noise, samples, what is differentiated."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import expit, ndtr, softmax
+
+from biclip_jax.models import clip, medclipseg
+from biclip_jax.models.transformer import fold_keys
+from tests import tiny_medclipseg as tiny
+from tests.models import by_hand
+from tests.models.by_hand import dense, norm
+
+RNG = np.random.default_rng(0)
+FIELDS = tiny.fields()
+MODEL = medclipseg.build(FIELDS)
+apply = jax.jit(MODEL.apply)
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def precise():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return tiny.variables(MODEL)
+
+
+@pytest.fixture(scope="module")
+def given():
+    """Pictures in [0, 1] and ids."""
+    batch = tiny.batch()
+    return batch["image"].astype(jnp.float32) / 255, batch["text_ids"]
+
+
+def drawn(keys):
+    """The arrays of noise that keys stand for: number i of an example from its key and i."""
+    shapes = medclipseg.noise_shapes(MODEL, len(keys), tiny.MAX_LENGTH)
+    return [
+        jnp.stack([jax.random.normal(jax.random.fold_in(key, i), shape[1:]) for key in keys])
+        for i, shape in enumerate(shapes)
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(variables, given):
+    """Logits and intermediates of a pass with noise."""
+    return apply(variables, *given, noise=drawn(tiny.keys()))
+
+
+# --- by hand ---
+
+
+def attention(params, x, context, noise, beta):
+    """The probabilistic attention as its formulas stand in the paper and its code, in float64."""
+    width = x.shape[-1]
+    query = dense(params["query"], x)
+    key, value = (dense(params[name], context) for name in ("key", "value"))
+    key_mean = norm(params["norm_key"], key[..., :width], 1e-5)
+    value_mean = norm(params["norm_value"], value[..., :width], 1e-5)
+    key_var, value_var = (np.logaddexp(0, z[..., width:]) + 1e-6 for z in (key, value))
+    out = np.zeros(x.shape)
+    for b in range(len(x)):
+        for q in range(x.shape[1]):
+            scores = key_mean[b] @ query[b, q] / math.sqrt(width)
+            spread = key_var[b] @ query[b, q] ** 2 / width
+            sampled = value_mean[b] + np.sqrt(value_var[b]) * np.asarray(noise[b], float)
+            out[b, q] = softmax(scores - beta * np.sqrt(spread)) @ sampled
+    gate = expit(float(params["gate"]))
+    return gate * dense(params["out"], out) + (1 - gate) * np.asarray(x, float)
+
+
+@pytest.mark.parametrize("beta", [0.0, 2.35])
+def test_attention_is_its_formula(beta):
+    x, context, noise = normal(2, 5, 4), normal(2, 3, 4), normal(2, 3, 4)
+    module = medclipseg.ProbabilisticAttention(4, beta)
+    variables = by_hand.noise(module, x, context, amount=0.6)
+    params = variables["params"]
+    expected = attention(params, x, context, noise, beta)
+    np.testing.assert_allclose(module.apply(variables, x, context, noise), expected, atol=1e-5)
+    expected = attention(params, x, context, 0 * noise, beta)
+    np.testing.assert_allclose(module.apply(variables, x, context), expected, atol=1e-5)
+
+
+def adapt(params, x, u, noise, update=True):
+    """An adapter by hand; `update` false: the sentence asks the picture as it was."""
+    image, text = (
+        np.asarray(s, float) @ params[f"{n}_down"]["kernel"] for s, n in ((x, "image"), (u, "text"))
+    )
+    updated = attention(params["image_from_text"], image, text, noise[0], 2.35)
+    asked = updated if update else image
+    text = attention(params["text_from_image"], text, asked, noise[1], 2.35)
+    return updated @ params["image_up"]["kernel"], text @ params["text_up"]["kernel"]
+
+
+def test_the_sentence_asks_the_picture_that_has_asked_the_sentence():
+    x, u, noise = normal(2, 5, 6), normal(2, 3, 7), [normal(2, 3, 4), normal(2, 5, 4)]
+    adapter = medclipseg.Adapter(6, 7, 4)
+    variables = by_hand.noise(adapter, x, u, amount=0.6)
+    params = jax.tree.map(np.asarray, variables["params"])
+    dx, du = adapter.apply(variables, x, u, noise)
+    image, text = adapt(params, x, u, noise)
+    np.testing.assert_allclose(dx, image, atol=1e-5)
+    np.testing.assert_allclose(du, text, atol=1e-5)
+    _, other = adapt(params, x, u, noise, update=False)
+    assert np.abs(other - text).max() > 1e-2
+    cut, _ = adapter.apply(variables, x, u[:, :2])
+    dx, du = adapter.apply(variables, x, u)
+    assert np.abs(cut - dx).max() > 1e-2  # no token is padding here
+    image, text = adapt(params, x, u, [0 * part for part in noise])
+    np.testing.assert_allclose(dx, image, atol=1e-5)
+    np.testing.assert_allclose(du, text, atol=1e-5)
+
+
+def upscaled(params, x):
+    """An upscaler by hand, pixel by pixel."""
+    x = np.asarray(x, float)
+    b, h, w, c = x.shape
+    y = np.zeros((b, 2 * h, 2 * w, c))
+    kernel = np.asarray(params["up"]["kernel"], float)
+    for i, j, p, q in np.ndindex(h, w, 2, 2):
+        y[:, 2 * i + p, 2 * j + q] = x[:, i, j] @ kernel[p, q] + params["up"]["bias"]
+    y = np.pad(y * ndtr(y), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    out = np.zeros((b, 2 * h, 2 * w, c))
+    for i, j, p, q in np.ndindex(2 * h, 2 * w, 3, 3):
+        out[:, i, j] += y[:, i + p, j + q] * params["depthwise"][p, q]
+    return norm(params["norm"], out, 1e-6)
+
+
+def test_the_upscaler_is_its_formula():
+    x, module = normal(2, 3, 2, 4), medclipseg.Upscaler(4)
+    variables = by_hand.noise(module, x, amount=0.6)
+    expected = upscaled(jax.tree.map(np.asarray, variables["params"]), x)
+    np.testing.assert_allclose(module.apply(variables, x), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("num_upscales", [0, 1])
+def test_the_head_compares_unit_patches_in_rows_with_the_unit_sentence(num_upscales):
+    features, text = normal(2, 4, 6), normal(2, 6)
+    module = medclipseg.Head(num_upscales)
+    variables = by_hand.noise(module, features, text, amount=0.6)
+    params = jax.tree.map(np.asarray, variables["params"])
+    unit = np.asarray(features, float)
+    unit = unit / np.sqrt((unit**2).sum(-1, keepdims=True))
+    maps = np.stack([unit[:, :2], unit[:, 2:]], 1)
+    for i in range(num_upscales):
+        maps = upscaled(params[f"up_{i}"], maps)
+    query = np.asarray(text, float) / np.sqrt((np.asarray(text, float) ** 2).sum(-1, keepdims=True))
+    for i in range(3):
+        query = dense(params[f"mlp_{i}"], query * ndtr(query) if i else query)
+    expected = (maps * query[:, None, None]).sum(-1)
+    found = module.apply(variables, features, text)
+    assert found.shape == (2, 2 * 2**num_upscales, 2 * 2**num_upscales)
+    np.testing.assert_allclose(found, expected, atol=5e-5)
+    longer = module.apply(variables, 3.0 * features, 0.1 * text)
+    np.testing.assert_allclose(longer, expected, atol=5e-5)
+
+
+def test_new_weights_have_the_bounds_of_the_published_framework():
+    """U(-1 / sqrt(fan_in), ...), where a transposed kernel counts its outputs: 4 x 32."""
+    module, x = medclipseg.Upscaler(32), jnp.zeros((1, 2, 2, 32))
+    params = jax.jit(module.init)(jax.random.key(0), x)["params"]
+    attention, x = medclipseg.ProbabilisticAttention(32, gate_init=-0.02), jnp.ones((1, 1, 32))
+    assert attention.beta == 2.35
+    others = jax.jit(attention.init)(jax.random.key(0), x, x)["params"]
+    up = [(params["up"]["kernel"], 128), (params["up"]["bias"], 128), (params["depthwise"], 9)]
+    layers = [others[name] for name in ("query", "key", "value", "out")]
+    assert float(others["gate"]) == pytest.approx(-0.02)
+    for value, fan_in in up + [(leaf, 32) for layer in layers for leaf in layer.values()]:
+        bound = fan_in**-0.5
+        assert 0.85 * bound < np.abs(value).max() <= bound
+        assert value.std() == pytest.approx(bound / math.sqrt(3), rel=0.25)
+
+
+# --- the pass ---
+
+
+def test_a_pass_gives_logits_and_what_they_came_from(whole):
+    logits, aux = whole
+    assert logits.shape == (4, 32, 32, 1)
+    assert {name: value.shape for name, value in aux.items()} == {
+        "features": (4, 16, 12),
+        "text": (4, 12),
+        "low_logits": (4, 8, 8),
+    }
+    low = np.asarray(aux["low_logits"], float)
+    # Half-pixel centres: pixel 4 i + k lies (k + 0.5) / 4 - 0.5 away from i, clamped at the edge.
+    at = np.clip((np.arange(32) + 0.5) / 4 - 0.5, 0, 7)
+    first = np.minimum(at.astype(int), 6)
+    weight = np.zeros((32, 8))
+    weight[np.arange(32), first], weight[np.arange(32), first + 1] = 1 - (at - first), at - first
+    expected = np.einsum("ih,bhw,jw->bij", weight, low, weight)
+    np.testing.assert_allclose(logits[..., 0], expected, atol=1e-5)
+
+
+def test_noise_is_two_arrays_an_adapter_the_sentence_s_first():
+    shapes = medclipseg.noise_shapes(MODEL, 4, tiny.MAX_LENGTH)
+    assert shapes == [(4, 6, 8), (4, 17, 8), (4, 6, 8), (4, 17, 8)]
+    full = medclipseg.build(
+        {**FIELDS, **medclipseg.TOWERS["clip"], "num_layers": 10, "adapter_width": 256}
+    )
+    assert medclipseg.noise_shapes(full, 2, 77) == [(2, 77, 256), (2, 197, 256)] * 10
+
+
+def test_all_noise_matters(variables, given, whole):
+    arrays = drawn(tiny.keys())
+    for i in range(len(arrays)):
+        one, _ = apply(variables, *given, noise=[(i != j) * part for j, part in enumerate(arrays)])
+        assert np.abs(one - whole[0]).max() > 1e-4 * np.abs(whole[0]).max(), i
+
+
+@pytest.mark.slow
+def test_keys_stand_for_arrays_and_none_for_zeros(variables, given, whole):
+    by_keys, _ = apply(variables, *given, noise=tiny.keys())
+    np.testing.assert_allclose(by_keys, whole[0], atol=1e-5)
+    zeros, _ = apply(variables, *given, noise=[0 * part for part in drawn(tiny.keys())])
+    none, _ = apply(variables, *given)
+    np.testing.assert_allclose(none, zeros, atol=1e-5)
+    assert np.abs(none - by_keys).max() > 1e-2 * np.abs(none).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["unimedclip", "clip"])
+def test_padding_changes_the_logits(given, variant):
+    """Cutting it off would save time and give another answer."""
+    model = medclipseg.build(tiny.fields(variant))
+    variables, (image, ids) = tiny.variables(model), given
+    assert not ids[:, 5:].any()
+    whole, cut = (jax.jit(model.apply)(variables, image, part)[0] for part in (ids, ids[:, :5]))
+    assert np.abs(whole - cut).max() > 1e-3 * np.abs(whole).max()
+
+
+@pytest.mark.parametrize("input", ["clip", "imagenet_bgr"])
+def test_pictures_are_normalised_inside(input):
+    image = np.random.default_rng(0).random((1, 2, 2, 3)).astype(np.float32)
+    model = MODEL.clone(input=input)
+    expected = (image - np.array(clip.MEAN)) / np.array(clip.STD)
+    if input == "imagenet_bgr":
+        expected = (image[..., [2, 1, 0]] - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(model.normalise(jnp.asarray(image)), expected, atol=1e-5)
+
+
+# --- samples ---
+
+
+def entropy(p):
+    p = np.asarray(p, float)
+    return -(p * np.log(p + 1e-8) + (1 - p) * np.log(1 - p + 1e-8))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def statistics(chunk, variables, image, ids, keys):
+    return medclipseg.sample_statistics(MODEL, variables, image, ids, None, keys, 4, chunk)
+
+
+@pytest.fixture(scope="module")
+def samples(variables, given):
+    """Of four passes two at a time: three would leave one over."""
+    return statistics(3, variables, *given, tiny.keys())
+
+
+def test_samples_are_single_passes_with_folded_keys(variables, given, samples):
+    passes = [apply(variables, *given, noise=drawn(fold_keys(tiny.keys(), s)))[0] for s in range(4)]
+    probs = expit(np.asarray(passes, float))
+    assert probs.std(0).max() > 1e-3
+    np.testing.assert_allclose(samples.mean, probs.mean(0), atol=1e-5)
+    np.testing.assert_allclose(samples.total, entropy(probs.mean(0)), atol=1e-5)
+    np.testing.assert_allclose(samples.aleatoric, entropy(probs).mean(0), atol=1e-5)
+
+
+def test_an_example_does_not_know_its_neighbours(variables, given, samples):
+    image, ids = given
+    order = jnp.array([0, 3, 3, 2])
+    moved = statistics(3, variables, image[order], ids[order], tiny.keys()[order])
+    for found, expected in zip(moved, samples, strict=True):
+        np.testing.assert_allclose(found, expected[order], atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [1, 4, 10])
+def test_chunks_change_no_number(variables, given, samples, chunk):
+    found = statistics(chunk, variables, *given, tiny.keys())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, samples)
+
+
+def test_uncertainty_is_the_sum_of_its_parts_and_has_its_range(samples):
+    assert samples.mean.shape == samples.epistemic.shape == (4, 32, 32, 1)
+    np.testing.assert_allclose(samples.aleatoric + samples.epistemic, samples.total, atol=1e-6)
+    for part in samples:
+        assert (np.asarray(part) >= -1e-7).all()
+    assert np.asarray(samples.total).max() <= math.log(2) + 1e-6
+    assert np.asarray(samples.epistemic).max() > 1e-4
+
+
+# --- what is differentiated, what is refused ---
+
+
+def dots(function, params):
+    """Matrix products that a derivative adds to its function."""
+    found = [
+        str(jax.make_jaxpr(one)(params)).count("dot_general")
+        for one in (function, lambda p: jax.jvp(function, (p,), (p,)))
+    ]
+    return found[1] - found[0]
+
+
+def test_nothing_below_the_first_adapter_is_differentiated(variables, given):
+    """Before the first noise the derivative is that of one adapter's beginning, no more."""
+    params = {k: v for k, v in variables["params"].items() if k not in medclipseg.FROZEN}
+    frozen = {k: v for k, v in variables["params"].items() if k in medclipseg.FROZEN}
+    image, ids = given
+    adapter = medclipseg.Adapter(tiny.IMAGE_WIDTH, tiny.TEXT_WIDTH, tiny.ADAPTER_WIDTH)
+    x, u = normal(4, 17, tiny.IMAGE_WIDTH), normal(4, 6, tiny.TEXT_WIDTH)
+
+    def begin(params):
+        both = {"params": {**params, **frozen}}
+        return MODEL.apply(both, image, ids, method=MODEL.begin)._replace(mask=0.0, row=0.0)
+
+    def prepare(params):
+        return adapter.apply({"params": params["adapters_0"]}, x, u, method=adapter.prepare)
+
+    assert set(params) == {"adapters_0", "adapters_1", "head"}
+    assert dots(begin, params) == dots(prepare, params) > 0
+
+
+RESNET = {"kind": "resnet", "image_size": 32, "width": 2, "stages": (1, 1, 1, 1)}
+RESNET |= {"num_heads": 1, "embedding_size": 12}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"image": RESNET}, "a resnet; MedCLIPSeg needs a ViT"),
+        ({"image": FIELDS["image"] | {"num_layers": 4}}, "have 4 and 3 blocks, and there are 2"),
+        ({"num_layers": 3}, "have 3 and 3 blocks, and there are 3 adapters; expected towers of"),
+        ({"num_layers": 0}, "there are 0 adapters"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        medclipseg.build({**FIELDS, **changes})
