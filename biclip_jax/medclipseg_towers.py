@@ -79,11 +79,12 @@ def open_folder(path: str | Path, variant: str) -> Towers:
 
 def _misfit(parts: Mapping[str, Mapping[str, Any]], variant: str) -> str:
     """What is not as in the towers of a variant, in words; empty where all is."""
+    defaults = {"kind": "clip", "stem_norm": True}  # what towers are that do not say so
     for part, wanted in medclipseg.TOWERS[variant].items():
         for name in ("kind", "patch_size", "width", "num_layers", "stem_norm"):
-            default = {"kind": "clip", "stem_norm": True}.get(name)
+            default = defaults.get(name)
             found, expected = parts[part].get(name, default), wanted.get(name, default)
-            if name in wanted and found != expected:
+            if (name in wanted or name in defaults) and found != expected:
                 return f"the {part} tower has {name} {found}, that of {variant} has {expected}"
     return ""
 

@@ -189,9 +189,9 @@ def announce(config: ConfigDict, program: Program) -> None:
     """Says in a line what is about to run."""
     devices = f"{jax.local_device_count()} x {jax.devices()[0].device_kind}"
     frozen = train_state.num_parameters(program.initial.frozen)
-    beside = f" beside {frozen:,} frozen ones" if frozen else ""
+    trained = f"{train_state.num_parameters(program.initial.params):,} parameters"
     print(
-        f"{config.name}: {train_state.num_parameters(program.initial.params):,} parameters{beside}, "
+        f"{config.name}: {trained}{f' beside {frozen:,} frozen ones' if frozen else ''}, "
         f"{program.num_labelled} labelled pictures, {program.num_steps} steps of "
         f"{config.batch_size}, on {devices}; the first step compiles"
     )

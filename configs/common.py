@@ -108,6 +108,7 @@ def _views() -> ConfigDict:
     views.translation = 0.1  # of the picture's side, either way
     views.scale_low = 0.8
     views.scale_high = 1.2
+    views.whole_degrees = False  # true: turns to the nearest pixel alone, as MedCLIPSeg's code does
     views.geometry_first = False  # true: before the fusion; a flip then swaps the sentence
     views.strong_statistics = True  # BatchNorm's running statistics take the strong view, too
     views.strong = ConfigDict()  # what the strong view adds

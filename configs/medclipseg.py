@@ -77,6 +77,7 @@ def _views() -> ConfigDict:
     views.translation = 0.0  # of the picture's side, either way
     views.scale_low = 1.0
     views.scale_high = 1.0
+    views.whole_degrees = False  # true: turns to the nearest pixel alone, as the reference does
     return views
 
 
@@ -101,6 +102,7 @@ def reference(config: ConfigDict) -> None:
     config.model.input, config.data.resize = "imagenet_bgr", "opencv"
     config.loss.dice_over, config.loss.contrastive_kind = "rows", "released"
     config.model.towers.dropout = 0.1
+    config.views.whole_degrees = True
 
 
 def _share(percent: int):

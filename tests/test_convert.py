@@ -291,16 +291,17 @@ def test_an_open_clip_config_that_is_none_is_named(tmp_path, changes):
         convert.read_hf_config(open_clip(tmp_path, **changes), None)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"text_cfg": {"hf_model_name": "someone/bert"}},
-        {"vision_cfg": {"timm_model_name": "vit_base_patch16_224"}},
-    ],
-)
-def test_towers_of_others_inside_open_clip_are_said_not_to_be_built(tmp_path, changes):
-    with pytest.raises(UserError, match="this architecture is not built"):
-        convert.read_hf_config(open_clip(tmp_path, **changes), None)
+def test_towers_of_other_libraries_inside_open_clip_tell_their_own_heads_and_activation(tmp_path):
+    """timm's ViT and Hugging Face's BERT: open_clip's defaults are not theirs."""
+    vision, text = {"timm_model_name": "vit_base_patch16_224"}, {"hf_model_name": "someone/bert"}
+    config = convert.read_hf_config(open_clip(tmp_path, vision_cfg=vision), None)
+    own = {"hidden_act": "gelu", "num_attention_heads": 4}
+    assert config == {"vision_config": {}, "text_config": own}
+    config = convert.read_hf_config(open_clip(tmp_path, vision_cfg=vision, text_cfg=text), None)
+    assert config == {"vision_config": {}, "text_config": {}}
+    config = convert.read_hf_config(open_clip(tmp_path, text_cfg=text, quick_gelu=True), None)
+    own = {"hidden_act": "quick_gelu", "num_attention_heads": 2}
+    assert config == {"vision_config": own, "text_config": {}}
 
 
 def test_what_open_clip_leaves_out_has_its_default(tmp_path):

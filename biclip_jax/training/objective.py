@@ -86,7 +86,7 @@ def make_recipe(config: Mapping[str, Any], labelled: float = 1.0) -> Recipe:
     names = ("gen", "iac", "cycle", "pseudo_labels", "mean_teacher")
     return Recipe(
         weights={name: loss[name] for name in names},
-        geometry=views.Geometry(**geometry),
+        geometry=views.make_geometry(geometry),
         geometry_first=geometry_first,
         strong=strong,
         strong_statistics=strong_statistics,

@@ -43,14 +43,18 @@ class Recipe(NamedTuple):
 
 
 def make_recipe(config: Mapping[str, Any]) -> Recipe:
-    """The recipe of a resolved configuration, with the fields loss and views."""
+    """The recipe of a resolved configuration, with the fields loss and views.
+
+    Raises:
+      ValueError: views that do not go together.
+    """
     loss = config["loss"]
     return Recipe(
         weights={name: loss[name] for name in ("dice", "bce", "contrastive")},
         dice=loss["dice_over"],
         contrastive=loss["contrastive_kind"],
         temperature=loss["temperature"],
-        geometry=views.Geometry(**config["views"]),
+        geometry=views.make_geometry(config["views"]),
     )
 
 

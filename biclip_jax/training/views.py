@@ -8,12 +8,13 @@ sees the same pictures; CutMix pairs the rows 2j and 2j + 1 of a batch.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
 
 BLUR_TAPS = 5
 ELASTIC_GRID = 7  # control points of the elastic deformation, each way
@@ -22,7 +23,11 @@ CUTMIX_AREA = (0.1, 0.5)  # of the picture: a larger box is the partner's smalle
 
 
 class Geometry(NamedTuple):
-    """Probabilities and ranges of the joint geometry; angles in degrees, shifts in widths."""
+    """Probabilities and ranges of the joint geometry; angles in degrees, shifts in widths.
+
+    `whole_degrees` turns with the probability `affine` by a whole number of degrees, to the nearest
+    pixel, and does nothing else: what MedCLIPSeg's released code does.
+    """
 
     horizontal_flip: float = 0.5
     vertical_flip: float = 0.5
@@ -31,6 +36,23 @@ class Geometry(NamedTuple):
     translation: float = 0.1
     scale_low: float = 0.8
     scale_high: float = 1.2
+    whole_degrees: bool = False
+
+
+def make_geometry(config: Mapping[str, Any]) -> Geometry:
+    """The geometry of its fields.
+
+    Raises:
+      ValueError: whole degrees together with what they leave out.
+    """
+    geometry = Geometry(**config)
+    still = Geometry(0.0, 0.0, geometry.affine, geometry.rotation, 0.0, 1.0, 1.0, True)
+    if geometry.whole_degrees and geometry != still:
+        raise ValueError(
+            "views.whole_degrees turns pictures and does nothing else; set the flips and "
+            "views.translation to 0, views.scale_low and views.scale_high to 1"
+        )
+    return geometry
 
 
 class Strong(NamedTuple):
@@ -72,6 +94,10 @@ def move(
     Returns:
       The maps, and (B,) whether the example was flipped from left to right.
     """
+    if geometry.whole_degrees:
+        turned = jax.vmap(lambda key, one: turn_at_random(key, one, geometry))
+        moved = turned(keys, jnp.concatenate(list(maps), axis=-1))
+        return _unstack(moved, maps), jnp.zeros(len(keys), bool)
     matrix, shift, flipped = jax.vmap(lambda key: random_geometry(key, geometry))(keys)
     moved = jax.vmap(warp)(jnp.concatenate(list(maps), axis=-1), matrix, shift)
     return _unstack(moved, maps), flipped
@@ -187,6 +213,47 @@ def random_geometry(
     flipped = jax.random.bernoulli(keys[5], geometry.horizontal_flip)
     flips = jnp.stack([flip_y, 1 - 2.0 * flipped])
     return matrix * flips[:, None], jnp.where(affine, shift, 0.0), flipped
+
+
+def turn_at_random(
+    key: Key[Array, ""], image: Float[Array, "h w c"], geometry: Geometry
+) -> Float[Array, "h w c"]:
+    """A turn by a whole number of degrees, all of -rotation to rotation alike; see `turn`."""
+    turn_key, angle_key = jax.random.split(key)
+    largest = int(geometry.rotation)
+    angle = jax.random.randint(angle_key, (), -largest, largest + 1)
+    turned = turn(image, jnp.asarray(turning_table(largest, *image.shape[:2]))[angle + largest])
+    return jnp.where(jax.random.bernoulli(turn_key, geometry.affine), turned, image)
+
+
+def turning_table(largest: int, height: int, width: int) -> np.ndarray:
+    """For -largest to largest degrees, what `turn` takes: (2 largest + 1, 2, 3) int32.
+
+    Rows are of x and y, columns of x, y and 1, from output to input, in 65536ths of a pixel:
+    pillow computes so, and its turned pixels are met exactly.
+    """
+    angles = -np.deg2rad(np.arange(-largest, largest + 1))
+    cos, sin = np.round(np.cos(angles), 15), np.round(np.sin(angles), 15)
+    matrix = np.stack([np.stack([cos, sin], -1), np.stack([-sin, cos], -1)], -2)
+    centre = np.array([width / 2, height / 2])
+    start = centre - matrix @ centre + matrix @ np.array([0.5, 0.5])
+    table = np.concatenate([matrix, start[..., None]], axis=-1)
+    return np.floor(65536 * table + 0.5).astype(np.int32)
+
+
+def turn(image: Float[Array, "h w c"], row: Int[Array, "2 3"]) -> Float[Array, "h w c"]:
+    """The picture turned about its centre, to the nearest pixel, 0 outside.
+
+    Args:
+      image: any.
+      row: of `turning_table`.
+    """
+    height, width, _ = image.shape
+    y, x = _grid(height, width)[..., 0], _grid(height, width)[..., 1]
+    from_x, from_y = ((row[i, 0] * x + row[i, 1] * y + row[i, 2]) >> 16 for i in range(2))
+    inside = (from_x >= 0) & (from_x < width) & (from_y >= 0) & (from_y < height)
+    found = image[from_y.clip(0, height - 1), from_x.clip(0, width - 1)]
+    return jnp.where(inside[..., None], found, 0)
 
 
 def warp(

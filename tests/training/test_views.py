@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import ndimage
 
 from biclip_jax.training import views
@@ -126,3 +127,33 @@ def test_convolve_is_scipy_s_correlation_with_repeated_edges():
     for channel in range(3):
         expected = ndimage.correlate(np.asarray(IMAGE[..., channel]), kernel, mode="nearest")
         np.testing.assert_allclose(ours[..., channel], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("degrees", [-20, -7, 0, 1, 13, 20])
+@pytest.mark.parametrize("size", [(57, 57), (40, 63)])
+def test_turns_by_whole_degrees_are_pillow_s(degrees, size):
+    picture = np.random.default_rng(0).integers(1, 256, (*size, 3)).astype(np.uint8)
+    expected = np.asarray(Image.fromarray(picture).rotate(degrees, Image.Resampling.NEAREST))
+    row = jnp.asarray(views.turning_table(20, *size)[degrees + 20])
+    turned = views.turn(jnp.asarray(picture, jnp.float32), row)
+    np.testing.assert_array_equal(turned, expected)
+
+
+def test_turning_at_random_takes_every_angle_and_leaves_the_rest_alone():
+    geometry = views.Geometry(0.0, 0.0, 0.5, 2.0, 0.0, 1.0, 1.0, whole_degrees=True)
+    picture = jnp.arange(1.0, 24 * 24 + 1).reshape(24, 24, 1)
+    keys = jax.random.split(jax.random.key(0), 200)
+    (turned,), flipped = views.move(keys, [jnp.tile(picture, (200, 1, 1, 1))], geometry)
+    assert not flipped.any()
+    table = jnp.asarray(views.turning_table(2, 24, 24))
+    known = {np.asarray(views.turn(picture, row)).tobytes(): i - 2 for i, row in enumerate(table)}
+    seen = [known[np.asarray(one).tobytes()] for one in turned]
+    counts = {angle: seen.count(angle) for angle in range(-2, 3)}
+    assert 90 < counts[0] < 150  # half of them, and a fifth of the other half
+    assert all(8 < counts[angle] < 40 for angle in (-2, -1, 1, 2))
+
+
+def test_whole_degrees_with_a_flip_are_refused():
+    fields = {**views.Geometry()._asdict(), "whole_degrees": True}
+    with pytest.raises(ValueError, match="turns pictures and does nothing else"):
+        views.make_geometry(fields)
