@@ -141,11 +141,11 @@ def test_turns_by_whole_degrees_are_pillow_s(degrees, size):
 
 def test_turning_at_random_takes_every_angle_and_leaves_the_rest_alone():
     geometry = views.Geometry(0.0, 0.0, 0.5, 2.0, 0.0, 1.0, 1.0, whole_degrees=True)
-    picture = jnp.arange(1.0, 24 * 24 + 1).reshape(24, 24, 1)
+    picture = jnp.arange(1.0, 80 * 80 + 1).reshape(80, 80, 1)
     keys = jax.random.split(jax.random.key(0), 200)
     (turned,), flipped = views.move(keys, [jnp.tile(picture, (200, 1, 1, 1))], geometry)
     assert not flipped.any()
-    table = jnp.asarray(views.turning_table(2, 24, 24))
+    table = jnp.asarray(views.turning_table(2, 80, 80))
     known = {np.asarray(views.turn(picture, row)).tobytes(): i - 2 for i, row in enumerate(table)}
     seen = [known[np.asarray(one).tobytes()] for one in turned]
     counts = {angle: seen.count(angle) for angle in range(-2, 3)}
