@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -52,12 +52,15 @@ class Found(NamedTuple):
     picture_dirs: list[Folder]
 
 
-def problems_of(found: Found) -> list[str]:
-    """Returns all that does not hold together, one message each, the reader's own first."""
+def problems_of(found: Found, may_share: bool = False) -> list[str]:
+    """Returns all that does not hold together, one message each, the reader's own first.
+
+    `may_share` lets several splits name one picture.
+    """
     return (
         found.problems
         + _missing_files(found.rows)
-        + _shared_ids(found.rows)
+        + ([] if may_share else _shared_ids(found.rows))
         + _unnamed_pictures(found.rows, found.picture_dirs)
     )
 
@@ -131,6 +134,22 @@ def _missing_files(rows: list[Row]) -> list[str]:
                     f"{path}: {kind} not found, named by {row.where}; add it or delete the row."
                 )
     return problems
+
+
+def without_repeats(rows: list[Row]) -> tuple[list[Row], list[str], list[str]]:
+    """Each picture once a split, the first row of it.
+
+    Returns:
+      The rows; the ids that a split names twice; the ids that several splits name.
+    """
+    counts = Counter((row.split, row.image.stem) for row in rows)
+    places = Counter(name for _, name in counts)
+    first = {(row.split, row.image.stem): row for row in reversed(rows)}
+    return (
+        [row for row in rows if first[row.split, row.image.stem] is row],
+        sorted(name for (_, name), count in counts.items() if count > 1),
+        sorted(name for name, count in places.items() if count > 1),
+    )
 
 
 def _shared_ids(rows: list[Row]) -> list[str]:

@@ -6,11 +6,13 @@ To add a layout, write a reader `root -> Found` and name it in `_READERS`, its m
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from biclip_jax.data.annotations import (
+    MAX_LISTED,
     VARIANTS,
     Folder,
     Found,
@@ -22,6 +24,7 @@ from biclip_jax.data.annotations import (
     pick,
     problems_of,
     variants_by_id,
+    without_repeats,
 )
 from biclip_jax.data.schema import SPLITS, Example, Split
 from biclip_jax.data.tables import read_prompts, read_table, refuse_unsafe
@@ -64,7 +67,8 @@ def read_layout(
     """Reads and checks the annotations of a data set; no picture is opened.
 
     In lvit, languide and medclipseg every picture of a folder must have a row; csv and medvlsm
-    may annotate a part of their pictures. An empty sentence is legal.
+    may annotate a part of their pictures. An empty sentence is legal. In medclipseg a picture may
+    be of several splits, or named twice, as in published sets (ISIC, CVC300, BKAI): warned of.
 
     Args:
       root: the data set's folder.
@@ -92,7 +96,10 @@ def read_layout(
         "medclipseg": {"percent": percent},
     }
     found = _READERS[layout](root, **options.get(layout, {}))
-    if problems := problems_of(found):
+    may_share = layout == "medclipseg"
+    if may_share:
+        found = _once_a_split(root, found)
+    if problems := problems_of(found, may_share):
         raise collected(f"{root}, as {layout} layout", problems)
     rows = sorted(found.rows, key=lambda row: SPLITS.index(row.split))
     if not rows:
@@ -100,6 +107,19 @@ def read_layout(
     return [
         Example(row.image.stem, row.split, str(row.image), str(row.mask), row.text) for row in rows
     ]
+
+
+def _once_a_split(root: Path, found: Found) -> Found:
+    """Some published sets in this layout name a picture twice: taken, and said aloud."""
+    rows, repeated, shared = without_repeats(found.rows)
+    for names, problem in (
+        (repeated, "named twice by one workbook; taken once"),
+        (shared, "of several splits; a score on these is on pictures that were trained on"),
+    ):
+        if names:
+            listed = ", ".join(names[:MAX_LISTED])
+            warnings.warn(f"{root}: {len(names)} picture(s) {problem}: {listed}", stacklevel=4)
+    return found._replace(rows=rows)
 
 
 def _check_percent(percent: int, layout: str) -> None:

@@ -249,3 +249,33 @@ def test_variants_of_no_picture_or_twice_are_problems(tmp_path):
     text = str(caught.value)
     assert "Test_text_missing_location.xlsx row 3: found 'case_5' a second time" in text
     assert "row 4: found 'nobody'" in text and "2 problem(s)" in text
+
+
+def test_published_sets_may_name_a_picture_twice_and_in_two_splits(tmp_path):
+    made = fixtures.samples()
+    root = fixtures.medclipseg(tmp_path, made)
+    train = [s for s in made if s.split == "train"]
+    tested = next(s for s in made if s.split == "test")
+    folder = root / "Train_Folder"
+    fixtures.save(folder / f"img/{tested.name}.png", tested.image)
+    fixtures.save(folder / f"label/{tested.name}_gt.png", tested.mask)
+    rows = [(f"{s.name}.png", s.text, f"{s.name}_gt.png") for s in [*train, tested, train[0]]]
+    book = root / "Prompts_Folder/Train_text.xlsx"
+    fixtures.workbook(book, ("Image", "Description", "Ground Truth"), rows)
+    with pytest.warns(UserWarning) as warned:
+        found = read_layout(root)
+    said = [str(one.message) for one in warned]
+    assert f"1 picture(s) named twice by one workbook; taken once: {train[0].name}" in said[0]
+    assert "1 picture(s) of several splits; a score on these is on pictures that were" in said[1]
+    assert said[1].endswith(tested.name)
+    ids = [(e.split, e.id) for e in found]
+    assert len(ids) == len(set(ids)) == len(made) + 1
+    assert {("train", tested.name), ("test", tested.name)} <= set(ids)
+
+
+def test_published_targets_without_validation_pictures_are_read(tmp_path):
+    made = [s for s in fixtures.samples() if s.split != "val"]
+    root = fixtures.medclipseg(tmp_path, made)
+    header = ("Image", "Description", "Mask")
+    fixtures.workbook(root / "Prompts_Folder/Val_text.xlsx", header, [])
+    assert {e.split for e in read_layout(root)} == {"train", "test"}
