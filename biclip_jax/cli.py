@@ -19,15 +19,18 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from biclip_jax import places
 from biclip_jax.configs import common
 from biclip_jax.errors import UserError
 
+CACHE_BYTES = 2**30  # of compiled programs; those unused for longest go first
 CPU_CONVOLUTION_FLAG = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
     """Runs a command line; a `UserError` or a file that cannot be used is exit status 2."""
     set_xla_flags()
+    keep_compiled_programs()
     try:
         status = main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -49,6 +52,19 @@ def set_xla_flags() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if known and "ynn_fusion_type" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {CPU_CONVOLUTION_FLAG}".strip()
+
+
+def keep_compiled_programs() -> None:
+    """Compiled programs stay in the user's cache folder: the next start takes them from there.
+
+    JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false none.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(places.programs_dir()))
+    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:

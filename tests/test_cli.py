@@ -2,7 +2,7 @@
 
 import pytest
 
-from biclip_jax import cli
+from biclip_jax import cli, places
 from biclip_jax.errors import UserError
 
 
@@ -109,3 +109,25 @@ def test_the_convolution_flag_is_set_once_and_only_where_it_is_known(monkeypatch
     monkeypatch.setattr(cli.metadata, "version", lambda _: "0.12.0")
     cli.set_xla_flags()
     assert cli.os.environ["XLA_FLAGS"] == ""
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_compiled_programs_are_kept_unless_a_folder_is_named(monkeypatch, tmp_path, given):
+    import jax
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = {
+        name: getattr(jax.config, name)
+        for name in ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
+    }
+    if given:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    else:
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    try:
+        cli.keep_compiled_programs()
+        expected = before["jax_compilation_cache_dir"] if given else str(places.programs_dir())
+        assert jax.config.jax_compilation_cache_dir == expected
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)

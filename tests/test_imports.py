@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "biclip_jax"
 CONFIGS = PACKAGE.parent / "configs"
 DOORS = {"train", "evaluate", "predict", "convert", "ablate", "report"}
-SHARED = {"biclip_jax.errors"}
+SHARED = {"biclip_jax.errors", "biclip_jax.places"}
 MODELS, DATA, TRAINING = "biclip_jax.models", "biclip_jax.data", "biclip_jax.training"
 EVALUATION, WEIGHTS = "biclip_jax.evaluation", "biclip_jax.weights"
 PARALLEL, METRICS = "biclip_jax.parallel", "biclip_jax.evaluation.metrics"
@@ -40,6 +40,7 @@ ALLOWED = {
     "program.py": {TRAINING, EVALUATION, MODELS, PARALLEL, *PROGRAMS, *TOWERS},
     "parallel.py": set(),
     "errors.py": set(),
+    "places.py": set(),
     "cli.py": {"biclip_jax.configs"},
     "__init__.py": {"biclip_jax.inference"},
 }

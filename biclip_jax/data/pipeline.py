@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from biclip_jax import places
 from biclip_jax.data import builders, subsets
 from biclip_jax.data import text as text_lib
 from biclip_jax.data.schema import SPLITS, Batch, Record, Split
@@ -28,7 +28,7 @@ def prepare(config: Mapping[str, Any], image_size: int) -> Path:
     sizes = {split: n for split, n in config["num_examples"].items() if n}
     return builders.prepare(
         config["name"],
-        data_dir=config["cache_dir"] or default_cache_dir(),
+        data_dir=config["cache_dir"] or places.cache_dir(),
         image_size=image_size,
         source_dir=config["source"] or None,
         layout=config["layout"] or None,
@@ -102,11 +102,6 @@ def _as_configured(records: Sequence[Record], config: Mapping[str, Any]) -> Sequ
     if config["sentences"] == "missing":
         records = [Record({**record, "text": ""}) for record in records]
     return records
-
-
-def default_cache_dir() -> Path:
-    """Where prepared sets go: biclip_jax/ in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "biclip_jax"
 
 
 def sentence_fields(

@@ -90,12 +90,16 @@ def contents(workdir: Path) -> dict[str, Any]:
 
 def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
     model, data = config["model"], config["data"]
+    if model.get("kind") == "medclipseg":
+        own = {"towers": model["variant"], "adapters": model["num_layers"]}
+        own["weights"] = "converted" if model["towers"]["weights"] else "random towers"
+    else:
+        own = {"width of the U-Net": model["width"], "text encoder": model["text"]["encoder"]}
+        own["image encoder"] = model.get("image", {}).get("encoder", "cnn")
     return {
         "data": data["name"],
         "picture size": f"{model['image_size']} px",
-        "width of the U-Net": model["width"],
-        "text encoder": model["text"]["encoder"],
-        "image encoder": model.get("image", {}).get("encoder", "cnn"),
+        **own,
         "sentences in training": data["sentences"],
         "batch": config["batch_size"],
         "seed": config["seed"],
@@ -155,6 +159,8 @@ def _evaluation(folder: Path, workdir: Path, data: str) -> dict[str, Any]:
             "left_out": [str(name) for name in results.get("left_out", [])],
             "tta": _tta(results),
             "members": _unsure(results, "ensemble_uncertainty"),
+            "sampling": _unsure(results, "sampling"),
+            "surface": dict(results.get("surface", {})),
             "mirroring": _mirroring(results),
             "calibration": _calibration(results),
             "degradations": _degradations(results),

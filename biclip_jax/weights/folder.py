@@ -100,12 +100,12 @@ def model_card(config: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
         if isinstance(value, float)
     )
     size = config["model"]["image_size"]
-    encoders = [config["model"].get(part, {}).get("encoder", "cnn") for part in ("text", "image")]
+    paper, towers = _family(config)
     return f"""# {config["name"]}
 
-BiCLIP (arXiv 2603.00156), {size} x {size} pixels, trained on `{config["data"]}` for
+{paper}, {size} x {size} pixels, trained on `{config["data"]}` for
 {config["step"]} steps with biclip_jax. One binary mask for a picture and a sentence.
-Text encoder: {encoders[0]}; image encoder: {encoders[1]}.
+{towers}
 
 {reached}
 
@@ -115,6 +115,18 @@ Text encoder: {encoders[0]}; image encoder: {encoders[1]}.
 For research. Not a medical device: no clinical validation, and no claim
 outside the pictures and the wording it was trained on.
 """
+
+
+def _family(config: Mapping[str, Any]) -> tuple[str, str]:
+    """The model's name with its paper, and a sentence on its encoders."""
+    model = config["model"]
+    if config.get("kind") == "medclipseg":
+        kind = "BERT" if model["text"].get("kind") == "bert" else "CLIP's text tower"
+        origin = "converted" if config["towers"] else "random"
+        return "MedCLIPSeg (arXiv 2602.20423)", f"Frozen towers, {origin}: a ViT and {kind}."
+    encoders = [model.get(part, {}).get("encoder", "cnn") for part in ("text", "image")]
+    names = f"Text encoder: {encoders[0]}; image encoder: {encoders[1]}."
+    return "BiCLIP (arXiv 2603.00156)", names
 
 
 def link(source: Path, folder: Path) -> None:

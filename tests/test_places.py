@@ -1,0 +1,30 @@
+"""Folders of the user's cache."""
+
+from pathlib import Path
+
+from biclip_jax import places
+
+
+def test_the_cache_follows_the_user_s_setting_and_else_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert places.cache_dir() == tmp_path / "biclip_jax"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert places.cache_dir() == tmp_path / "home/.cache/biclip_jax"
+
+
+def test_programs_lie_apart_for_each_kind_of_processor(monkeypatch):
+    own = places.programs_dir()
+    assert own.parent == places.cache_dir() / "programs"
+    assert own == places.programs_dir()
+    other = "flags\t\t: fpu vme sse\n"
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: other)
+    assert places.programs_dir() != own
+
+
+def test_a_system_that_tells_no_instructions_has_a_folder_too(monkeypatch):
+    def missing(*_, **__):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert places.programs_dir().name.endswith("-unknown")
