@@ -106,7 +106,8 @@ def check(cell: Cell, command: Sequence[str]) -> None:
     path = cell.workdir / "config.json"
     if not path.exists():
         return
-    towers = ("model.text.tower", "model.image.tower")  # written by the run, not configured
+    # Written by the run, not configured.
+    towers = ("model.text.tower", "model.image.tower", "model.towers.tower")
     changed = cli.changed_fields(path, json.loads(config.to_json()), towers)
     if changed:
         raise UserError(
@@ -161,7 +162,8 @@ def row_of(group: Sequence[Cell], root: Path) -> dict[str, Any]:
     row["missing_text"] = statistics.fmean(
         result["conditions"]["missing"]["dice_global"] for result in found.values()
     )
-    row["image_encoder"] = config["model"]["image"]["encoder"]
+    model = config["model"]
+    row["image_encoder"] = model["image"]["encoder"] if "image" in model else model["variant"]
     row["num_labelled"] = json.loads((group[0].workdir / "labels.json").read_text())["num_images"]
     row["seeds"] = {
         str(cell.seed): {

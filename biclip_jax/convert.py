@@ -44,6 +44,8 @@ def convert(args: argparse.Namespace) -> Path:
     checkpoint = readers.open_checkpoint(source)
     hf_config = read_hf_config(source, args.activation)
     origin = {"source": source.resolve().name, "read_as": checkpoint.format}
+    # A MedCLIPSeg that is replaced may have had its towers inside.
+    shutil.rmtree(output / medclipseg_towers.TOWERS, ignore_errors=True)
     if args.kind == "biclip":
         max_length = 32 if args.max_length is None else args.max_length
         network, tower = architectures.convert_biclip(checkpoint, hf_config, max_length)
@@ -62,11 +64,11 @@ def convert(args: argparse.Namespace) -> Path:
     }[args.kind]
     converted = load(checkpoint, hf_config)
     tokenizer = read_tokenizer(args.kind, source, args.tokenizer, converted)
-    if args.kind in ("clip", "medclipseg") and not hf_config:
-        print("no config.json beside the weights: quick_gelu assumed (--activation)")
+    if args.kind != "bert" and not hf_config:
+        activations = {part: converted.config[part].get("activation") for part in ("image", "text")}
+        print(f"no config.json beside the weights, assumed: {activations} (--activation)")
     # A BiCLIP that is replaced had its own tower inside.
-    for inside in (sentences.TEXT_ENCODER, medclipseg_towers.TOWERS):
-        shutil.rmtree(output / inside, ignore_errors=True)
+    shutil.rmtree(output / sentences.TEXT_ENCODER, ignore_errors=True)
     write_tower(args.kind, converted, tokenizer, output, origin)
     return output
 

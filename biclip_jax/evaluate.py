@@ -75,7 +75,7 @@ class Job(NamedTuple):
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the evaluation that the command line describes; returns what results.json holds."""
     workdir = Path(args.workdir)
-    config = _run_config(workdir)
+    config = _run_config(workdir, bool(args.source))
     job = _open(args, config)
     extra = _facts(args, config, job)
     if args.baselines:
@@ -156,6 +156,7 @@ def _open(args: argparse.Namespace, config: dict[str, Any]) -> Job:
         )
     if args.num_samples:
         model = model.clone(num_samples=args.num_samples)
+    data["resize"] = processor.resizing
     wanted = {args.split, *(("train", "val") if args.baselines else ())}
     wanted |= {"val"} if args.calibration else set()
     prepared = pipeline.prepare(data, processor.image_size)
@@ -278,7 +279,8 @@ def _output(args: argparse.Namespace) -> Path:
     return Path(args.output or Path(args.workdir) / "evaluation" / name)
 
 
-def _run_config(workdir: Path) -> dict[str, Any]:
+def _run_config(workdir: Path, elsewhere: bool) -> dict[str, Any]:
+    """The run's configuration; or, to score a model folder `elsewhere`, what stands for one."""
     path = workdir / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -286,6 +288,14 @@ def _run_config(workdir: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: cannot be read ({error}); give the --workdir of a training run"
         ) from error
+    if elsewhere and isinstance(config, dict) and "kind" in config:
+        data = common.base().data.to_dict()
+        return {
+            "name": config.get("name"),
+            "seed": None,
+            "data": data,
+            "model": config.get("model"),
+        }
     described = isinstance(config, dict) and {"data", "seed"} <= config.keys()
     if not described or not isinstance(config["data"], dict) or "name" not in config["data"]:
         raise UserError(f"{path}: no configuration of a run; give the --workdir of a training run")

@@ -109,12 +109,19 @@ def assemble(
         raise ValueError("data.unlabelled is for BiCLIP; MedCLIPSeg has no loss without masks")
     if config.ensemble > 1:
         raise ValueError("ensemble is for BiCLIP; MedCLIPSeg's samples are its ensemble")
+    if config.optim.tower_learning_rate > 0:
+        raise ValueError("optim.tower_learning_rate: MedCLIPSeg's towers are not trained; set 0")
+    if config.optim.accumulate > 1 and config.loss.contrastive > 0:
+        raise ValueError(
+            "loss.contrastive compares the pictures of a step, and optim.accumulate takes them in "
+            "parts; set one of them to 1 or 0"
+        )
     fields = model_fields(config, spoken, towers)
     model = medclipseg.build(fields)
     key = member_keys(config, "params")[0]
-    variables = medclipseg.init(model, key, config.model.max_length)
-    if towers.params:
-        variables["params"] |= place(towers.params)
+    given = place(towers.params)
+    variables = medclipseg.init(model, key, config.model.max_length, without=tuple(given))
+    variables["params"] |= given
     recipe = objective.make_recipe(config.to_dict())
     loss = partial(objective.objective, model=model, recipe=recipe, axis_name=parallel.AXIS)
     return Assembly(

@@ -102,7 +102,8 @@ def claim(config: ConfigDict, workdir: Path, towers: Mapping[str, str]) -> None:
 
 
 def _weights_there(path: Path, name: str) -> str:
-    return json.loads(path.read_text(encoding="utf-8"))["model"][name].get("weights", "")
+    model = json.loads(path.read_text(encoding="utf-8"))["model"]
+    return model.get(name, {}).get("weights", "")  # another family has other sections
 
 
 def restore_or_init(

@@ -58,6 +58,13 @@ def test_a_prediction_has_the_picture_s_size_and_agrees_with_itself(trained, pic
     assert uncertainty.max() <= np.log(2) + 1e-6
 
 
+def test_a_model_that_draws_no_samples_says_so(trained, picture):
+    predictor = biclip_jax.load(trained)
+    assert not predictor.samples
+    with pytest.raises(ValueError, match="draws no samples; use predict"):
+        predictor.predict_samples(picture, SENTENCE)
+
+
 def test_files_arrays_grey_and_rgb_give_the_same(trained, picture, tmp_path):
     predictor = biclip_jax.load(trained)
     Image.fromarray(picture[..., 0]).save(tmp_path / "p.png")

@@ -18,6 +18,7 @@ from biclip_jax.models import medclipseg
 from biclip_jax.training import checkpoint, writers
 from biclip_jax.weights import readers
 from tests import tiny
+from tests.models import by_hand
 
 # Smaller than `smoke`: two blocks, one adapter, patches of 14, one doubling of the map.
 SMALL = {
@@ -44,10 +45,19 @@ def base(tmp_path_factory):
     return tmp_path_factory.mktemp("medclipseg")
 
 
+def noise(model, key, max_length):
+    """In the place of `medclipseg.init`, whose many draws take long to compile."""
+    ids = jnp.zeros((1, max_length), jnp.int32)
+    image = jnp.zeros((1, model.image_size, model.image_size, 3))
+    return {"batch_stats": {}, **by_hand.noise(model, image, ids, amount=0.2)}
+
+
 @pytest.fixture(scope="module")
 def trained(base):
     """The work directory of one finished run: read only."""
-    train.train_and_evaluate(configured(base), base / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(medclipseg, "init", noise)
+        train.train_and_evaluate(configured(base), base / "run")
     return base / "run"
 
 
@@ -112,8 +122,8 @@ def test_checkpoints_hold_what_is_trained_alone(trained):
     assert {name.split("/")[1] for name in held} >= {"image_tower", "text_tower", "adapters_0"}
 
 
-def test_a_run_goes_on_from_a_checkpoint_to_the_same_bits(trained, base, tmp_path):
-    """Its towers are not kept: they are drawn again from the seed."""
+def test_a_run_goes_on_from_a_checkpoint_to_the_same_bits(trained, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(medclipseg, "init", noise)
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir, ignore=shutil.ignore_patterns("lock", "test"))
     (workdir / "checkpoints/last/4.sha256.json").unlink()  # as if its writing was interrupted
@@ -279,8 +289,15 @@ def test_the_reference_trains_too(base):
 
 
 @pytest.mark.slow
-def test_the_smoke_run_takes_a_minute_and_learns(base):
+def test_the_smoke_run_learns_and_its_towers_follow_from_the_seed(base):
+    """They are in no checkpoint: a run that goes on draws them again."""
     config = cli.load_config("medclipseg:smoke", [f"--config.data.cache_dir={base / 'cache'}"])
     train.train_and_evaluate(config, base / "smoke")
     losses = [row["loss"] for row in metrics_of(base / "smoke") if row["split"] == "train"]
     assert losses[-1] < losses[0]
+    (base / "smoke/checkpoints/last/8.sha256.json").unlink()
+    whole, _ = checkpoint_at(base / "smoke", 8)
+    before = (base / "smoke/model/model.safetensors").read_bytes()
+    train.train_and_evaluate(config, base / "smoke")
+    jax.tree.map(np.testing.assert_array_equal, whole, checkpoint_at(base / "smoke", 8)[0])
+    assert (base / "smoke/model/model.safetensors").read_bytes() == before

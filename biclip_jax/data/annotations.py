@@ -60,7 +60,7 @@ def problems_of(found: Found, may_share: bool = False) -> list[str]:
     return (
         found.problems
         + _missing_files(found.rows)
-        + ([] if may_share else _shared_ids(found.rows))
+        + _shared_ids(found.rows, may_share)
         + _unnamed_pictures(found.rows, found.picture_dirs)
     )
 
@@ -137,29 +137,29 @@ def _missing_files(rows: list[Row]) -> list[str]:
 
 
 def without_repeats(rows: list[Row]) -> tuple[list[Row], list[str], list[str]]:
-    """Each picture once a split, the first row of it.
+    """Each picture once, the first row of it.
 
     Returns:
-      The rows; the ids that a split names twice; the ids that several splits name.
+      The rows; the ids of pictures that have several rows; the ids that several splits name.
     """
-    counts = Counter((row.split, row.image.stem) for row in rows)
-    places = Counter(name for _, name in counts)
-    first = {(row.split, row.image.stem): row for row in reversed(rows)}
+    counts = Counter(row.image for row in rows)
+    places = Counter(name for _, name in {(row.split, row.image.stem) for row in rows})
+    first = {row.image: row for row in reversed(rows)}
     return (
-        [row for row in rows if first[row.split, row.image.stem] is row],
-        sorted(name for (_, name), count in counts.items() if count > 1),
+        [row for row in rows if first[row.image] is row],
+        sorted(image.stem for image, count in counts.items() if count > 1),
         sorted(name for name, count in places.items() if count > 1),
     )
 
 
-def _shared_ids(rows: list[Row]) -> list[str]:
+def _shared_ids(rows: list[Row], in_splits: bool) -> list[str]:
     by_id = defaultdict(list)
     for row in rows:
-        by_id[row.image.stem].append(row)
+        by_id[row.image.stem, row.split if in_splits else ""].append(row)
     return [
         f"{again.image}: found id {name!r} a second time in {again.where} ({again.split}), first "
         f"in {first.where} ({first.split}); expected each once; rename or delete one."
-        for name, (first, *others) in by_id.items()
+        for (name, _), (first, *others) in by_id.items()
         for again in others
     ]
 

@@ -113,8 +113,8 @@ def _once_a_split(root: Path, found: Found) -> Found:
     """Some published sets in this layout name a picture twice: taken, and said aloud."""
     rows, repeated, shared = without_repeats(found.rows)
     for names, problem in (
-        (repeated, "named twice by one workbook; taken once"),
-        (shared, "of several splits; a score on these is on pictures that were trained on"),
+        (repeated, "with several rows; the first is taken"),
+        (shared, "named in several splits; where they are the same, a score is on trained ones"),
     ):
         if names:
             listed = ", ".join(names[:MAX_LISTED])

@@ -226,6 +226,7 @@ def _stack(records, texts, index, row) -> Batch:
         "mask": np.stack([r["mask"] for r in rows]),
         "row": row,
         "index": np.asarray(index, np.int32),
+        "image_hash": subsets.hash_ids([r["id"] for r in rows]),
         "valid": np.ones(len(rows), bool),
         **{name: values[index] for name, values in texts.items()},
     }

@@ -61,6 +61,7 @@ class Batch(TypedDict, total=False):
       labelled: (B,) bool, false where the mask is not known and therefore empty.
       row: (B,) int32, the row in the global batch; random keys fold it in.
       index: (B,) int32, the row in the split.
+      image_hash: (B,) uint32, of the picture's id; damage and samples are drawn from it.
       valid: (B,) bool, false where the row only fills the batch.
     """
 
@@ -77,4 +78,5 @@ class Batch(TypedDict, total=False):
     labelled: np.ndarray
     row: np.ndarray
     index: np.ndarray
+    image_hash: np.ndarray
     valid: np.ndarray

@@ -58,3 +58,9 @@ def report(ids: Iterable[str]) -> dict[str, Any]:
 
 def _order(seed: int, patient: str) -> str:
     return hashlib.sha256(f"{seed}:{patient}".encode()).hexdigest()
+
+
+def hash_ids(ids: Sequence[str]) -> np.ndarray:
+    """(N,) uint32, from the SHA-256 of each id."""
+    digests = (hashlib.sha256(name.encode()).digest()[:4] for name in ids)
+    return np.array([int.from_bytes(digest, "big") for digest in digests], np.uint32)

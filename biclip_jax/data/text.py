@@ -114,7 +114,7 @@ def warn_of_cut(tokenizer: Tokenizer, sentences: Sequence[str], max_length: int)
     if too_long:
         warnings.warn(
             f"{too_long} of {len(distinct)} sentences are longer than {max_length} tokens and are "
-            "cut (model.text.max_length, at most the positions of the text encoder)",
+            "cut (the model's max_length, at most the positions of the text encoder)",
             stacklevel=2,
         )
 
@@ -123,8 +123,8 @@ def _room(tokenizer: Tokenizer, max_length: int) -> int:
     special = tokenizer.num_special_tokens_to_add(False)
     if max_length < special:
         raise UserError(
-            f"model.text.max_length: found {max_length}; expected at least {special}, the special "
-            "tokens around each sentence; raise it"
+            f"the model's max_length: found {max_length}; expected at least {special}, the "
+            "special tokens around each sentence; raise it"
         )
     return max_length - special
 

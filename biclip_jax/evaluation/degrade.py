@@ -7,10 +7,9 @@ batch. `jpeg` is a codec and works on the host.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -171,12 +170,6 @@ def keys_of(
     stream = jax.random.fold_in(jax.random.key(seed), NAMES.index(name))
     stream = jax.random.fold_in(stream, severity)
     return jax.vmap(jax.random.fold_in, (None, 0))(stream, hashes)
-
-
-def hash_ids(ids: Sequence[str]) -> np.ndarray:
-    """(N,) uint32, from the SHA-256 of each id."""
-    digests = (hashlib.sha256(name.encode()).digest()[:4] for name in ids)
-    return np.array([int.from_bytes(digest, "big") for digest in digests], np.uint32)
 
 
 def jpeg(image: np.ndarray, severity: int) -> np.ndarray:

@@ -148,10 +148,8 @@ def at_own_size(
     predict: Predict, records: Sequence[Record], texts: dict[str, np.ndarray], batch_size: int
 ) -> Iterator[tuple[Record, np.ndarray]]:
     """Each record once, with its maps (C, H, W), brought bilinearly to its mask's own size."""
-    hashes = degrade.hash_ids([record["id"] for record in records])
     for batch in pipeline.eval_batches(records, texts, batch_size=batch_size):
-        hashed: Any = {**batch, "image_hash": hashes[batch["index"]]}
-        maps = predict(hashed)
+        maps = predict(batch)
         for i in np.flatnonzero(batch["valid"]):
             record = records[int(batch["index"][i])]
             yield record, _resized(maps[i], record["full_mask"].shape[:2])
@@ -402,9 +400,7 @@ def page_rows(
 def _page_row(band, predict, encode, record, score, batch_size) -> dict[str, Any]:
     # A whole batch, of which one row counts: another size would compile again.
     texts = encode([record["text"]])
-    batch: Any = next(pipeline.eval_batches([record], texts, batch_size=batch_size))
-    hashes = degrade.hash_ids([record["id"]])
-    batch = {**batch, "image_hash": hashes.repeat(len(batch["row"]))}
+    batch = next(pipeline.eval_batches([record], texts, batch_size=batch_size))
     height, width = record["full_mask"].shape[:2]
     probs = resize_probability(predict(batch)[0, ..., 0], height, width)
     grey = [

@@ -14,6 +14,8 @@ from biclip_jax.evaluation import metrics
 from biclip_jax.models import medclipseg
 from biclip_jax.models.biclip import text_inputs, to_unit_rgb
 
+IMAGES_AT_ONCE = 32  # passes of samples that run as one batch, for the sake of memory
+
 
 def predict_step(
     variables: Mapping[str, Any],
@@ -48,18 +50,20 @@ def sampled(
     *,
     model: medclipseg.MedCLIPSeg,
 ) -> medclipseg.Samples:
-    """MedCLIPSeg's `num_samples` passes; a picture's noise follows its id alone, where known.
+    """MedCLIPSeg's `num_samples` passes; a picture's noise follows its id alone.
 
     Args:
       variables: of the model.
-      batch: sentences; and image_hash, or index, (B,) that tell the pictures apart.
+      batch: sentences; and image_hash (B,), where pictures have ids.
       image: RGB in [0, 1].
       model: bound with `functools.partial`.
     """
-    numbers = batch.get("image_hash", batch.get("index", jnp.zeros(len(image), jnp.uint32)))
+    numbers = batch.get("image_hash", jnp.zeros(len(image), jnp.uint32))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), numbers)
+    chunk = min(10, max(1, IMAGES_AT_ONCE // len(image)))
+    ids, mask, num_samples = batch["text_ids"], batch["text_mask"], model.num_samples
     return medclipseg.sample_statistics(
-        model, variables, image, batch["text_ids"], batch["text_mask"], keys, model.num_samples
+        model, variables, image, ids, mask, keys, num_samples, chunk
     )
 
 

@@ -217,7 +217,7 @@ class Head(nn.Module):
         for i in range(3):
             query = gelu(query) if i else query
             query = _linear(size, size, self.dtype, name=f"mlp_{i}")(query)
-        return full_precision(jnp.einsum("bhwc,bc->bhw", x, query))
+        return jnp.einsum("bhwc,bc->bhw", full_precision(x), full_precision(query))
 
 
 class Begun(NamedTuple):
@@ -390,8 +390,15 @@ class MedCLIPSeg(nn.Module):
         return block(x, values_only=True)
 
     def _noise(self, noise, number, x, u):
-        if noise is None or not _are_keys(noise):
-            return None if noise is None else noise[2 * number : 2 * number + 2]
+        if noise is None:
+            return None
+        if not _are_keys(noise):
+            if len(noise) != 2 * len(self.layers):
+                raise ValueError(
+                    f"noise has {len(noise)} arrays; expected {2 * len(self.layers)} (see "
+                    "noise_shapes), or keys of jax.random.key, one an example"
+                )
+            return noise[2 * number : 2 * number + 2]
         pairs = enumerate((u, x), 2 * number)
         return [_normal(fold_keys(noise, i), (s.shape[1], self.adapter_width)) for i, s in pairs]
 
@@ -460,11 +467,26 @@ def sample_statistics(
     return Samples(mean, total, aleatoric, jnp.maximum(total - aleatoric, 0.0))
 
 
-def init(model: MedCLIPSeg, key: Key[Array, ""], max_length: int) -> dict[str, Any]:
-    """Fresh variables (params, and empty batch_stats), the towers' included; float32."""
+def init(
+    model: MedCLIPSeg, key: Key[Array, ""], max_length: int, without: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Fresh variables (params, and empty batch_stats), float32.
+
+    Args:
+      model: whose.
+      key: of all of them.
+      max_length: tokens of a sentence.
+      without: names at the top of the parameters' tree that are not wanted, and not drawn.
+    """
     size = model.image_size
-    ids = jnp.zeros((1, max_length), jnp.int32)
-    return {"batch_stats": {}, **jax.jit(model.init)(key, jnp.zeros((1, size, size, 3)), ids)}
+    image, ids = jnp.zeros((1, size, size, 3)), jnp.zeros((1, max_length), jnp.int32)
+
+    @jax.jit
+    def wanted(key):
+        params = model.init(key, image, ids)["params"]
+        return {name: part for name, part in params.items() if name not in without}
+
+    return {"batch_stats": {}, "params": wanted(key)}
 
 
 def build(config: Mapping[str, Any]) -> MedCLIPSeg:
@@ -481,6 +503,12 @@ def build(config: Mapping[str, Any]) -> MedCLIPSeg:
     image, text, dtype = config["image"], config["text"], config["dtype"]
     if image.get("kind", "vit") != "vit":
         raise ValueError(f"the image tower is a {image['kind']}; MedCLIPSeg needs a ViT")
+    for name, tower in (("image", image), ("text", text)):
+        if tower["width"] % tower["num_heads"]:
+            raise ValueError(
+                f"the {name} tower's width is {tower['width']}, its heads {tower['num_heads']}; "
+                "expected heads that divide the width"
+            )
     image_tower = clip.build_image_encoder(image, dtype)
     text_tower = clip.build_text_encoder(text, dtype)
     depths = image_tower.num_layers, text_tower.num_layers

@@ -25,7 +25,8 @@ def make_schedule(
     """
     warmup = min(config["warmup_steps"], max(num_steps - 1, 0))
     rate, final = config["learning_rate"], config["final_learning_rate"]
-    schedule = optax.cosine_decay_schedule(rate, max(num_steps - warmup, 1), final / rate)
+    floor = final / rate if rate else 0.0
+    schedule = optax.cosine_decay_schedule(rate, max(num_steps - warmup, 1), floor)
     if warmup:
         rise = optax.linear_schedule(0.0, rate, warmup)
         schedule = optax.join_schedules([rise, schedule], [warmup])

@@ -52,6 +52,8 @@ def make_geometry(config: Mapping[str, Any]) -> Geometry:
             "views.whole_degrees turns pictures and does nothing else; set the flips and "
             "views.translation to 0, views.scale_low and views.scale_high to 1"
         )
+    if geometry.whole_degrees and geometry.rotation % 1:
+        raise ValueError(f"views.rotation is {geometry.rotation}; whole_degrees wants an integer")
     return geometry
 
 

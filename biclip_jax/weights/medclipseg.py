@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from biclip_jax.errors import UserError
 from biclip_jax.models import medclipseg
@@ -41,7 +43,7 @@ def convert_medclipseg(
             f"{path}: no MedCLIPSeg: none of its arrays begins with {', '.join(OWN)}; "
             "give another kind or file"
         )
-    aliases = _take_aliases(tensors)
+    aliases = _take_aliases(path, tensors)
     towers = architectures.clip_of(path, _as_clip(tensors), hf_config or {})
     config = model_config(own, towers.config)
     try:
@@ -86,11 +88,23 @@ def model_config(own: Mapping[str, Tensor], towers: Mapping[str, Any]) -> dict[s
     }
 
 
-def _take_aliases(tensors: dict[str, Tensor]) -> tuple[str, ...]:
-    """Removes the second names of the clip variant's towers; returns them."""
+def _take_aliases(path: Path, tensors: dict[str, Tensor]) -> tuple[str, ...]:
+    """Removes the second names of the clip variant's towers; returns them.
+
+    Raises:
+      UserError: one holds other numbers than the first.
+    """
     aliases = [name for name in tensors if name.startswith(ALIASES) and name != WORDS]
-    for name in aliases:
-        del tensors[name]
+    for alias in aliases:
+        bare = alias.removeprefix(ALIASES)
+        names = (f"vision_model.{bare.removeprefix('visual.')}", f"text_model.{bare}", bare)
+        first = next((name for name in names if name in tensors), None)
+        second = tensors.pop(alias)
+        if first is None or not np.array_equal(second.read(), tensors[first].read()):
+            raise UserError(
+                f"{path}: {alias} is not the same as {first or 'any other array'}; expected the "
+                "towers twice with the same numbers; get the file again"
+            )
     return tuple(sorted(aliases))
 
 

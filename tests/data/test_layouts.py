@@ -265,8 +265,8 @@ def test_published_sets_may_name_a_picture_twice_and_in_two_splits(tmp_path):
     with pytest.warns(UserWarning) as warned:
         found = read_layout(root)
     said = [str(one.message) for one in warned]
-    assert f"1 picture(s) named twice by one workbook; taken once: {train[0].name}" in said[0]
-    assert "1 picture(s) of several splits; a score on these is on pictures that were" in said[1]
+    assert f"1 picture(s) with several rows; the first is taken: {train[0].name}" in said[0]
+    assert "1 picture(s) named in several splits; where they are the same, a score" in said[1]
     assert said[1].endswith(tested.name)
     ids = [(e.split, e.id) for e in found]
     assert len(ids) == len(set(ids)) == len(made) + 1

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
+from biclip_jax.data import subsets
 from biclip_jax.evaluation import degrade
 
 IDS = ["a", "b", "covid_1"]
@@ -20,7 +21,7 @@ def image():
 
 
 def degraded(name, severity, image, seed=0):
-    hashes = jnp.asarray(degrade.hash_ids(IDS[: len(image)]))
+    hashes = jnp.asarray(subsets.hash_ids(IDS[: len(image)]))
     return degrade.on_device(name, severity, seed)(image, hashes)
 
 
@@ -55,7 +56,7 @@ def test_noise_depends_on_id_name_severity_and_seed(name, image):
         tuple(np.asarray(jax.random.key_data(key)).tolist())
         for other in degrade.NAMES
         for severity in degrade.SEVERITIES
-        for key in degrade.keys_of(jnp.asarray(degrade.hash_ids(IDS)), other, severity)
+        for key in degrade.keys_of(jnp.asarray(subsets.hash_ids(IDS)), other, severity)
     }
     assert len(keys) == len(degrade.NAMES) * 5 * len(IDS)
 
@@ -124,4 +125,4 @@ def test_jpeg_is_pillow_s(channels):
 
 def test_ids_are_hashed_by_sha256():
     # sha256("a") begins with ca978112
-    assert degrade.hash_ids(["a"])[0] == 0xCA978112
+    assert subsets.hash_ids(["a"])[0] == 0xCA978112

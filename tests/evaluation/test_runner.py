@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from biclip_jax.data import subsets
 from biclip_jax.data.image_io import resize_probability
 from biclip_jax.evaluation import baselines, calibration, degrade, metrics, runner, tta
 
@@ -279,7 +280,7 @@ def test_degradations_reach_the_predictor_by_id_and_jpeg_reaches_the_pictures():
     found = runner.evaluate_degradations(make, encode, RECORDS, **arguments)
     assert {name: list(rows) for name, rows in found.items()} == {"gamma": [2, 5], "jpeg": [2, 5]}
     hashes = np.concatenate([batch["image_hash"] for batch in seen["device"][:3]])[: len(RECORDS)]
-    np.testing.assert_array_equal(hashes, degrade.hash_ids([r["id"] for r in RECORDS]))
+    np.testing.assert_array_equal(hashes, subsets.hash_ids([r["id"] for r in RECORDS]))
     pictures = np.concatenate([batch["image"] for batch in seen["jpeg"][3:]])[: len(RECORDS)]
     expected = np.stack([degrade.jpeg(record["image"], 5) for record in RECORDS])
     np.testing.assert_array_equal(pictures, expected)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.special import expit, ndtr, softmax
 
-from biclip_jax.models import clip, medclipseg
+from biclip_jax.models import clip, medclipseg, transformer
 from biclip_jax.models.transformer import fold_keys
 from tests import tiny_medclipseg as tiny
 from tests.models import by_hand
@@ -248,6 +248,52 @@ def test_pictures_are_normalised_inside(input):
     if input == "imagenet_bgr":
         expected = (image[..., [2, 1, 0]] - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(model.normalise(jnp.asarray(image)), expected, atol=1e-5)
+
+
+def test_dropout_goes_by_the_keys_of_the_examples():
+    """A share of the values is 0 and the others grow for it, so that the mean stays."""
+    x, keys = jnp.ones((3, 50, 40)), tiny.keys(3)
+    dropped = np.asarray(transformer.drop(x, keys, 0.1))
+    assert set(np.unique(dropped).tolist()) == {0.0, np.float32(1 / 0.9).item()}
+    np.testing.assert_allclose((dropped == 0).mean((1, 2)), 0.1, atol=0.03)
+    np.testing.assert_array_equal(transformer.drop(x[1:2], keys[1:2], 0.1)[0], dropped[1])
+    assert (dropped[0] != dropped[1]).any()
+
+
+def test_a_block_drops_only_where_there_are_keys_and_a_rate():
+    x, keys = normal(2, 4, 6), tiny.keys(2)
+    block = transformer.Block(2, 8, dropout=0.5)
+    variables = by_hand.noise(block, x)
+    still = transformer.Block(2, 8).apply(variables, x)
+    np.testing.assert_array_equal(block.apply(variables, x), still)
+    np.testing.assert_array_equal(transformer.Block(2, 8).apply(variables, x, keys=keys), still)
+    first, second = (block.apply(variables, x, keys=keys) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    assert np.abs(first - still).max() > 0.1
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_one_row_of_a_block_is_that_row_of_all(post_norm):
+    x, rows = normal(3, 4, 6), jnp.array([2, 0, 3])
+    block = transformer.Block(2, 8, post_norm=post_norm)
+    variables = by_hand.noise(block, x)
+    causal = jnp.tril(jnp.ones((1, 1, 4, 4), bool))
+    padded = (jnp.arange(4) < jnp.array([[3], [4], [4]]))[:, None, None]
+    for mask in (None, causal, padded):
+        whole = block.apply(variables, x, mask)
+        found = block.apply(variables, x, mask, row=rows)
+        np.testing.assert_allclose(found[:, 0], whole[jnp.arange(3), rows], atol=1e-5)
+
+
+def test_values_alone_are_every_token_s_own():
+    x = normal(2, 4, 6)
+    block = transformer.Block(2, 8)
+    variables = by_hand.noise(block, x)
+    params = jax.tree.map(np.asarray, variables["params"])
+    attention = params["attention"]
+    values = dense(attention["qkv"], norm(params["norm_0"], x, 1e-5))[..., 12:]
+    expected = dense(attention["out"], values)
+    np.testing.assert_allclose(block.apply(variables, x, values_only=True), expected, atol=1e-5)
 
 
 # --- samples ---

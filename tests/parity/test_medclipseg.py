@@ -58,7 +58,7 @@ def make_twin(variant):
 
 
 def converted(tensors, hf_config=None):
-    """(configuration, variables) of the twin's arrays, by the tables of the released checkpoints."""
+    """(configuration, variables) of the twin's arrays, by the released checkpoints' tables."""
     held = {
         name: readers.Tensor(tuple(t.shape), np.dtype("float32"), t.detach().float().numpy)
         for name, t in tensors.items()

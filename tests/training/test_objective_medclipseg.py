@@ -245,7 +245,8 @@ def test_the_contrastive_loss_compares_with_the_sentences_of_all_devices():
         values = objective.contrastive(features @ params[0], text @ params[1], recipe, axis_name)
         return values.mean(), values
 
-    (_, expected), wanted = jax.value_and_grad(loss, has_aux=True)(params, features, text)
+    whole = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, expected), wanted = whole(params, features, text)
 
     def share(*batch):
         run = jax.value_and_grad(partial(loss, axis_name=AXIS), has_aux=True)
@@ -253,7 +254,7 @@ def test_the_contrastive_loss_compares_with_the_sentences_of_all_devices():
         return values, jax.lax.pmean(grads, AXIS)
 
     halves = features.reshape(2, 2, 5, 6), text.reshape(2, 2, 3)
-    values, grads = jax.vmap(share, axis_name=AXIS)(*halves)
+    values, grads = jax.jit(jax.vmap(share, axis_name=AXIS))(*halves)
     np.testing.assert_allclose(values.reshape(-1), expected, rtol=1e-5)
     for found, whole in zip(grads, wanted, strict=True):
         assert jnp.abs(whole).max() > 1e-2
@@ -313,6 +314,7 @@ def test_two_devices_take_the_same_steps(tmp_path, kind):
         np.testing.assert_allclose(two[name], value, atol=1e-5, rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_dropout_in_the_text_tower_is_on_only_where_it_is_asked_for(state, gradient):
     batch, keys = tiny.batch(), tiny.keys()
     still = float(gradient[1][0][0])
