@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from biclip_jax.errors import UserError
 
 # BIDS names, as most of QaTa-COV19's are: sub-S09345_ses-E16849_run-1_...

@@ -376,4 +376,6 @@ def test_the_recipe_is_that_of_the_configuration(variant, dice, kind):
     recipe = objective.make_recipe(cli.load_config(f"medclipseg{variant}", []).to_dict())
     assert recipe.weights == WEIGHTS
     assert (recipe.dice, recipe.contrastive, recipe.temperature) == (dice, kind, 0.2)
-    assert recipe.geometry == views.Geometry(0.0, 0.0, 0.5, 20.0, 0.0, 1.0, 1.0)
+    whole = variant == ":reference"
+    expected = views.Geometry(0.0, 0.0, 0.5, 20.0, 0.0, 1.0, 1.0, whole_degrees=whole)
+    assert recipe.geometry == expected
