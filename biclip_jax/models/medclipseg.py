@@ -16,19 +16,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from biclip_jax.models import bert, clip
+from biclip_jax.models.adapters import BETA, Adapter, Prepared, bounded_uniform, linear
 from biclip_jax.models.biclip import IMAGENET_MEAN, IMAGENET_STD
 from biclip_jax.models.layers import (
     UpConv2x2,
     depthwise_conv3x3,
-    fan_in_uniform,
     full_precision,
     gelu,
 )
 from biclip_jax.models.transformer import fold_keys
 
-# Full width at half maximum of a Gaussian, in standard deviations, as the authors round it.
-BETA = 2.35
-LEAST_VARIANCE = 1e-6
 FROZEN = ("image_tower", "text_tower", "logit_scale")
 
 # The towers of the published variants; `model` of a configuration adds the rest.
@@ -52,130 +49,6 @@ VALUE_ONLY = ("clip", "pubmedclip")
 Noise = Sequence[Array] | Key[Array, " b"] | None
 
 
-class Attended(NamedTuple):
-    """A probabilistic attention up to its noise.
-
-    Attributes:
-      query: (B, Q, C) the stream that asks.
-      weights: (B, Q, K) the softmax.
-      value_mean, value_std: (B, K, C).
-    """
-
-    query: Float[Array, "b q c"]
-    weights: Float[Array, "b q k"]
-    value_mean: Float[Array, "b k c"]
-    value_std: Float[Array, "b k c"]
-
-
-class ProbabilisticAttention(nn.Module):
-    """Single-head cross-attention with Gaussian keys and values, gated; section 3 of the paper.
-
-    Attributes:
-      width: C, of both streams.
-      beta: how much a key's standard deviation lowers its score.
-      gate_init: of the gate's logit.
-      dtype: of the computation; the softmax is float32 or wider.
-    """
-
-    width: int
-    beta: float = BETA
-    gate_init: float = 0.0
-    dtype: Any = jnp.float32
-
-    def setup(self):
-        self.query = _linear(self.width, self.width, self.dtype)
-        self.key = _linear(2 * self.width, self.width, self.dtype)
-        self.value = _linear(2 * self.width, self.width, self.dtype)
-        self.out = _linear(self.width, self.width, self.dtype)
-        self.norm_key = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)
-        self.norm_value = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)
-        self.gate = self.param("gate", nn.initializers.constant(self.gate_init), ())
-
-    def attend(self, x: Float[Array, "b q c"], context: Float[Array, "b k c"]) -> Attended:
-        """Scores Q K^T / sqrt(C) - beta sqrt(Q^2 Var(K)^T / C), and the values' distribution."""
-        query = full_precision(self.query(x))
-        key_mean, key_variance = self._gaussian(self.key, self.norm_key, context)
-        value_mean, value_variance = self._gaussian(self.value, self.norm_value, context)
-        scores = query @ key_mean.swapaxes(1, 2) * self.width**-0.5
-        variance = jnp.square(query) @ key_variance.swapaxes(1, 2) / self.width
-        weights = jax.nn.softmax(scores - self.beta * jnp.sqrt(variance), axis=-1)
-        return Attended(x, weights, value_mean, jnp.sqrt(value_variance))
-
-    def mix(self, attended: Attended, noise: Float[Array, "b k c"] | None) -> Float[Array, "b q c"]:
-        """The gated answer for values mean + std * noise; None: for their means."""
-        value = attended.value_mean
-        if noise is not None:
-            value = value + attended.value_std * noise
-        mixed = (attended.weights @ value).astype(self.dtype)
-        gate = jax.nn.sigmoid(self.gate)
-        return gate * self.out(mixed) + (1 - gate) * attended.query
-
-    def __call__(self, x, context, noise=None) -> Float[Array, "b q c"]:
-        """`attend`, then `mix`."""
-        return self.mix(self.attend(x, context), noise)
-
-    def _gaussian(self, linear, norm, context):
-        mean, raw = jnp.split(linear(context), 2, axis=-1)
-        variance = jax.nn.softplus(full_precision(raw)) + LEAST_VARIANCE
-        return full_precision(norm(mean)), variance
-
-
-class Prepared(NamedTuple):
-    """An adapter up to its noise: both streams at its width, and the picture's first question."""
-
-    image: Float[Array, "b n c"]
-    text: Float[Array, "b l c"]
-    attended: Attended
-
-
-class Adapter(nn.Module):
-    """PVL adapter: the picture asks the sentence, then the sentence asks the picture.
-
-    Attributes:
-      image_width, text_width: of the towers.
-      width, beta, gate_init, dtype: see `ProbabilisticAttention`.
-    """
-
-    image_width: int
-    text_width: int
-    width: int = 256
-    beta: float = BETA
-    gate_init: float = 0.0
-    dtype: Any = jnp.float32
-
-    def setup(self):
-        self.image_down = _linear(self.width, self.image_width, self.dtype, use_bias=False)
-        self.text_down = _linear(self.width, self.text_width, self.dtype, use_bias=False)
-        fields = (self.width, self.beta, self.gate_init, self.dtype)
-        self.image_from_text = ProbabilisticAttention(*fields)
-        self.text_from_image = ProbabilisticAttention(*fields)
-        self.image_up = _linear(self.image_width, self.width, self.dtype, use_bias=False)
-        self.text_up = _linear(self.text_width, self.width, self.dtype, use_bias=False)
-
-    def prepare(self, x: Float[Array, "b n d"], u: Float[Array, "b l e"]) -> Prepared:
-        """What does not depend on this adapter's noise."""
-        image, text = self.image_down(x), self.text_down(u)
-        return Prepared(image, text, self.image_from_text.attend(image, text))
-
-    def finish(
-        self, prepared: Prepared, noise: Sequence[Array] | None
-    ) -> tuple[Float[Array, "b n d"], Float[Array, "b l e"]]:
-        """What is added to both streams.
-
-        Args:
-          prepared: see there.
-          noise: of the sentence's values (B, L, C) and of the picture's (B, N, C).
-        """
-        of_text, of_image = (None, None) if noise is None else noise
-        image = self.image_from_text.mix(prepared.attended, of_text)
-        text = self.text_from_image(prepared.text, image, of_image)
-        return self.image_up(image), self.text_up(text)
-
-    def __call__(self, x, u, noise=None):
-        """`prepare`, then `finish`."""
-        return self.finish(self.prepare(x, u), noise)
-
-
 class Upscaler(nn.Module):
     """Doubles a map: transposed convolution, GELU, depthwise 3x3 convolution, LayerNorm."""
 
@@ -185,9 +58,9 @@ class Upscaler(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
         # The bound of the published framework, which counts the outputs of a transposed kernel.
-        bias_init = _uniform(4 * self.features)
+        bias_init = bounded_uniform(4 * self.features)
         x = gelu(UpConv2x2(self.features, bias_init, dtype=self.dtype, name="up")(x))
-        kernel = self.param("depthwise", _uniform(9), (3, 3, self.features))
+        kernel = self.param("depthwise", bounded_uniform(9), (3, 3, self.features))
         x = depthwise_conv3x3(x, kernel.astype(x.dtype))
         return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
 
@@ -216,7 +89,7 @@ class Head(nn.Module):
         query = _unit(text)
         for i in range(3):
             query = gelu(query) if i else query
-            query = _linear(size, size, self.dtype, name=f"mlp_{i}")(query)
+            query = linear(size, size, self.dtype, name=f"mlp_{i}")(query)
         return jnp.einsum("bhwc,bc->bhw", full_precision(x), full_precision(query))
 
 
@@ -529,26 +402,6 @@ def build(config: Mapping[str, Any]) -> MedCLIPSeg:
         input=config["input"],
         num_samples=config["num_samples"],
         dtype=jnp.dtype(dtype),
-    )
-
-
-def _uniform(fan_in):
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the published framework's default."""
-
-    def draw(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -1, 1) * fan_in**-0.5
-
-    return draw
-
-
-def _linear(features, inputs, dtype, use_bias=True, name=None):
-    return nn.Dense(
-        features,
-        use_bias=use_bias,
-        dtype=dtype,
-        kernel_init=fan_in_uniform,
-        bias_init=_uniform(inputs),
-        name=name,
     )
 
 

@@ -97,7 +97,7 @@ def _take_aliases(path: Path, tensors: dict[str, Tensor]) -> tuple[str, ...]:
     aliases = [name for name in tensors if name.startswith(ALIASES) and name != WORDS]
     for alias in aliases:
         bare = alias.removeprefix(ALIASES)
-        names = (f"vision_model.{bare.removeprefix('visual.')}", f"text_model.{bare}", bare)
+        names = (bare.replace("visual.", "vision_model.", 1), f"text_model.{bare}")
         first = next((name for name in names if name in tensors), None)
         second = tensors.pop(alias)
         if first is None or not np.array_equal(second.read(), tensors[first].read()):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.special import expit, ndtr, softmax
 
-from biclip_jax.models import clip, medclipseg, transformer
+from biclip_jax.models import adapters, clip, medclipseg, transformer
 from biclip_jax.models.transformer import fold_keys
 from tests import tiny_medclipseg as tiny
 from tests.models import by_hand
@@ -83,7 +83,7 @@ def attention(params, x, context, noise, beta):
 @pytest.mark.parametrize("beta", [0.0, 2.35])
 def test_attention_is_its_formula(beta):
     x, context, noise = normal(2, 5, 4), normal(2, 3, 4), normal(2, 3, 4)
-    module = medclipseg.ProbabilisticAttention(4, beta)
+    module = adapters.ProbabilisticAttention(4, beta)
     variables = by_hand.noise(module, x, context, amount=0.6)
     params = variables["params"]
     expected = attention(params, x, context, noise, beta)
@@ -105,7 +105,7 @@ def adapt(params, x, u, noise, update=True):
 
 def test_the_sentence_asks_the_picture_that_has_asked_the_sentence():
     x, u, noise = normal(2, 5, 6), normal(2, 3, 7), [normal(2, 3, 4), normal(2, 5, 4)]
-    adapter = medclipseg.Adapter(6, 7, 4)
+    adapter = adapters.Adapter(6, 7, 4)
     variables = by_hand.noise(adapter, x, u, amount=0.6)
     params = jax.tree.map(np.asarray, variables["params"])
     dx, du = adapter.apply(variables, x, u, noise)
@@ -170,7 +170,7 @@ def test_new_weights_have_the_bounds_of_the_published_framework():
     """U(-1 / sqrt(fan_in), ...), where a transposed kernel counts its outputs: 4 x 32."""
     module, x = medclipseg.Upscaler(32), jnp.zeros((1, 2, 2, 32))
     params = jax.jit(module.init)(jax.random.key(0), x)["params"]
-    attention, x = medclipseg.ProbabilisticAttention(32, gate_init=-0.02), jnp.ones((1, 1, 32))
+    attention, x = adapters.ProbabilisticAttention(32, gate_init=-0.02), jnp.ones((1, 1, 32))
     assert attention.beta == 2.35
     others = jax.jit(attention.init)(jax.random.key(0), x, x)["params"]
     up = [(params["up"]["kernel"], 128), (params["up"]["bias"], 128), (params["depthwise"], 9)]
@@ -365,7 +365,7 @@ def test_nothing_below_the_first_adapter_is_differentiated(variables, given):
     params = {k: v for k, v in variables["params"].items() if k not in medclipseg.FROZEN}
     frozen = {k: v for k, v in variables["params"].items() if k in medclipseg.FROZEN}
     image, ids = given
-    adapter = medclipseg.Adapter(tiny.IMAGE_WIDTH, tiny.TEXT_WIDTH, tiny.ADAPTER_WIDTH)
+    adapter = adapters.Adapter(tiny.IMAGE_WIDTH, tiny.TEXT_WIDTH, tiny.ADAPTER_WIDTH)
     x, u = normal(4, 17, tiny.IMAGE_WIDTH), normal(4, 6, tiny.TEXT_WIDTH)
 
     def begin(params):

@@ -274,7 +274,7 @@ def test_all_names_and_shapes_of_the_published_files_are_known(variant, monkeypa
     total, trained, entries = PUBLISHED[variant]
     assert len(state) == entries
     held = {
-        name: readers.Tensor(tuple(value.shape), np.dtype("float32"), None)
+        name: readers.Tensor(tuple(value.shape), np.dtype("float32"), lambda: np.zeros(0))
         for name, value in state.items()
     }
     found = convert_medclipseg(readers.Checkpoint(Path("x.pth"), "torch", held))
@@ -427,3 +427,13 @@ def test_open_clip_s_towers_are_built_with_their_activation(tmp_path):
     )
     assert "norm_pre" not in shapes["params"]["image_encoder"]
     assert set(shapes["params"]["image_encoder"]["patches"]) == {"kernel", "bias"}
+
+
+def test_second_names_with_other_numbers_are_refused():
+    def held(*values):
+        return readers.Tensor((2,), np.dtype("float32"), lambda: np.array(values, np.float32))
+
+    tensors = {"text_model.ln_final.bias": held(1, 2), "clip_model.ln_final.bias": held(1, 3)}
+    tensors |= {"pvl_adapters.0.proj_txt_down.weight": held(0, 0)}
+    with pytest.raises(UserError, match=r"clip_model\.ln_final\.bias is not the same as text_mod"):
+        convert_medclipseg(readers.Checkpoint(Path("x.pth"), "torch", tensors))
