@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from biclip_jax import cli, convert, inference, program, sentences, train
+from biclip_jax import biclip_program, cli, convert, inference, program, sentences, train
 from biclip_jax.data import text, tokenizers
 from biclip_jax.errors import UserError
 from biclip_jax.training import checkpoint, writers
@@ -193,12 +193,12 @@ def broken_objective(*args, **kwargs):
     return loss * float("nan"), aux
 
 
-PUBLISHED = program.objective.objective
+PUBLISHED = biclip_program.objective.objective
 
 
 @pytest.mark.parametrize("policy", [pytest.param("skip", marks=pytest.mark.slow), "abort"])
 def test_a_loss_that_is_not_finite_follows_the_policy(smoke_config, tmp_path, monkeypatch, policy):
-    monkeypatch.setattr(program.objective, "objective", broken_objective)
+    monkeypatch.setattr(biclip_program.objective, "objective", broken_objective)
     smoke_config.optim.non_finite, smoke_config.final_test = policy, False
     if policy == "abort":
         with pytest.raises(UserError, match="not finite"):
