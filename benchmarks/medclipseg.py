@@ -109,6 +109,7 @@ def measure(
     given = inputs(variant, batch)
     if name == "jax":
         cli.set_xla_flags()
+        cli.keep_memory()
         works = {"pass": pass_ours, "train": train_step_ours, "samples": samples_ours}
         repeat = works[work](variant, given)
     else:

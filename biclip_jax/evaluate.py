@@ -84,7 +84,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     columns: dict[str, list[float]] = {}
     if args.surface:
         columns = surface.per_image(job.predict, job.encode, job.records, args.batch_size)
-        extra["surface"] = surface.section(columns)
+        extra["surface"] = surface.section(columns) | {"by_condition": surfaces(job, args)}
     outcome = runner.evaluate(
         job.predict,
         job.encode,
@@ -176,6 +176,21 @@ def _open(args: argparse.Namespace, config: dict[str, Any]) -> Job:
     )
 
 
+def surfaces(job: Job, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The surface section's scores with the other sentences, {condition: scores}."""
+    spoken, whole = (conditions.spoken(r) for r in (job.records, job.splits[args.split]))
+    found = {}
+    for name in args.text_conditions:
+        asked = None if name == "right" else conditions.ask(name, spoken, split=whole)
+        if asked is not None:
+            rows = [job.records[int(i)] for i in asked.rows]
+            pairs = zip(rows, asked.sentences, strict=True)
+            chosen = [Record({**record, "text": sentence}) for record, sentence in pairs]
+            columns = surface.per_image(job.predict, job.encode, chosen, args.batch_size)
+            found[name] = surface.section(columns)
+    return found
+
+
 def calibrated(job: Job, split: str, batch_size: int) -> dict[str, Any]:
     """The calibration section, its temperature fitted on the whole validation split."""
     gather = partial(runner.pixel_histogram, job.predict, job.encode, batch_size=batch_size)
@@ -248,6 +263,8 @@ def _print_surface(section: dict[str, Any]) -> None:
         f"{section['tolerance']:g} pixels {100 * section['nsd_plate']:.2f} as a plate with its "
         f"faces, {100 * section['nsd_2d']:.2f} of the boundary in 2-D"
     )
+    for name, scores in section["by_condition"].items():
+        print(f"  {name}: DSC {100 * scores['dsc']:.2f}, plate {100 * scores['nsd_plate']:.2f}")
 
 
 def _print_calibration(section: dict[str, Any]) -> None:

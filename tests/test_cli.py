@@ -131,3 +131,30 @@ def test_compiled_programs_are_kept_unless_a_folder_is_named(monkeypatch, tmp_pa
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+
+
+def test_memory_is_kept_on_hosts_without_an_accelerator_alone(monkeypatch, tmp_path):
+    asked = []
+
+    class Library:
+        @staticmethod
+        def mallopt(option, value):
+            asked.append((option, value))
+
+    monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: Library)
+    found = [True]
+    monkeypatch.setattr(cli.Path, "glob", lambda *_: found)
+    cli.keep_memory()
+    assert asked == []
+    monkeypatch.setattr(cli.Path, "glob", lambda *_: [])
+    cli.keep_memory()
+    assert dict(asked) == cli.MALLOC_OPTIONS
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(cli.ctypes, "CDLL", missing)
+    monkeypatch.setattr(cli.Path, "glob", lambda *_: [])
+    cli.keep_memory()

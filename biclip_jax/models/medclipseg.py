@@ -376,14 +376,14 @@ def build(config: Mapping[str, Any]) -> MedCLIPSeg:
     image, text, dtype = config["image"], config["text"], config["dtype"]
     if image.get("kind", "vit") != "vit":
         raise ValueError(f"the image tower is a {image['kind']}; MedCLIPSeg needs a ViT")
-    for name, tower in (("image", image), ("text", text)):
-        if tower["width"] % tower["num_heads"]:
-            raise ValueError(
-                f"the {name} tower's width is {tower['width']}, its heads {tower['num_heads']}; "
-                "expected heads that divide the width"
-            )
     image_tower = clip.build_image_encoder(image, dtype)
     text_tower = clip.build_text_encoder(text, dtype)
+    for name, tower in (("image", image_tower), ("text", text_tower)):
+        if tower.width % tower.num_heads:
+            raise ValueError(
+                f"the {name} tower's width is {tower.width}, its heads {tower.num_heads}; "
+                "expected heads that divide the width"
+            )
     depths = image_tower.num_layers, text_tower.num_layers
     if depths[0] != depths[1] or not 1 <= config["num_layers"] < depths[0]:
         raise ValueError(
