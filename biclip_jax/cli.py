@@ -61,7 +61,7 @@ def set_xla_flags() -> None:
 
 
 def keep_memory() -> None:
-    """Has the C library keep freed memory on a host without an accelerator; a fifth of a train step.
+    """Has the C library keep freed memory on hosts without an accelerator: a fifth of a train step.
 
     XLA asks for the memory of a step anew at every step: given back to the system in between, all
     its pages come as faults. glibc alone; elsewhere nothing happens.
