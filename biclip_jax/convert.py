@@ -65,8 +65,9 @@ def convert(args: argparse.Namespace) -> Path:
     converted = load(checkpoint, hf_config)
     tokenizer = read_tokenizer(args.kind, source, args.tokenizer, converted)
     if args.kind != "bert" and not hf_config:
-        activations = {part: converted.config[part].get("activation") for part in ("image", "text")}
-        print(f"no config.json beside the weights, assumed: {activations} (--activation)")
+        parts = (converted.config[part].get("activation") for part in ("image", "text"))
+        assumed = " and ".join(sorted({name for name in parts if name}))
+        print(f"no config.json beside the weights: {assumed} assumed (--activation)")
     # A BiCLIP that is replaced had its own tower inside.
     shutil.rmtree(output / sentences.TEXT_ENCODER, ignore_errors=True)
     write_tower(args.kind, converted, tokenizer, output, origin)

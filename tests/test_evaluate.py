@@ -37,6 +37,8 @@ def untrained(tmp_path, monkeypatch):
             make=lambda damage=None: known.predict,
             predict=known.predict,
             members=[],
+            samples=None,
+            num_samples=None,
             encode=known.encode,
             splits=splits,
             records=conditions.subset(splits[args.split], args.subset),
@@ -135,6 +137,11 @@ def test_surface_scores_are_kept_beside_the_others(untrained, capsys):
     assert f"DSC {100 * found['dsc']:.2f}, NSD within 2 pixels" in capsys.readouterr().out
     assert run(*argv, "--text-conditions", "right,missing") == 0
     assert results_of(folder)["surface"] == found
+    assert found["by_condition"] == {}
+    assert run(*argv, "--text-conditions", "right,missing", "--surface") == 0
+    missing = results_of(folder)["surface"]["by_condition"]["missing"]
+    assert missing["num_images"] == len(known.RECORDS)
+    assert missing["dsc"] != found["dsc"]
     header = (folder / "per_image.csv").read_text().splitlines()[0].split(",")
     assert {"dsc", "nsd_plate", "nsd_2d", "dice_missing"} <= set(header)
 
@@ -156,8 +163,9 @@ def test_prompts_are_short_for_text_conditions(untrained, capsys):
 
 def test_disagreement_is_one_line(capsys):
     section = {"mean_entropy": 0.5, "mean_mutual_information": 0.25, "error_auroc": None}
-    evaluate._print_disagreement(section)
+    evaluate._print_disagreement("samples", section)
     out = capsys.readouterr().out
+    assert out.startswith("samples together: ")
     assert out.count("\n") == 1 and "0.5000" in out and "0.2500" in out and "AUROC -" in out
 
 

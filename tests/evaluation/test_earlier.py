@@ -15,6 +15,7 @@ FACTS = {
     "model_sha256": "a",
     "num_images": 2,
     "pictures_sha256": "b",
+    "num_samples": None,
 }
 
 

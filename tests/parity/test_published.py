@@ -153,6 +153,7 @@ def test_every_parameter_has_a_name_in_the_twin():
     assert have == want
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("double_sigmoid", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_losses_gradients_and_statistics_match_the_twin(monkeypatch, double_sigmoid):
     """The objective that training uses, with a flip for geometry and a fixed change of light."""
