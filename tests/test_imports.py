@@ -15,8 +15,9 @@ MODELS, DATA, TRAINING = "biclip_jax.models", "biclip_jax.data", "biclip_jax.tra
 EVALUATION, WEIGHTS = "biclip_jax.evaluation", "biclip_jax.weights"
 PARALLEL, METRICS = "biclip_jax.parallel", "biclip_jax.evaluation.metrics"
 
+SENTENCES = "biclip_jax.sentences"
 TOWERS = {
-    "biclip_jax.sentences",
+    SENTENCES,
     "biclip_jax.image_towers",
     "biclip_jax.medclipseg_towers",
 }
@@ -33,11 +34,17 @@ ALLOWED = {
     "sentences.py": {WEIGHTS, MODELS, DATA},
     "image_towers.py": {WEIGHTS, MODELS},
     "inference.py": {WEIGHTS, MODELS, DATA, EVALUATION, *TOWERS},
-    "medclipseg_towers.py": {WEIGHTS, MODELS, DATA, *TOWERS},
+    "medclipseg_towers.py": {WEIGHTS, MODELS, DATA, SENTENCES},
     "assembly.py": set(),
-    "biclip_program.py": {TRAINING, WEIGHTS, MODELS, PARALLEL, ASSEMBLY, *TOWERS},
-    "medclipseg_program.py": {TRAINING, WEIGHTS, MODELS, PARALLEL, DATA, ASSEMBLY, *TOWERS},
-    "program.py": {TRAINING, EVALUATION, MODELS, PARALLEL, *PROGRAMS, *TOWERS},
+    "biclip_program.py": {
+        *(TRAINING, WEIGHTS, MODELS, PARALLEL, ASSEMBLY, SENTENCES),
+        "biclip_jax.image_towers",
+    },
+    "medclipseg_program.py": {
+        *(TRAINING, WEIGHTS, MODELS, PARALLEL, DATA, ASSEMBLY, SENTENCES),
+        "biclip_jax.medclipseg_towers",
+    },
+    "program.py": {TRAINING, EVALUATION, MODELS, PARALLEL, SENTENCES, *PROGRAMS},
     "parallel.py": set(),
     "errors.py": set(),
     "places.py": set(),
