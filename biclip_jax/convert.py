@@ -44,8 +44,6 @@ def convert(args: argparse.Namespace) -> Path:
     checkpoint = readers.open_checkpoint(source)
     hf_config = read_hf_config(source, args.activation)
     origin = {"source": source.resolve().name, "read_as": checkpoint.format}
-    # A MedCLIPSeg that is replaced may have had its towers inside.
-    shutil.rmtree(output / medclipseg_towers.TOWERS, ignore_errors=True)
     if args.kind == "biclip":
         max_length = 32 if args.max_length is None else args.max_length
         network, tower = architectures.convert_biclip(checkpoint, hf_config, max_length)
@@ -53,6 +51,7 @@ def convert(args: argparse.Namespace) -> Path:
         if not 3 <= max_length <= longest:
             raise UserError(f"--max-length {max_length}: expected 3 to {longest} tokens")
         tokenizer = read_tokenizer("bert", source, args.tokenizer, tower)
+        shutil.rmtree(output / medclipseg_towers.TOWERS, ignore_errors=True)
         folder = output / sentences.TEXT_ENCODER
         identity = write_tower("bert", tower, tokenizer, folder, origin)
         write_biclip(network, tokenizer, output, origin, identity)
@@ -68,8 +67,9 @@ def convert(args: argparse.Namespace) -> Path:
         parts = (converted.config[part].get("activation") for part in ("image", "text"))
         assumed = " and ".join(sorted({name for name in parts if name}))
         print(f"no config.json beside the weights: {assumed} assumed (--activation)")
-    # A BiCLIP that is replaced had its own tower inside.
-    shutil.rmtree(output / sentences.TEXT_ENCODER, ignore_errors=True)
+    # A model that is replaced may have had towers inside.
+    for inside in (sentences.TEXT_ENCODER, medclipseg_towers.TOWERS):
+        shutil.rmtree(output / inside, ignore_errors=True)
     write_tower(args.kind, converted, tokenizer, output, origin)
     return output
 

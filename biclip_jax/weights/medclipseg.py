@@ -110,11 +110,10 @@ def _take_aliases(path: Path, tensors: dict[str, Tensor]) -> tuple[str, ...]:
 
 def _as_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The towers under the names of OpenAI's and open_clip's files."""
-    renamed = {
+    return {
         re.sub(r"^(text_model|clip_model)\.", "", re.sub(r"^vision_model\.", "visual.", name)): t
         for name, t in tensors.items()
     }
-    return renamed
 
 
 def _our_name(name: str) -> str:
