@@ -72,9 +72,9 @@ def build(config: Any) -> dict[str, Callable[[], Any]]:
         optimizer=optimizer,
     )
     states = [state.create(fresh, optimizer) for fresh in variables]
-    keys = program.member_keys(config, "augment")
+    keys = assembly.member_keys(config, "augment")
     batches = {name: np.stack([rows] * len(states)) for name, rows in batch.items()}
-    together, stacked_keys = state.stack(states), program.stream(config, "augment")
+    together, stacked_keys = state.stack(states), assembly.stream(config, "augment")
     single = jax.jit(step)
     in_turn, mapped = jax.jit(steps.in_turn(step)), jax.jit(jax.vmap(step))
     loop = jax.jit(lambda *members: jax.lax.map(lambda one: step(*one), members))

@@ -53,6 +53,7 @@ def measure(name: str, config, steps: int) -> dict:
     """One entry: builds the step, takes a cold and `steps` warm ones."""
     if name == "jax":
         cli.set_xla_flags()
+        cli.keep_memory()
     step = {"jax": jax_step, "torch": torch_step}[name](config)
     seconds = []
     for _ in range(steps + 1):
@@ -97,14 +98,14 @@ def jax_step(config):
     """One call is one step of the training program itself."""
     import jax
 
-    from biclip_jax import parallel, program
+    from biclip_jax import assembly, parallel, program
 
     spoken, batch = sentences_of_noise(config)
     built = program.build(config, config.batch_size, spoken)
     labelled = np.arange(config.batch_size) < built.labelled_rows
     batch = parallel.shard({**batch, "labelled": labelled})
     state = parallel.replicate(built.initial)
-    key = parallel.replicate(program.stream(config, "augment"))
+    key = parallel.replicate(assembly.stream(config, "augment"))
 
     def step():
         nonlocal state
@@ -132,6 +133,10 @@ def torch_step(config):
     pixels, labels = (torch.from_numpy(x).permute(0, 3, 1, 2) for x in noise(config))
     text = torch.randn(config.batch_size, 768)
 
+    import os
+
+    loss_of = torch.compile(published_loss) if os.environ.get("TC") else published_loss
+
     def step():
         image = (pixels.float() / 255).expand(-1, 3, -1, -1)
         mask = labels.float()
@@ -145,7 +150,7 @@ def torch_step(config):
         light = (weak.clamp_min(1e-3) ** 1.05 * 1.1 + 0.01 * torch.randn_like(weak)).clamp(0, 1)
         views = (weak, move, move(mask).round()), (light, move)
         optimizer.zero_grad(set_to_none=True)
-        loss, _ = published_loss(model, image, text, mask, *views)
+        loss, _ = loss_of(model, image, text, mask, *views)
         loss.backward()
         optimizer.step()
 

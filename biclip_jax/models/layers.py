@@ -6,6 +6,7 @@ reshapes where the stock lowering is slow on a CPU; the numbers are the same.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,8 @@ from jaxtyping import Array, Float
 
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the default of the published network's framework.
 fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+LARGEST_PRODUCT = 2**23  # elements of a gradient's intermediate product on a CPU
 
 
 def gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
@@ -32,8 +35,108 @@ def dense(features: int, dtype: Any, name: str | None = None) -> nn.Dense:
     return nn.Dense(features, dtype=dtype, kernel_init=fan_in_uniform, name=name)
 
 
+def _lax_conv3x3(x, kernel):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+@jax.custom_vjp
+def convolve3x3(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c d"]
+) -> Float[Array, "b h w d"]:
+    """A 3x3 convolution of stride 1 that keeps the size of the map.
+
+    Forwards it is lax's everywhere. Backwards a CPU takes the lowering that is fastest for the
+    shape (benchmarks/convolutions.py), other backends lax's. Having its own reverse rule it has
+    no forward-mode derivative: `jax.jvp` raises TypeError.
+    """
+    return _lax_conv3x3(x, kernel)
+
+
+def _convolve_forwards(x, kernel):
+    return _lax_conv3x3(x, kernel), (x, kernel)
+
+
+def _convolve_backwards(residuals, given):
+    x, kernel = residuals
+    return (
+        jax.lax.platform_dependent(kernel, given, cpu=_cpu_map_gradient, default=_map_gradient),
+        jax.lax.platform_dependent(x, given, cpu=_cpu_kernel_gradient, default=_kernel_gradient),
+    )
+
+
+convolve3x3.defvjp(_convolve_forwards, _convolve_backwards)
+
+
+def _map_gradient(kernel, given):
+    x = jax.ShapeDtypeStruct((*given.shape[:3], kernel.shape[2]), given.dtype)
+    (gradient,) = jax.linear_transpose(lambda x: _lax_conv3x3(x, kernel), x)(given)
+    return gradient
+
+
+def _kernel_gradient(x, given):
+    kernel = jax.ShapeDtypeStruct((3, 3, x.shape[-1], given.shape[-1]), given.dtype)
+    (gradient,) = jax.linear_transpose(lambda kernel: _lax_conv3x3(x, kernel), kernel)(given)
+    return gradient
+
+
+def _cpu_map_gradient(kernel, given):
+    """One matrix product with the kernel as it lies, then nine shifted sums, for small maps.
+
+    lax's way turns the kernel over first, which for few pixels takes longer than the product.
+    """
+    b, h, w, d = given.shape
+    c, pixels = kernel.shape[2], b * h * w
+    if pixels > 4 * min(c, d) or pixels * 9 * c > LARGEST_PRODUCT:
+        return _map_gradient(kernel, given)
+    taps = given.reshape(pixels, d) @ kernel.reshape(9 * c, d).T
+    taps = jnp.pad(taps.reshape(b, h, w, 3, 3, c), ((0, 0), (1, 1), (1, 1), *[(0, 0)] * 3))
+    # dx[i] = sum over a of given[i + 1 - a] kernel[a]
+    shifted = [taps[:, 2 - i :, 2 - j :, i, j][:, :h, :w] for i in range(3) for j in range(3)]
+    return sum(shifted[1:], shifted[0])
+
+
+def _cpu_kernel_gradient(x, given):
+    """For fewer than four pictures: bands of rows stand for pictures.
+
+    The pictures are the channels of the convolution that makes this gradient; with one of them
+    the vectors of the processor are almost empty.
+    """
+    b, h, _, _ = x.shape
+    bands = max(n for n in range(1, 8 // min(b, 8) + 1) if h % n == 0)
+    if b >= 4 or bands == 1:
+        return _kernel_gradient(x, given)
+    rows = h // bands
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    starts = range(0, h, rows)
+    return jax.lax.conv_general_dilated(
+        jnp.concatenate([padded[:, i : i + rows + 2] for i in starts]),
+        jnp.concatenate([given[:, i : i + rows] for i in starts]),
+        (1, 1),
+        "VALID",
+        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+    )
+
+
+def _as_linen_calls(x, kernel, strides, padding, **_: Any):
+    assert strides == (1, 1) and padding == [(1, 1), (1, 1)]
+    return convolve3x3(x, kernel)
+
+
+def conv1x1(features: int, dtype: Any, name: str | None = None) -> nn.Conv:
+    """A 1x1 convolution as the matrix product that it is: backwards faster on a CPU."""
+    return nn.Conv(
+        features,
+        (1, 1),
+        dtype=dtype,
+        conv_general_dilated=lambda x, kernel, *_, **__: x @ kernel[0, 0],
+        name=name,
+    )
+
+
 def conv3x3(features: int, dtype: Any, use_bias: bool = True, name: str | None = None) -> nn.Conv:
-    """A 3x3 convolution that keeps the size of the map."""
+    """A 3x3 convolution that keeps the size of the map, see `convolve3x3`."""
     return nn.Conv(
         features,
         (3, 3),
@@ -41,18 +144,42 @@ def conv3x3(features: int, dtype: Any, use_bias: bool = True, name: str | None =
         use_bias=use_bias,
         dtype=dtype,
         kernel_init=fan_in_uniform,
+        conv_general_dilated=_as_linen_calls,
         name=name,
     )
 
 
+@jax.custom_vjp
 def max_pool_2x2(x: Float[Array, "b h w c"]) -> Float[Array, "b h//2 w//2 c"]:
-    """Maximum over 2x2 blocks; H and W must be even.
+    """Maximum over 2x2 blocks; H and W must be even. Equal maxima share the gradient evenly.
 
-    A reshape and a maximum: several times faster on a CPU than a windowed
-    reduction, above all backwards.
+    Written out in slices, forwards and backwards: several times faster on a CPU than a
+    windowed reduction or the derivative of one. `jax.jvp` raises TypeError.
     """
+    return _maximum(_quarters(x))
+
+
+def _quarters(x):
     b, h, w, c = x.shape
-    return x.reshape(b, h // 2, 2, w // 2, 2, c).max(axis=(2, 4))
+    blocks = x.reshape(b, h // 2, 2, w // 2, 2, c)
+    return [blocks[:, :, i, :, j] for i in range(2) for j in range(2)]
+
+
+def _maximum(maps):
+    return functools.reduce(jnp.maximum, maps)
+
+
+def _pool_backwards(x, given):
+    quarters = _quarters(x)
+    top = _maximum(quarters)
+    share = given / sum((quarter == top).astype(given.dtype) for quarter in quarters)
+    b, h, w, c = x.shape
+    blocks = x.reshape(b, h // 2, 2, w // 2, 2, c)
+    top, share = top[:, :, None, :, None], share[:, :, None, :, None]
+    return (jnp.where(blocks == top, share, 0).reshape(x.shape),)
+
+
+max_pool_2x2.defvjp(lambda x: (_maximum(_quarters(x)), x), _pool_backwards)
 
 
 def depthwise_conv3x3(
@@ -126,10 +253,7 @@ class UpConv4x4(nn.Module):
         kernel = self.param("kernel", fan_in_uniform, (4, 4, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        phases = jax.lax.conv_general_dilated(
-            x, subpixel_kernel(kernel), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        return depth_to_space(phases) + bias
+        return depth_to_space(convolve3x3(x, subpixel_kernel(kernel))) + bias
 
 
 class BatchNorm(nn.Module):

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from biclip_jax.models.fusion import LevelFusion
-from biclip_jax.models.layers import BatchNorm, UpConv2x2, conv3x3, full_precision, max_pool_2x2
+from biclip_jax.models.layers import (
+    BatchNorm,
+    UpConv2x2,
+    conv1x1,
+    conv3x3,
+    full_precision,
+    max_pool_2x2,
+)
 
 GROUPS = 8  # of GroupNorm, at most: fewer where the channels do not divide
 
@@ -89,7 +96,7 @@ class UNet(nn.Module):
             x = jnp.concatenate([skips[level], x], axis=-1)
             x, text = self._block(f"decoder_{level}", width, x, train, text)
             features[f"decoder_{level}"] = x
-        logits = nn.Conv(1, (1, 1), dtype=full_precision(x).dtype, name="head")(x)
+        logits = conv1x1(1, full_precision(x).dtype, name="head")(x)
         return logits, features
 
     def _block(self, name, width, x, train, text):

@@ -27,6 +27,84 @@ def test_max_pool_is_linen_s_forwards_and_backwards():
     np.testing.assert_allclose(ours, jax.grad(lambda x: (stock(x) * weight).sum())(x), atol=1e-6)
 
 
+def test_equal_maxima_share_the_gradient_as_lax_s_reduction_does():
+    x = jnp.asarray(RNG.integers(0, 2, (2, 8, 6, 3)), jnp.float32)
+    weight = noise(2, 4, 3, 3)
+
+    def reduced(x):
+        return x.reshape(2, 4, 2, 3, 2, 3).max(axis=(2, 4))
+
+    ours = jax.grad(lambda x: (layers.max_pool_2x2(x) * weight).sum())(x)
+    np.testing.assert_allclose(ours, jax.grad(lambda x: (reduced(x) * weight).sum())(x))
+
+
+def stock_convolution(x, kernel):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch", "height", "width", "channels", "features"),
+    [
+        (1, 16, 10, 3, 5),  # eight bands of rows
+        (3, 6, 7, 4, 2),  # two bands
+        (1, 7, 5, 6, 8),  # seven
+        (1, 1, 3, 2, 2),  # a single row
+        (5, 6, 6, 3, 4),  # lax's own
+        (2, 4, 3, 16, 12),  # a product with the kernel as it lies
+        (1, 2, 2, 7, 40),
+    ],
+)
+def test_convolution_has_lax_s_values_and_gradients(batch, height, width, channels, features):
+    x, kernel = noise(batch, height, width, channels), noise(3, 3, channels, features)
+    weight = noise(batch, height, width, features)
+    found, pull = jax.vjp(layers.convolve3x3, x, kernel)
+    expected, stock_pull = jax.vjp(stock_convolution, x, kernel)
+    np.testing.assert_array_equal(found, expected)
+    for ours, stock in zip(pull(weight), stock_pull(weight), strict=True):
+        assert ours.shape == stock.shape
+        np.testing.assert_allclose(ours, stock, atol=1e-5 * float(jnp.abs(stock).max()))
+
+
+def test_convolution_is_lax_s_alone_where_there_is_an_accelerator():
+    """One picture on a small map, where a CPU takes a matrix product and bands of rows."""
+    x, kernel = noise(1, 8, 8, 16), noise(3, 3, 16, 16)
+
+    def gradients(convolve):
+        return jax.jit(jax.grad(lambda x, kernel: convolve(x, kernel).sum(), (0, 1)))
+
+    def operations(convolve, platform):
+        lowered = gradients(convolve).trace(x, kernel).lower(lowering_platforms=(platform,))
+        text = lowered.as_text()
+        return [text.count(f"stablehlo.{name}") for name in ("convolution", "dot_general", "pad")]
+
+    assert operations(layers.convolve3x3, "cuda") == operations(stock_convolution, "cuda")
+    assert operations(layers.convolve3x3, "tpu") == operations(stock_convolution, "tpu")
+    assert operations(layers.convolve3x3, "cpu") != operations(stock_convolution, "cpu")
+
+
+def test_convolution_has_second_derivatives():
+    x, kernel = noise(1, 4, 4, 2), noise(3, 3, 2, 3)
+
+    def penalty(convolve):
+        def slope(kernel):
+            return jax.grad(lambda x: jnp.sin(convolve(x, kernel)).sum())(x)
+
+        return jax.grad(lambda kernel: jnp.square(slope(kernel)).sum())(kernel)
+
+    expected = penalty(stock_convolution)
+    np.testing.assert_allclose(penalty(layers.convolve3x3), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pointwise_convolution_is_linen_s():
+    x = noise(2, 3, 4, 5)
+    ours, stock = layers.conv1x1(2, jnp.float32), nn.Conv(2, (1, 1))
+    variables = stock.init(jax.random.key(0), x)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, variables, ours.init(jax.random.key(0), x)))
+    np.testing.assert_allclose(ours.apply(variables, x), stock.apply(variables, x), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("module", "kernel", "padding"),
     [(layers.UpConv2x2(5), 2, 0), (layers.UpConv4x4(5), 4, 1)],
