@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -48,7 +49,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """
     family, data = FAMILIES[config.model.kind], config.data.to_dict()
     towers = family.open_towers(config)
-    with checkpoint.lock(workdir):
+    with parallel.first_writes(workdir) as workdir, checkpoint.lock(workdir):
         claim(config, workdir, towers.identities)
         family.link_towers(towers, workdir / "model")
         prepared = pipeline.prepare(data, config.model.image_size)
@@ -65,7 +66,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         reporting.plot_curves(
             writers.read_metrics(workdir / "metrics.jsonl"), workdir / "curves.png"
         )
-        return test(workdir, config, splits["test"]) if config.final_test else {}
+        tests = config.final_test and parallel.leads()
+        return test(workdir, config, splits["test"]) if tests else {}
 
 
 def claim(config: ConfigDict, workdir: Path, towers: Mapping[str, str]) -> None:
@@ -116,7 +118,7 @@ def restore_or_init(
     # What is never trained is not saved either: it is the towers', or follows from the seed.
     bare = train_state.without_frozen(program.initial)
     found = checkpoint.restore_latest(workdir / "checkpoints/last", bare, print)
-    state, progress = found or (bare, progress)
+    state, progress = parallel.of_first(*(found or (bare, progress)))
     state = dataclasses.replace(state, frozen=program.initial.frozen)
     if found:
         print(f"{workdir}: goes on after step {train_state.step_of(state)} of {program.num_steps}")
@@ -142,6 +144,8 @@ def loop(
         num_labelled=program.num_labelled,
         labelled_rows=program.labelled_rows,
         num_members=program.num_members,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
     key = parallel.replicate(stream(config, "augment"))
     step, rows_axis = train_state.step_of(state), int(program.num_members > 1)
@@ -160,7 +164,8 @@ def loop(
             # One step stays in flight: the device is never idle, the bar and a signal never late.
             jax.block_until_ready(window[max(len(window) - 2, 0)])
             writer.advance(step)
-            if step % config.log_every == 0 or step == program.num_steps:
+            logs = step % config.log_every == 0 or step == program.num_steps
+            if logs:
                 seconds = time.perf_counter() - since
                 skipped = int(np.max(state.skipped))
                 values = window_values(config, program, window, step, skipped, seconds)
@@ -168,19 +173,20 @@ def loop(
                 check_finite(config, values, step, workdir)
                 window, since = [], time.perf_counter()
             paused = time.perf_counter()
-            signalled = stop.received
             due = step % program.eval_every == 0 or step == program.num_steps
+            signalled = parallel.agreed(stop.received, ask=logs or due)
             if due or signalled is not None:
                 progress["position"] = batches.get_state()
             if due:
                 scores = validate(config, program, splits["val"], spoken.fields["val"], state)
                 writer.write(step, "val", scores)
                 keep_best(workdir, program, spoken, state, scores, progress)
-            if due or signalled is not None:
+            if (due or signalled is not None) and parallel.leads():
                 host_state = parallel.to_host(train_state.without_frozen(state))
                 checkpoint.save(workdir / "checkpoints/last", host_state, progress)
             since += time.perf_counter() - paused
             if signalled is not None:
+                parallel.meet()
                 print(f"{workdir}: stopped by a signal after step {step}; saved, can go on")
                 sys.exit(128 + signalled)
     return state
@@ -188,7 +194,8 @@ def loop(
 
 def announce(config: ConfigDict, program: Program) -> None:
     """Says in a line what is about to run."""
-    devices = f"{jax.local_device_count()} x {jax.devices()[0].device_kind}"
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    devices += f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     frozen = train_state.num_parameters(program.initial.frozen)
     trained = f"{train_state.num_parameters(program.initial.params):,} parameters"
     print(
@@ -263,6 +270,8 @@ def keep_best(
         return
     step = train_state.step_of(state)
     progress.update(best_score=scores["dice_global"], best_step=step, stale=0)
+    if not parallel.leads():
+        return
     host_state = parallel.to_host(state)
     bare = train_state.without_frozen(host_state)
     checkpoint.save(workdir / "checkpoints/best", bare, progress, keep=1)
@@ -308,7 +317,9 @@ def _main(argv: list[str]) -> None:
     parser = cli.config_parser(__doc__)
     args, overrides = parser.parse_known_args(argv)
     config = cli.load_config(args.config, overrides)
-    train_and_evaluate(config, Path(args.workdir or f"runs/{config.name}"))
+    parallel.initialize(os.environ)
+    with parallel.ends_at_once():
+        train_and_evaluate(config, Path(args.workdir or f"runs/{config.name}"))
 
 
 if __name__ == "__main__":

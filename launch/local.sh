@@ -1,20 +1,31 @@
 #!/usr/bin/env bash
 # One run on this machine, on all its devices; runs again after a crash.
 #
+#   launch/local.sh [--dry-run] WORKDIR [options of biclip_jax.train]
 #   launch/local.sh runs/qata --config qata --config.data.source=/data/qata
+#
+# --dry-run prints the command and runs nothing.
 #
 # The run goes on from its last checkpoint each time. It is given up after MAX_RESTARTS (3)
 # failures, and at once when the configuration or the data does not fit (status 2) or when
 # somebody stopped it (130, 143). A signal to this script goes to the run, which saves and leaves.
 set -u
-[ $# -ge 1 ] || { echo "usage: $0 WORKDIR [options of biclip_jax.train]" >&2; exit 2; }
+dry_run=
+[ "${1:-}" != --dry-run ] || { dry_run=1 && shift; }
+[ $# -ge 1 ] || { echo "usage: $0 [--dry-run] WORKDIR [options of biclip_jax.train]" >&2; exit 2; }
 workdir=$1
 shift
+command=(python -m biclip_jax.train --workdir "$workdir" "$@")
+if [ -n "$dry_run" ]; then
+  line=$(printf '%q ' "${command[@]}")
+  echo "${line% }"
+  exit 0
+fi
 child=
 trap '[ -z "$child" ] || kill -TERM "$child"' TERM INT
 for attempt in $(seq 0 "${MAX_RESTARTS:-3}"); do
   [ "$attempt" = 0 ] || echo "restart $attempt" >&2
-  python -m biclip_jax.train --workdir "$workdir" "$@" &
+  "${command[@]}" &
   child=$!
   wait "$child"
   status=$?

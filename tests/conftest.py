@@ -1,5 +1,6 @@
 """Shapes and dtypes of public signatures are checked while the tests run; tiny things to share."""
 
+import fcntl
 import os
 import tempfile
 
@@ -31,13 +32,18 @@ def smoke_config(tmp_path):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """The work directory of one finished smoke run, shared: read only."""
+    """The work directory of one finished smoke run, shared by all workers: read only."""
     from biclip_jax import train
 
-    base = tmp_path_factory.mktemp("trained")
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    workdir = base / "trained"
     config = cli.load_config("default:smoke", [f"--config.data.cache_dir={base / 'cache'}"])
-    train.train_and_evaluate(config, base / "run")
-    return base / "run"
+    with open(base / "trained.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (workdir / "test/results.json").exists():
+            train.train_and_evaluate(config, workdir)
+    return workdir
 
 
 @pytest.fixture(scope="session")

@@ -599,6 +599,7 @@ def test_the_published_network_keeps_its_tower_inside(network, checkpoint):
     assert "text_encoder" not in variables["params"]
 
 
+@pytest.mark.slow
 def test_the_published_network_segments_with_its_tower_s_hidden_states(network):
     model, variables, processor = biclip_jax.load_model(network)
     picture = np.random.default_rng(0).integers(0, 256, (56, 56, 3)).astype(np.uint8)

@@ -113,6 +113,7 @@ def apply(tower, image):
         return tower.module.apply(variables, jnp.asarray(image, jnp.float32))
 
 
+@pytest.mark.slow
 def test_a_resnet_answers_as_its_authors_do(folders):
     """Their pictures are normalised; the module takes them in [0, 1] and does that itself."""
     tower = opened(folders["resnet"], "clip_rn50")
@@ -132,7 +133,7 @@ def test_a_vit_is_its_own_tower_on_normalised_pictures(folders):
     _, variables = model_folder.read(folders["vit"])
     inner = jax.tree.map(jnp.asarray, {"params": variables["params"]["image_encoder"]})
     normal = jnp.asarray((image - np.array(clip.MEAN)) / np.array(clip.STD), jnp.float32)
-    expected, _ = clip.build_image_encoder(VIT).apply(inner, normal)
+    expected, _ = jax.jit(clip.build_image_encoder(VIT).apply)(inner, normal)
     np.testing.assert_allclose(apply(tower, image), expected, atol=1e-5)
     assert opened(folders["vit"], "clip_vit_b16", "bfloat16").module.tower.dtype == jnp.bfloat16
 
@@ -201,6 +202,7 @@ def build(config, tower):
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet"])
+@pytest.mark.slow
 def test_a_frozen_tower_travels_inside_the_model_folder(folders, name, tmp_path, monkeypatch):
     config, tower = configured(folders, name, tmp_path)
     monkeypatch.setattr(biclip, "init", tiny.abstract_init)
@@ -251,6 +253,7 @@ def test_methods_without_refinement_have_no_use_for_a_tower(folders, tmp_path, v
         build(config, tower)
 
 
+@pytest.mark.slow
 def test_statistics_of_a_frozen_resnet_stay(folders):
     """BatchNorm inside the tower is used as at inference, whatever the U-Net's does."""
     tower = opened(folders["resnet"], "clip_rn50")

@@ -37,6 +37,13 @@ def test_restarts(tmp_path, statuses, status, starts):
     assert calls == ["-m biclip_jax.train --workdir runs/x --config qata"] * starts
 
 
+def test_a_dry_run_prints_the_command():
+    command = [SCRIPT, "--dry-run", "runs/an x", "--config", "qata"]
+    done = subprocess.run(command, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    expected = r"python -m biclip_jax.train --workdir runs/an\ x --config qata" + "\n"
+    assert (done.returncode, done.stdout) == (0, expected)
+
+
 def test_without_a_work_directory_it_says_how():
     done = subprocess.run([SCRIPT], capture_output=True, text=True)
     assert done.returncode == 2

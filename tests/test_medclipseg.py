@@ -137,6 +137,7 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_same_bits(trained, base, tmp_pat
     assert metrics_of(workdir) == metrics_of(trained)
 
 
+@pytest.mark.slow
 def test_evaluation_writes_its_conditions(trained):
     argv = ("--workdir", trained, "--text-conditions", "right,missing", "--no-baselines")
     assert run(evaluate.main, *argv) == 0
@@ -161,6 +162,7 @@ def pictures(base):
     return folder
 
 
+@pytest.mark.slow
 def test_predictions_tell_their_uncertainty_and_repeat_to_the_bit(trained, pictures, tmp_path):
     argv = ("--workdir", trained, "--image", pictures, "--text", SENTENCE, "--output", tmp_path)
     assert run(predict.main, *argv) == 0

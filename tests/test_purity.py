@@ -19,12 +19,13 @@ def eval_pieces(axis_name=None):
     return partial(eval_steps.eval_step, model=model, axis_name=axis_name), variables
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_train_step_has_no_effects(accumulate):
     step, state, batch, key = tiny.train_step(accumulate=accumulate)
     assert jax.make_jaxpr(step)(state, batch, key).effects == set()
 
 
+@pytest.mark.slow
 def test_the_semi_supervised_step_has_no_effects():
     step, state, batch, key = tiny.train_step(method="semi")
     assert jax.make_jaxpr(step)(state, batch, key).effects == set()
@@ -37,6 +38,7 @@ def test_the_evaluation_and_prediction_steps_have_no_effects():
     assert jax.make_jaxpr(predict)(variables, tiny.batch()).effects == set()
 
 
+@pytest.mark.slow
 def test_two_calls_give_the_same_bits(tiny_step):
     check_same_bits(*tiny_step)
 
@@ -93,7 +95,9 @@ def test_a_run_compiles_each_step_once():
 
 
 @pytest.mark.parametrize("method", ["published", pytest.param("semi", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("platform", ["tpu", "cuda", "cpu"])
+@pytest.mark.parametrize(
+    "platform", ["tpu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cuda", "cpu"))]
+)
 def test_the_pmapped_train_step_lowers_for(platform, method):
     step, state, batch, key = tiny.train_step(parallel.AXIS, method=method)
     train = parallel.pmap_train_step(step)

@@ -151,6 +151,7 @@ def test_another_configuration_may_not_go_on_in_the_same_place(smoke_config, tmp
         train.claim(smoke_config, tmp_path, {})
 
 
+@pytest.mark.slow
 def test_a_start_that_failed_does_not_hold_its_place(smoke_config, tmp_path):
     with smoke_config.unlocked():
         smoke_config.batch_size, smoke_config.final_test = 3, False
@@ -196,7 +197,8 @@ def broken_objective(*args, **kwargs):
 PUBLISHED = biclip_program.objective.objective
 
 
-@pytest.mark.parametrize("policy", [pytest.param("skip", marks=pytest.mark.slow), "abort"])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["skip", "abort"])
 def test_a_loss_that_is_not_finite_follows_the_policy(smoke_config, tmp_path, monkeypatch, policy):
     monkeypatch.setattr(biclip_program.objective, "objective", broken_objective)
     smoke_config.optim.non_finite, smoke_config.final_test = policy, False
@@ -213,6 +215,7 @@ def test_a_loss_that_is_not_finite_follows_the_policy(smoke_config, tmp_path, mo
     jax.tree.map(np.testing.assert_array_equal, state.params, fresh.params)
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_after_evaluations_without_improvement(
     smoke_config, tmp_path, monkeypatch
 ):

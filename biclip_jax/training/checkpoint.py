@@ -53,7 +53,7 @@ def save(folder: Path, state: TrainState, meta: dict[str, Any], keep: int = KEEP
     step = folder / str(step_of(state))
     try:
         _discard(step)
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with _checkpointer() as checkpointer:
             items = ocp.args.Composite(
                 state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
             )
@@ -181,7 +181,7 @@ def _restore(step: Path, template: TrainState) -> tuple[TrainState, dict[str, An
     # Numpy, not device arrays: in a run of several processes orbax refuses host-local ones.
     like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with _checkpointer() as checkpointer:
             items = ocp.args.Composite(
                 state=ocp.args.StandardRestore(like), meta=ocp.args.JsonRestore()
             )
@@ -202,6 +202,17 @@ def _require_same_kind(expected: np.ndarray, found: np.ndarray) -> None:
         raise ValueError(
             f"found {found.dtype} {found.shape}, expected {expected.dtype} {expected.shape}"
         )
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """Of this process alone: of several in a run one reads and writes, and none waits for it."""
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
+    )
+    options = ocp.CompositeOptions(multiprocessing_options=alone)
+    handler = ocp.CompositeCheckpointHandler(composite_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def steps(folder: Path) -> list[Path]:

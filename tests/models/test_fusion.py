@@ -54,7 +54,8 @@ def test_a_level_is_the_formula_by_hand(forth, back):
     np.testing.assert_allclose(refined, text, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("norm", ["batch", pytest.param("group", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["batch", "group"])
 def test_training_begins_at_the_plain_u_net_to_the_bit(norm):
     fused = UNet((2, 4, 8), norm=norm, fused_blocks=block_names(3), fusion_hidden=5)
     plain = fused.clone(fused_blocks=())
@@ -80,6 +81,7 @@ def full():
     return model, tiny.init(model)
 
 
+@pytest.mark.slow
 def test_full_begins_at_the_same_network_without_levels_to_the_bit(full):
     model, variables = full
     params = variables["params"]

@@ -273,6 +273,7 @@ def test_a_block_drops_only_where_there_are_keys_and_a_rate():
 
 
 @pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.slow
 def test_one_row_of_a_block_is_that_row_of_all(post_norm):
     x, rows = normal(3, 4, 6), jnp.array([2, 0, 3])
     block = transformer.Block(2, 8, post_norm=post_norm)

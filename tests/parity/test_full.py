@@ -55,6 +55,7 @@ def test_every_parameter_has_a_name_in_the_twin(norm):
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.slow
 def test_the_whole_network_matches_the_twin(norm):
     twin, model, variables = pair(norm)
     twin.eval()

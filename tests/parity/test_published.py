@@ -116,7 +116,9 @@ def nhwc(x) -> np.ndarray:
     return np.moveaxis(x.detach().numpy(), 1, -1)
 
 
-@pytest.mark.parametrize(("image_size", "levels"), [(56, 4), (112, 5)])
+@pytest.mark.parametrize(
+    ("image_size", "levels"), [(56, 4), pytest.param(112, 5, marks=pytest.mark.slow)]
+)
 def test_whole_network_matches_the_twin(image_size, levels):
     twin, model, variables = pair(image_size, levels=levels)
     twin.eval()

@@ -85,6 +85,7 @@ def test_keys_follow_stream_step_and_global_row_alone():
     assert len(np.unique(np.concatenate([whole, later]), axis=0)) == 12
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_its_parts_add_up(tiny_step):
     step, state, batch, key = tiny_step
     step, first = jax.jit(step), None

@@ -11,6 +11,8 @@ from biclip_jax.training import views
 
 RNG = np.random.default_rng(0)
 IMAGE = jnp.asarray(RNG.random((16, 20, 3)), jnp.float32)
+# Compiled: one program takes less time than dozens of small ones.
+move = jax.jit(views.move, static_argnums=2)
 
 
 def test_identity_and_flips_are_exact():
@@ -67,7 +69,7 @@ def test_one_geometry_moves_all_maps_of_an_example():
     pictures = jnp.stack([IMAGE, 1 - IMAGE])
     masks = (pictures[..., :1] > 0.5).astype(jnp.float32)
     geometry = views.Geometry(horizontal_flip=1.0, vertical_flip=0.0, affine=0.0)
-    (moved, pseudo, mask), flipped = views.move(keys, (pictures, 1 - pictures, masks), geometry)
+    (moved, pseudo, mask), flipped = move(keys, (pictures, 1 - pictures, masks), geometry)
     np.testing.assert_array_equal(moved, pictures[:, :, ::-1])
     np.testing.assert_array_equal(pseudo, 1 - pictures[:, :, ::-1])
     np.testing.assert_array_equal(mask, masks[:, :, ::-1])
@@ -78,11 +80,11 @@ def test_each_example_moves_by_its_own_key_and_says_whether_it_was_flipped():
     keys = jax.random.split(jax.random.key(0), 16)
     geometry = views.Geometry(horizontal_flip=0.5, vertical_flip=0.0, affine=0.0)
     pictures = jnp.broadcast_to(IMAGE, (16, *IMAGE.shape))
-    (moved,), flipped = views.move(keys, [pictures], geometry)
+    (moved,), flipped = move(keys, [pictures], geometry)
     expected = np.where(np.asarray(flipped)[:, None, None, None], pictures[:, :, ::-1], pictures)
     np.testing.assert_array_equal(moved, expected)
     assert 0 < flipped.sum() < 16
-    (again,), _ = views.move(keys[4:6], [pictures[4:6]], geometry)
+    (again,), _ = move(keys[4:6], [pictures[4:6]], geometry)
     np.testing.assert_array_equal(again, moved[4:6])
 
 
@@ -107,7 +109,7 @@ def test_light_changes_by_key_and_stays_in_range():
 
 def test_gradient_reaches_the_pseudo_image_through_the_geometry():
     keys = jax.random.split(jax.random.key(0), 1)
-    gradient = jax.grad(lambda x: views.move(keys, [x], views.Geometry())[0][0].sum())(IMAGE[None])
+    gradient = jax.grad(lambda x: move(keys, [x], views.Geometry())[0][0].sum())(IMAGE[None])
     assert np.isfinite(gradient).all()
     assert np.abs(gradient).sum() > 0
 
@@ -143,7 +145,8 @@ def test_turning_at_random_takes_every_angle_and_leaves_the_rest_alone():
     geometry = views.Geometry(0.0, 0.0, 0.5, 2.0, 0.0, 1.0, 1.0, whole_degrees=True)
     picture = jnp.arange(1.0, 80 * 80 + 1).reshape(80, 80, 1)
     keys = jax.random.split(jax.random.key(0), 200)
-    (turned,), flipped = views.move(keys, [jnp.tile(picture, (200, 1, 1, 1))], geometry)
+    pictures = jnp.tile(picture, (200, 1, 1, 1))
+    (turned,), flipped = move(keys, [pictures], geometry)
     assert not flipped.any()
     table = jnp.asarray(views.turning_table(2, 80, 80))
     known = {np.asarray(views.turn(picture, row)).tobytes(): i - 2 for i, row in enumerate(table)}

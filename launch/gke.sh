@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# One run on TPU slices of a GKE cluster, by xpk; starts again after a crash.
+#
+#   launch/gke.sh [--dry-run] CLUSTER IMAGE TPU_TYPE NUM_SLICES -- options of biclip_jax.train
+#   WORKLOAD=qata PROJECT=mine ZONE=us-west4-a launch/gke.sh tpus gcr.io/mine/biclip_jax:1 \
+#     v5litepod-16 2 -- --workdir /shared/runs/qata --config qata
+#
+# --workdir is among the options: a folder that all pods mount. From the environment: WORKLOAD (the
+# name of the job, lower case), PROJECT, ZONE; MAX_RESTARTS (3). --dry-run prints the command and
+# runs nothing.
+#
+# The run goes on from its last checkpoint each time. The cluster gives it up after MAX_RESTARTS
+# failures, and at once when the configuration or the data does not fit (status 2).
+set -u
+
+usage() {
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+}
+
+require() {
+  [ -n "${!1:-}" ] ||
+    { echo "$0: $1 is not set; expected $2; put $1=... before the command" >&2; exit 2; }
+}
+
+quoted() {
+  local line
+  line=$(printf '%q ' "$@")
+  echo "${line% }"
+}
+
+dry_run=
+[ "${1:-}" != --dry-run ] || { dry_run=1 && shift; }
+[ $# -ge 5 ] || usage
+[ "$5" = -- ] || usage
+cluster=$1
+image=$2
+tpu_type=$3
+num_slices=$4
+shift 5
+require WORKLOAD "a name for the job, such as qata-1"
+require PROJECT "the Google Cloud project"
+require ZONE "the zone of the cluster, such as us-west4-a"
+[[ " $* " =~ \ --workdir[=\ ] ]] || {
+  echo "$0: no --workdir among the options; expected a folder that all pods mount;" \
+    "add --workdir DIR after --" >&2
+  exit 2
+}
+
+# xpk's own list of statuses that start a job again is 42 and 127-255, which leaves out a plain
+# crash. 130 and 143 are in it and stay: here a signal comes from the cluster, which takes a node
+# away, and the run is to go on elsewhere. Without exec the signal would end at the shell.
+command=(
+  xpk workload create
+  --cluster="$cluster"
+  --workload="$WORKLOAD"
+  --project="$PROJECT"
+  --zone="$ZONE"
+  --docker-image="$image"
+  --tpu-type="$tpu_type"
+  --num-slices="$num_slices"
+  --max-restarts="${MAX_RESTARTS:-3}"
+  --restart-on-exit-codes='1,3-126'
+  --termination-grace-period-seconds=120
+  --env=BICLIP_DISTRIBUTED=auto
+  --command="exec $(quoted python3 -m biclip_jax.train "$@")"
+)
+if [ -n "$dry_run" ]; then quoted "${command[@]}"; else exec "${command[@]}"; fi

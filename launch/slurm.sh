@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# One run on several nodes of a Slurm cluster, one process a node; starts again after a crash.
+#
+#   launch/slurm.sh [--dry-run] NODES WORKDIR [options of biclip_jax.train]
+#   launch/slurm.sh 4 /shared/runs/qata --config qata --config.data.source=/shared/qata
+#
+# WORKDIR lies in a folder that all nodes share. From the environment: GPUS_PER_NODE (1; 0 for
+# none), MAX_RESTARTS (3), and where the cluster's own values do not do: CPUS_PER_NODE, TIME,
+# PARTITION. --dry-run prints the command and runs nothing.
+#
+# The run goes on from its last checkpoint each time. It is given up after MAX_RESTARTS failures,
+# at once when the configuration or the data does not fit (status 2), and when somebody or the
+# time limit stopped it. To stop it so that it saves: scancel --batch --signal=TERM JOB.
+set -u
+
+usage() {
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+}
+
+# The part that runs on the first node, with the srun command as its arguments.
+run_job() {
+  max_restarts=$1
+  shift
+  stopped=
+  # By scancel, to the processes of the step: srun itself would take the signal for SIGKILL.
+  trap 'stopped=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
+  for attempt in $(seq 0 "$max_restarts"); do
+    [ "$attempt" = 0 ] || echo "restart $attempt" >&2
+    "$@" &
+    child=$!
+    wait "$child"
+    status=$?
+    # A signal ends `wait` early; the run itself is still saving.
+    while kill -0 "$child" 2>/dev/null; do
+      wait "$child"
+      status=$?
+    done
+    case $status in 0 | 2 | 130) exit "$status" ;; esac
+    # srun gives the highest status of all processes, and after the loss of one Slurm ends the
+    # others by SIGTERM: 143 alone does not say that the run was to stop, a signal to us does.
+    [ -z "$stopped" ] || exit "$status"
+  done
+  exit "$status"
+}
+
+if [ "${1:-}" = --job ]; then
+  shift
+  run_job "$@"
+fi
+dry_run=
+[ "${1:-}" != --dry-run ] || { dry_run=1 && shift; }
+[ $# -ge 2 ] || usage
+nodes=$1
+workdir=$2
+shift 2
+[[ $nodes =~ ^[1-9][0-9]*$ ]] ||
+  { echo "$0: NODES is '$nodes'; expected a number from 1; see $0 without arguments" >&2; exit 2; }
+gpus=${GPUS_PER_NODE:-1}
+[[ $gpus =~ ^[0-9]+$ ]] ||
+  { echo "$0: GPUS_PER_NODE is '$gpus'; expected a number; give 0 for none" >&2; exit 2; }
+
+tasks=(--nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1)
+# srun does not take this one over from sbatch (Slurm 22.05 and later).
+[ -z "${CPUS_PER_NODE:-}" ] || tasks+=(--cpus-per-task="$CPUS_PER_NODE")
+# B: the signal goes to this script, which passes it on and thus knows of it. Slurm may send it a
+# minute earlier; the 120 seconds are for the step at work and the checkpoint.
+job=("${tasks[@]}" --job-name=biclip_jax --signal=B:TERM@120 --requeue --open-mode=append)
+[ "$gpus" = 0 ] || job+=(--gpus-per-node="$gpus")
+[ -z "${TIME:-}" ] || job+=(--time="$TIME")
+[ -z "${PARTITION:-}" ] || job+=(--partition="$PARTITION")
+
+# Without --kill-on-bad-exit the other processes would wait for the one that is lost.
+step=(srun "${tasks[@]}" --kill-on-bad-exit=1)
+# Under Slurm jax takes one GPU a process unless it is told which.
+[ "$gpus" = 0 ] || step+=(env JAX_LOCAL_DEVICE_IDS="$(seq -s , 0 $((gpus - 1)))")
+step+=(python -m biclip_jax.train --workdir "$workdir" "$@")
+
+command=(sbatch "${job[@]}" "$0" --job "${MAX_RESTARTS:-3}" "${step[@]}")
+if [ -n "$dry_run" ]; then
+  line=$(printf '%q ' "${command[@]}")
+  echo "${line% }"
+else
+  exec "${command[@]}"
+fi

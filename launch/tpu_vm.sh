@@ -1,0 +1,142 @@
+#!/usr/bin/env bash
+# One run on all hosts of a Cloud TPU VM; starts again after a crash.
+#
+#   launch/tpu_vm.sh [--dry-run] create NAME [options of gcloud, such as --spot]
+#   launch/tpu_vm.sh [--dry-run] install NAME WHEEL_HERE | URL | /PATH/ON/THE/HOSTS
+#   launch/tpu_vm.sh [--dry-run] train NAME WORKDIR [options of biclip_jax.train]
+#   launch/tpu_vm.sh [--dry-run] stop NAME
+#   launch/tpu_vm.sh [--dry-run] delete NAME
+#
+# WORKDIR is the absolute path of a folder that all hosts share. From the environment: PROJECT and
+# ZONE; for create also TYPE, such as v5litepod-16, and VERSION, such as v2-alpha-tpuv5-lite;
+# PYTHON (python3) of the hosts, 3.11 or later; MAX_RESTARTS (3); RESTART_PAUSE (30), seconds.
+# --dry-run prints the commands and runs none.
+#
+# The run goes on from its last checkpoint each time. It is given up after MAX_RESTARTS failures,
+# and at once when the configuration or the data does not fit (status 2) or when somebody stopped
+# it (130, 143). stop, or a signal to this script, ends the run on all hosts after it has saved.
+set -u
+
+usage() {
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+}
+
+require() {
+  [ -n "${!1:-}" ] ||
+    { echo "$0: $1 is not set; expected $2; put $1=... before the command" >&2; exit 2; }
+}
+
+quoted() {
+  local line
+  line=$(printf '%q ' "$@")
+  echo "${line% }"
+}
+
+run() {
+  if [ -n "$dry_run" ]; then quoted "$@"; else "$@"; fi
+}
+
+tpu_vm() {
+  local verb=$1
+  shift
+  run gcloud compute tpus tpu-vm "$verb" "$@" --project="$PROJECT" --zone="$ZONE"
+}
+
+on_all_hosts() {
+  tpu_vm ssh "$name" --worker=all --command="$1"
+}
+
+install() {
+  local target
+  if [ -f "$1" ]; then
+    tpu_vm scp "$1" "$name:" --worker=all || return
+    target="./$(basename "$1")[tpu]"
+  elif [[ $1 = *://* ]]; then
+    target="biclip_jax[tpu] @ $1"
+  elif [[ $1 = /* ]]; then
+    target="$1[tpu]"
+  else
+    echo "$0: $1: no such file here; expected a wheel, a URL or an absolute path of the hosts;" \
+      "build a wheel with: python -m build --wheel" >&2
+    return 2
+  fi
+  on_all_hosts "$(quoted "$python" -m pip install "$target")"
+}
+
+# The brackets keep the pattern from matching the shell that it is a word of. Only the oldest gets
+# the signal, once: a second one would end a run that is saving.
+stop() {
+  # shellcheck disable=SC2016 # the hosts expand it
+  on_all_hosts 'pkill -TERM -o -f "[b]iclip_jax[.]train" || exit 0; '\
+'for _ in $(seq 60); do sleep 2; pgrep -f "[b]iclip_jax[.]train" || exit 0; done; '\
+'pkill -KILL -f "[b]iclip_jax[.]train"'
+}
+
+train() {
+  local workdir=$1 command stopped='' attempt child status
+  shift
+  [[ $workdir = /* ]] || {
+    echo "$0: WORKDIR is '$workdir'; expected an absolute path;" \
+      "give a folder that all hosts share" >&2
+    return 2
+  }
+  # exec: the program takes the place of the shell, so that the pattern above finds it alone.
+  command="exec env BICLIP_DISTRIBUTED=auto $(
+    quoted "$python" -m biclip_jax.train --workdir "$workdir" "$@"
+  )"
+  if [ -n "$dry_run" ]; then
+    on_all_hosts "$command"
+    return
+  fi
+  trap 'stopped=1; stop' TERM INT
+  for attempt in $(seq 0 "${MAX_RESTARTS:-3}"); do
+    if [ "$attempt" != 0 ]; then
+      echo "restart $attempt" >&2
+      sleep "${RESTART_PAUSE:-30}"
+      # A lost connection leaves the run at work on its host, holding the TPU and the workdir.
+      stop
+      [ -z "$stopped" ] || return 143
+    fi
+    on_all_hosts "$command" &
+    child=$!
+    wait "$child"
+    status=$?
+    # A signal ends `wait` early; the run itself is still saving.
+    while kill -0 "$child" 2>/dev/null; do
+      wait "$child"
+      status=$?
+    done
+    case $status in 0 | 2 | 130 | 143) return "$status" ;; esac
+    [ -z "$stopped" ] || return "$status"
+  done
+  return "$status"
+}
+
+dry_run=
+[ "${1:-}" != --dry-run ] || { dry_run=1 && shift; }
+[ $# -ge 2 ] || usage
+verb=$1
+name=$2
+shift 2
+python=${PYTHON:-python3}
+require PROJECT "the Google Cloud project"
+require ZONE "the zone of the TPU, such as us-west4-a"
+case $verb in
+  create)
+    require TYPE "the kind and number of chips, such as v5litepod-16"
+    require VERSION "the TPU software version, such as v2-alpha-tpuv5-lite"
+    tpu_vm create "$name" --accelerator-type="$TYPE" --version="$VERSION" "$@"
+    ;;
+  install)
+    [ $# = 1 ] || usage
+    install "$1"
+    ;;
+  train)
+    [ $# -ge 1 ] || usage
+    train "$@"
+    ;;
+  stop) stop ;;
+  delete) tpu_vm delete "$name" --quiet ;;
+  *) usage ;;
+esac

@@ -1,0 +1,202 @@
+"""Several real processes of one run: the same numbers, one writer, a lost process, restarts."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from biclip_jax import parallel
+from biclip_jax.errors import UserError
+
+OPTIONS = [
+    *("--config", "default:smoke", "--config.optim.name=sgd", "--config.optim.learning_rate=0.03"),
+    # Neither divides by the batch of 8.
+    *("--config.data.num_examples.train=30", "--config.data.num_examples.val=7"),
+    "--config.final_test=False",
+]
+TIMEOUT = 300  # seconds, of a whole run
+
+
+class Job:
+    """The processes of one run, each with its log."""
+
+    def __init__(self, folder, workdir, options=(), processes=2, devices=2):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        flags = (
+            f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        )
+        environment = {"BICLIP_COORDINATOR": address, "BICLIP_NUM_PROCESSES": str(processes)}
+        environment |= {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        environment |= {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+        environment |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "programs")}
+        command = [sys.executable, "-m", "biclip_jax.train", "--workdir", str(workdir)]
+        command += [*OPTIONS, f"--config.data.cache_dir={folder / 'data'}", *options]
+        self.logs = [folder / f"{workdir.name}_{index}.log" for index in range(processes)]
+        self.processes = []
+        for index, log in enumerate(self.logs):
+            own = {**os.environ, **environment, "BICLIP_PROCESS_ID": str(index)}
+            with open(log, "w") as out:
+                started = subprocess.Popen(command, env=own, stdout=out, stderr=subprocess.STDOUT)
+            self.processes.append(started)
+
+    def statuses(self):
+        try:
+            return [process.wait(TIMEOUT) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+
+    def text(self, index):
+        return self.logs[index].read_text()
+
+    def wait_for(self, condition):
+        until = time.monotonic() + TIMEOUT
+        while not condition():
+            assert time.monotonic() < until, [self.text(i) for i in range(len(self.logs))]
+            assert all(process.poll() is None for process in self.processes), self.text(0)
+            time.sleep(0.1)
+
+
+def saved_steps(workdir):
+    return sorted(int(p.name.split(".")[0]) for p in workdir.glob("checkpoints/last/*.sha256.json"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of all runs: they share prepared data and compiled programs."""
+    return tmp_path_factory.mktemp("multihost")
+
+
+@pytest.mark.slow
+def test_two_processes_of_two_devices_give_the_run_of_one_with_four(folder):
+    """With SGD, which hides no wrong scale; every picture of seven is validated once."""
+    one, two = folder / "one", folder / "two"
+    for workdir, processes, devices in ((one, 1, 4), (two, 2, 2)):
+        job = Job(folder, workdir, processes=processes, devices=devices)
+        assert job.statuses() == [0] * processes, job.text(0)
+    assert "on 4 x cpu in 2 processes" in job.text(0)
+    # The second has nothing to say and nothing to write.
+    assert "step " not in job.text(1) and str(two) not in job.text(1)
+    lines = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (one, two)
+    ]
+    for ours, theirs in zip(*lines, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"split", "images_per_second"}:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, err_msg=name)
+    assert [row["num_images"] for row in lines[1] if row["split"] == "val"] == [7, 7]
+    expected, found = (load_file(run / "model/model.safetensors") for run in (one, two))
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-4, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_run_and_the_next_start_goes_on(folder):
+    workdir, options = folder / "lost", ["--config.num_steps=100000", "--config.eval_every=4"]
+    job = Job(folder, workdir, options)
+    job.wait_for(lambda: saved_steps(workdir))
+    job.processes[1].kill()
+    first, second = job.statuses()
+    assert second == -signal.SIGKILL
+    # Whoever finds out first: a collective that breaks off, or the heartbeats that jax watches.
+    if first == 1:
+        assert "process 0 of 2 lost the others" in job.text(0)
+        assert "start all of them again" in job.text(0) and "Traceback" not in job.text(0)
+    else:
+        assert first == -signal.SIGABRT and "another task died" in job.text(0)
+    before = saved_steps(workdir)[-1]
+    job = Job(folder, workdir, options)
+    job.wait_for(lambda: saved_steps(workdir)[-1] > before)
+    # One of them is told to stop: all agree on the step.
+    job.processes[1].send_signal(signal.SIGTERM)
+    assert job.statuses() == [128 + signal.SIGTERM] * 2
+    assert f"goes on after step {before}" in job.text(0)
+    assert f"stopped by a signal after step {saved_steps(workdir)[-1]}; saved" in job.text(0)
+
+
+@pytest.mark.slow
+def test_a_mistake_of_the_user_ends_all_processes(folder):
+    workdir = folder / "other"
+    assert Job(folder, workdir, ["--config.num_steps=2"]).statuses() == [0, 0]
+    job = Job(folder, workdir, ["--config.num_steps=2", "--config.batch_size=4"])
+    first, second = job.statuses()
+    assert first == 2 and second not in (0, 2)
+    assert "began with another configuration: batch_size (8 -> 4)" in job.text(0)
+    assert "Traceback" not in job.text(0)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What `jax.distributed.initialize` was called with."""
+    made = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: made.append(arguments))
+    return made
+
+
+PLAIN = {"BICLIP_COORDINATOR": "a:1", "BICLIP_NUM_PROCESSES": "4", "BICLIP_PROCESS_ID": "2"}
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        (PLAIN, {"coordinator_address": "a:1", "num_processes": 4, "process_id": 2}),
+        (SLURM, {}),
+        ({**SLURM, "SLURM_NTASKS": "1"}, None),
+        ({"BICLIP_DISTRIBUTED": "auto"}, {}),
+        ({**PLAIN, **SLURM, "BICLIP_DISTRIBUTED": "off"}, None),
+    ],
+)
+def test_processes_meet_as_the_environment_says(environment, expected, calls):
+    parallel.initialize(environment)
+    for arguments in calls:
+        assert arguments.pop("shutdown_timeout_seconds") == 24 * 3600
+    assert calls == ([] if expected is None else [expected])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"BICLIP_PROCESS_ID": ""}, "BICLIP_PROCESS_ID: not set; expected all of"),
+        ({"BICLIP_PROCESS_ID": "4"}, "'4' of BICLIP_NUM_PROCESSES '4'"),
+        ({"BICLIP_NUM_PROCESSES": "two"}, "expected numbers"),
+        ({"BICLIP_DISTRIBUTED": "on"}, "'on'; expected auto, off"),
+    ],
+)
+def test_half_an_environment_is_refused(change, message, calls):
+    with pytest.raises(UserError, match=message):
+        parallel.initialize({**PLAIN, **change})
+    assert not calls
+
+
+def test_processes_that_do_not_meet_are_told_so(monkeypatch):
+    def fail(**_):
+        raise RuntimeError("deadline exceeded\nmore")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(UserError, match=r"did not meet \(deadline exceeded\)"):
+        parallel.initialize(PLAIN)
+
+
+def test_one_process_asks_nobody(tmp_path):
+    tree, facts = {"x": np.ones(2)}, {"step": 3}
+    assert parallel.of_first(tree, facts) == (tree, facts)
+    assert parallel.agreed(15, ask=False) == 15
+    assert parallel.agreed(None, ask=True) is None
+    with parallel.first_writes(tmp_path) as folder, parallel.ends_at_once():
+        assert folder == tmp_path
+    with pytest.raises(UserError, match="as it was"), parallel.ends_at_once():
+        raise UserError("as it was")
