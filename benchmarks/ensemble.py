@@ -58,12 +58,12 @@ def build(config: Any) -> dict[str, Callable[[], Any]]:
     import jax
     import numpy as np
 
-    from benchmarks.train_step import sentences_of_noise
-    from biclip_jax import program
+    from benchmarks.biclip import sentences_of_noise
+    from biclip_jax import assembly, biclip_program
     from biclip_jax.training import objective, optim, state, steps
 
     spoken, batch = sentences_of_noise(config)
-    model, variables = program.build_model(config, spoken, None, None)
+    model, variables = biclip_program.build_model(config, spoken, None, None)
     optimizer = optim.make_optimizer(config.optim.to_dict(), config.optim.learning_rate)
     recipe = objective.make_recipe(config.to_dict())
     step = partial(

@@ -1,0 +1,195 @@
+"""BiCLIP's train step and inference, ours and a PyTorch twin's: what `benchmarks.bench` times.
+
+Both over the same noise. The twin is written from the method's description. It has no text encoder
+(its sentences are vectors of noise), takes simpler light for its strong view, and, as the published
+code, keeps what a backward pass through that view would need until it is detached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from benchmarks import flops
+from benchmarks.harness import Work
+
+
+def noise(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    """A grey uint8 picture (B, S, S, 1) and its mask."""
+    size = config.model.image_size
+    shape = (config.batch_size, size, size, 1)
+    image = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    return image, (image > 200).astype(np.uint8)
+
+
+def sentences_of_noise(config: ConfigDict) -> tuple[Any, dict[str, np.ndarray]]:
+    """Sentences as long as they can be, and a host batch of noise with them."""
+    from biclip_jax import sentences
+
+    image, mask = noise(config)
+    rows = config.batch_size
+    sentence = " ".join(f"word{i % 27}" for i in range(config.model.text.max_length - 1))
+    spoken = sentences.read(config.model.text.to_dict(), {"train": [sentence] * rows}, None)
+    batch = {"image": image, "mask": mask, "row": np.arange(rows, dtype=np.int32)}
+    return spoken, {**batch, **spoken.fields["train"]}
+
+
+def train_step_ours(config: ConfigDict) -> Work:
+    """One call is one step of the training program itself: views, losses, backward, AdamW."""
+    import jax
+
+    from biclip_jax import assembly, parallel, program
+
+    spoken, batch = sentences_of_noise(config)
+    built = program.build(config, config.batch_size, spoken)
+    labelled = np.arange(config.batch_size) < built.labelled_rows
+    batch = parallel.shard({**batch, "labelled": labelled})
+    state = parallel.replicate(built.initial)
+    key = parallel.replicate(assembly.stream(config, "augment"))
+    count = flops.count(built.train_step, state, batch, key)
+
+    def repeat() -> None:
+        nonlocal state
+        state, _ = jax.block_until_ready(built.train_step(state, batch, key))
+
+    return Work(repeat, count)
+
+
+def inference_ours(config: ConfigDict) -> Work:
+    """One call is the probabilities of a batch, by the step that `predict` runs."""
+    import jax
+
+    from biclip_jax import biclip_program
+    from biclip_jax.evaluation.steps import predict_step
+
+    spoken, batch = sentences_of_noise(config)
+    model, (variables,) = biclip_program.build_model(config, spoken, None, None)
+    predict = jax.jit(partial(predict_step, model=model.clone(axis_name=None)))
+    variables, batch = jax.device_put((variables, batch))
+    return Work(
+        lambda: jax.block_until_ready(predict(variables, batch)),
+        flops.count(predict, variables, batch),
+    )
+
+
+def twin(config: ConfigDict, work: str, compiled: bool) -> Work:
+    """One call of the twin: `train` (as published or as in full) or `inference`."""
+    import torch
+
+    from tests.torch_twin import TorchBiCLIP
+
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    width, levels = config.model.width, config.model.num_levels
+    model = TorchBiCLIP(
+        widths=tuple(width * 2**i for i in range(levels)),
+        encoder_widths=(width, 4 * width),
+        cycle_widths=(width // 2, width),
+        image_size=config.model.image_size,
+        level_hidden=config.model.bmf.hidden if config.model.bmf.levels else 0,
+    ).to(device)
+    if device == "cuda":
+        # What a user of PyTorch would set, too.
+        model = model.to(memory_format=torch.channels_last)
+        torch.backends.cudnn.benchmark = True
+    pixels, masks = (torch.from_numpy(x).permute(0, 3, 1, 2).to(device) for x in noise(config))
+    text = torch.randn(config.batch_size, 768, device=device)
+    low = config.model.dtype != "float32"
+    autocast = partial(torch.autocast, device, torch.bfloat16, enabled=low)
+    compiler = torch.compile if compiled else _as_it_is
+    if work == "inference":
+        call = _inference(model.eval(), pixels, text, compiler)
+    else:
+        loss = _full if config.loss.views == "both" else _published
+        call = _train_step(model.train(), partial(loss, pixels, masks, text, compiler), config)
+
+    def repeat() -> None:
+        with autocast():
+            call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return Work(repeat)
+
+
+def _as_it_is(function: Callable) -> Callable:
+    return function
+
+
+def _inference(model: Any, pixels: Any, text: Any, compiler: Callable) -> Callable[[], None]:
+    import torch
+
+    forward = compiler(model)
+
+    def call() -> None:
+        with torch.inference_mode():
+            torch.sigmoid(forward((pixels.float() / 255).expand(-1, 3, -1, -1), text))
+
+    return call
+
+
+def _train_step(model: Any, make: Callable, config: ConfigDict) -> Callable[[], None]:
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.learning_rate)
+    loss_of = make(model)
+
+    def call() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss_of().backward()
+        optimizer.step()
+
+    return call
+
+
+def _moved(pixels: Any) -> tuple[Any, Callable]:
+    """RGB in [0, 1], and a random affine map for the batch."""
+    import torch
+    from torch.nn import functional
+
+    image = (pixels.float() / 255).expand(-1, 3, -1, -1)
+    matrix = torch.eye(2, 3) + 0.1 * torch.randn(len(image), 2, 3)
+    grid = functional.affine_grid(matrix.to(image), list(image.shape), align_corners=False)
+    return image, lambda x: functional.grid_sample(x, grid.to(x), align_corners=False)
+
+
+def _published(pixels: Any, masks: Any, text: Any, compiler: Callable, model: Any) -> Callable:
+    import torch
+
+    from tests.torch_twin import published_loss
+
+    compiled = compiler(published_loss)
+
+    def loss_of() -> Any:
+        image, move = _moved(pixels)
+        mask, weak = masks.float(), move(image)
+        light = (weak.clamp_min(1e-3) ** 1.05 * 1.1 + 0.01 * torch.randn_like(weak)).clamp(0, 1)
+        views = (weak, move, move(mask).round()), (light, move)
+        return compiled(model, image, text, mask, *views)[0]
+
+    return loss_of
+
+
+def _full(pixels: Any, masks: Any, text: Any, compiler: Callable, model: Any) -> Callable:
+    import torch
+
+    from tests.torch_twin import full_loss
+
+    compiled = compiler(full_loss)
+
+    def change(x: Any) -> Any:
+        return (1.1 * x + 0.1 * torch.randn_like(x)).clamp(0, 1)
+
+    def loss_of() -> Any:
+        image, move = _moved(pixels)
+        side = image.shape[-1]
+        box = torch.zeros_like(masks, dtype=torch.bool)
+        box[:, :, side // 4 : side // 2, side // 4 :] = True
+        moved, mask = move(image), move(masks.float()).round()
+        return compiled(model, moved, text, mask, box, change)[0]
+
+    return loss_of
