@@ -47,8 +47,8 @@ def train_step_ours(config: ConfigDict) -> Work:
     spoken, batch = sentences_of_noise(config)
     built = program.build(config, config.batch_size, spoken)
     labelled = np.arange(config.batch_size) < built.labelled_rows
-    batch = parallel.shard({**batch, "labelled": labelled})
-    state = parallel.replicate(built.initial)
+    batch = built.shard({**batch, "labelled": labelled})
+    state = built.place(built.initial)
     key = parallel.replicate(assembly.stream(config, "augment"))
     count = flops.count(built.train_step, state, batch, key)
 

@@ -115,7 +115,7 @@ def build_model(
         model_fields(config),
         vocab_size=spoken.tokenizer.get_vocab_size(),
         image_tower=image_tower and image_tower.module,
-        axis_name=parallel.AXIS,
+        axis_name=parallel.axis_of(config.parallel.mode),
     )
     model = make()
     trained = tower if tower and config.model.text.trainable else None

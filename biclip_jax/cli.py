@@ -143,6 +143,8 @@ CHOICES = {
     "data.sentences": ("right", "missing"),
     "data.resize": ("antialiased", "opencv"),
     "data.percent": (10, 25, 50, 100),
+    "parallel.mode": ("pmap", "mesh"),
+    "parallel.shard": ("", "optimizer", "all"),
 }
 AT_LEAST = {
     "ensemble": 1,
@@ -186,6 +188,8 @@ FREE_FIELDS = (
     "model.image.weights",
     "model.towers.weights",
     "final_test",
+    "parallel.mode",
+    "parallel.shard",
 )
 
 
@@ -194,7 +198,7 @@ def check(config: ConfigDict) -> None:
     fields = dict(leaves(config))
     for name, legal in CHOICES.items():
         if name in fields and fields[name] not in legal:
-            known = [str(value) for value in legal]
+            known = [str(value) or "''" for value in legal]
             near = _nearest(str(fields[name]), known)
             raise UserError(
                 f"--config.{name}: {fields[name]!r}; expected one of {', '.join(known)}{near}"
@@ -210,6 +214,11 @@ def check(config: ConfigDict) -> None:
     if fields.get("views.strong.cutmix", 0) > 1:
         raise UserError(
             f"--config.views.strong.cutmix: {fields['views.strong.cutmix']}; expected a probability"
+        )
+    if fields.get("parallel.shard") and fields["parallel.mode"] == "pmap":
+        raise UserError(
+            f"--config.parallel.shard: {fields['parallel.shard']!r}, but under parallel.mode=pmap "
+            "every device holds the whole state; set parallel.mode=mesh, or leave it out"
         )
 
 

@@ -123,7 +123,8 @@ def assemble(
     variables = medclipseg.init(model, key, config.model.max_length, without=tuple(given))
     variables["params"] |= given
     recipe = objective.make_recipe(config.to_dict())
-    loss = partial(objective.objective, model=model, recipe=recipe, axis_name=parallel.AXIS)
+    axis_name = parallel.axis_of(config.parallel.mode)
+    loss = partial(objective.objective, model=model, recipe=recipe, axis_name=axis_name)
     return Assembly(
         model=model,
         members=[variables],

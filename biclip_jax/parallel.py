@@ -1,15 +1,15 @@
-"""The only place that knows of devices and processes: pmap, placement, gathering."""
+"""The only place that knows of devices and processes: pmap, the mesh, placement, gathering."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from biclip_jax.errors import UserError
 
 AXIS = "batch"
+SMALL = 4096  # elements; an array with fewer is whole on every device
 PLAIN = ("BICLIP_COORDINATOR", "BICLIP_NUM_PROCESSES", "BICLIP_PROCESS_ID")
 DAY = 24 * 3600  # seconds
 
@@ -153,12 +154,50 @@ def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
 
     A step's output lies so, too: the first call then compiles for all later ones.
     """
-    mesh = Mesh(np.array(devices or jax.devices()), (AXIS,))
-    whole = NamedSharding(mesh, PartitionSpec())
-    if whole.is_fully_addressable:
+    return place(tree, whole(tree, devices))
+
+
+def place(tree: Any, layout: Any) -> Any:
+    """A tree of host or device arrays, the same in every process, on devices as `layout` says.
+
+    Args:
+      tree: whole arrays.
+      layout: a tree like it, of shardings; see `whole` and `cut`.
+    """
+    if all(sharding.is_fully_addressable for sharding in jax.tree.leaves(layout)):
         # A copy: a step that donates its state must not delete the caller's.
-        return jax.device_put(tree, whole, may_alias=False)
-    return jax.tree.map(partial(_place, sharding=whole), tree)
+        return jax.device_put(tree, layout, may_alias=False)
+    return jax.tree.map(_place, tree, layout)
+
+
+def whole(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
+    """A layout: every array whole on every device."""
+    sharding = _sharding(PartitionSpec(), devices)
+    return jax.tree.map(lambda _: sharding, tree)
+
+
+def cut(tree: Any) -> Any:
+    """A layout: every array cut over all devices as `spec_of` says."""
+    return jax.tree.map(lambda x: _sharding(spec_of(x.shape, jax.device_count())), tree)
+
+
+def spec_of(shape: Sequence[int], devices: int) -> PartitionSpec:
+    """Where an array is cut: along its first axis that divides by the number of devices.
+
+    Small arrays, and those without such an axis, stay whole.
+    """
+    axes = [axis for axis, size in enumerate(shape) if size % devices == 0]
+    if math.prod(shape) < SMALL or not axes:
+        return PartitionSpec()
+    return _along(axes[0])
+
+
+def _along(axis: int) -> PartitionSpec:
+    return PartitionSpec(*[None] * axis, AXIS)
+
+
+def _sharding(spec: PartitionSpec, devices: Sequence[jax.Device] | None = None) -> NamedSharding:
+    return NamedSharding(Mesh(np.array(devices or jax.devices()), (AXIS,)), spec)
 
 
 def _place(x: Any, sharding: NamedSharding) -> jax.Array:
@@ -180,9 +219,50 @@ def pmap_train_step(step: Callable) -> Callable:
     )
 
 
+def pmap_train_steps(steps: Callable) -> Callable:
+    """(state, data, sharded rows, count, key) -> (state, metrics), see `steps.several`.
+
+    As `pmap_train_step`; the data lie whole on every device.
+    """
+    axes = (None, None, 0, None, None)
+    return jax.pmap(steps, axis_name=AXIS, in_axes=axes, out_axes=None, donate_argnums=(0,))
+
+
 def pmap_eval_step(step: Callable) -> Callable:
     """(variables, sharded batch) -> one result summed over the devices by the step itself."""
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None)
+
+
+def mesh_train_step(step: Callable, layout: Any, rows_axis: int = 0) -> Callable:
+    """(state, global batch, key) -> (state, metrics), by jit over a mesh of all devices.
+
+    The compiler cuts the program as the arrays are cut, so that `step` has no axis name and
+    sees the global batch. The state is donated, and comes back as it went in.
+
+    Args:
+      step: (state, batch, key) -> (state, metrics).
+      layout: of the state; see `whole` and `cut`.
+      rows_axis: of the batch, see `global_batch`.
+    """
+    plain, rows = _sharding(PartitionSpec()), _sharding(_along(rows_axis))
+    inputs = (layout, rows, plain)
+    return jax.jit(step, in_shardings=inputs, out_shardings=(layout, plain), donate_argnums=(0,))
+
+
+def mesh_train_steps(steps: Callable, layout: Any, rows_axis: int) -> Callable:
+    """(state, data, rows, count, key) -> (state, metrics), see `steps.several`.
+
+    As `mesh_train_step`; the data lie whole on every device.
+    """
+    plain, rows = _sharding(PartitionSpec()), _sharding(_along(rows_axis))
+    inputs = (layout, plain, rows, plain, plain)
+    return jax.jit(steps, in_shardings=inputs, out_shardings=(layout, plain), donate_argnums=(0,))
+
+
+def mesh_eval_step(step: Callable) -> Callable:
+    """(variables, global batch) -> one result of the whole batch; variables lie as they come."""
+    shardings = (None, _sharding(_along(0)))
+    return jax.jit(step, in_shardings=shardings, out_shardings=_sharding(PartitionSpec()))
 
 
 def pmap_predict_step(step: Callable) -> Callable:
@@ -213,10 +293,7 @@ def shard(batch: Mapping[str, Any], axis: int = 0) -> dict[str, np.ndarray]:
     Raises:
       ValueError: B is not a multiple of the number of local devices.
     """
-    devices = jax.local_device_count()
-    rows = next(iter(batch.values())).shape[axis]
-    if rows % devices:
-        raise ValueError(f"a batch of {rows} rows does not divide over {devices} devices")
+    devices, rows = jax.local_device_count(), _local_rows(batch, axis)
 
     def cut(x: np.ndarray) -> np.ndarray:
         shape = (*x.shape[:axis], devices, rows // devices, *x.shape[axis + 1 :])
@@ -225,9 +302,51 @@ def shard(batch: Mapping[str, Any], axis: int = 0) -> dict[str, np.ndarray]:
     return {name: cut(x) for name, x in batch.items()}
 
 
+def free_bytes() -> int | None:
+    """Memory that is left on this process's first device; None where it does not tell."""
+    facts = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" not in facts:
+        return None
+    return facts["bytes_limit"] - facts["bytes_in_use"]
+
+
+def global_batch(batch: Mapping[str, Any], axis: int = 0) -> dict[str, jax.Array]:
+    """This process's rows (B, ...) as its part of the global batch, on its devices.
+
+    Args:
+      batch: arrays of as many rows.
+      axis: of the rows; what comes before it are members of an ensemble.
+
+    Raises:
+      ValueError: B is not a multiple of the number of local devices.
+    """
+    _local_rows(batch, axis)
+    sharding = _sharding(_along(axis))
+    host = {name: np.asarray(x) for name, x in batch.items()}
+    return jax.make_array_from_process_local_data(sharding, host)
+
+
+def _local_rows(batch: Mapping[str, Any], axis: int) -> int:
+    devices = jax.local_device_count()
+    rows = next(iter(batch.values())).shape[axis]
+    if rows % devices:
+        raise ValueError(f"a batch of {rows} rows does not divide over {devices} devices")
+    return rows
+
+
 def num_devices() -> int:
     """Devices that share a batch."""
     return jax.device_count()
+
+
+def axis_of(mode: str) -> str | None:
+    """The axis name of a step under `parallel.mode`; none for mesh, see `mesh_train_step`."""
+    return AXIS if mode == "pmap" else None
+
+
+def shares_of(mode: str) -> int:
+    """Devices whose rows a step sees: its own alone, or under mesh those of all."""
+    return 1 if mode == "pmap" else jax.device_count()
 
 
 def check_batch_size(batch_size: int, accumulate: int) -> None:
@@ -246,5 +365,14 @@ def round_up(batch_size: int) -> int:
 
 
 def to_host(tree: Any) -> Any:
-    """Numpy copies of a replicated tree; safe to keep while the state is donated on."""
-    return jax.tree.map(np.array, tree)
+    """Numpy copies of a tree, each array whole; safe to keep while the state is donated on.
+
+    All processes call it together, for arrays that are cut over them.
+    """
+    return jax.tree.map(_to_host, tree)
+
+
+def _to_host(x: Any) -> np.ndarray:
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.array(x)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 
 from biclip_jax import biclip_program, medclipseg_program, parallel, sentences
@@ -26,10 +28,14 @@ class Program(NamedTuple):
 
     Attributes:
       initial: the state before the first step.
+      place: whole state -> state on the devices.
+      shard: (this process's rows, their axis) -> sharded batch.
       train_step: (state, sharded batch, key) -> (state, metrics), on all devices.
+      train_steps: several of them over a split on the device, see `steps.several`.
       eval_step: (variables, sharded batch) -> sums for Dice and IoU.
       schedule: step -> learning rate.
       num_steps: of the whole run.
+      steps_at_once: at most, of `train_steps`.
       eval_every: steps between two evaluations.
       num_members: of the ensemble; 1 for a single model.
       num_labelled: pictures with masks, of the training split.
@@ -39,10 +45,14 @@ class Program(NamedTuple):
     """
 
     initial: train_state.TrainState
+    place: Callable[[train_state.TrainState], train_state.TrainState]
+    shard: Callable[..., Any]
     train_step: Callable[..., Any]
+    train_steps: Callable[..., Any]
     eval_step: Callable[..., Any]
     schedule: Callable[[int], Any]
     num_steps: int
+    steps_at_once: int
     eval_every: int
     num_members: int
     num_labelled: int
@@ -71,6 +81,8 @@ def build(
     rows = labelled_rows(config)
     steps_per_epoch = max(num_labelled // rows, 1)
     num_steps = config.num_steps or config.num_epochs * steps_per_epoch
+    # A CPU runs a loop's convolutions on one core.
+    at_once = 1 if jax.default_backend() == "cpu" else config.data.resident_steps
     family = FAMILIES[config.model.kind]
     towers = family.open_towers(config) if towers is None else towers
     try:
@@ -78,6 +90,7 @@ def build(
         built = family.assemble(config, spoken, towers, rows / config.batch_size)
     except ValueError as error:
         raise UserError(f"--config: {error}") from error
+    axis_name = parallel.axis_of(config.parallel.mode)
     schedule = optim.make_schedule(config.optim.to_dict(), num_steps, steps_per_epoch)
     optimizer = optim.make_optimizer(config.optim.to_dict(), schedule)
     train_step: Callable[..., Any] = partial(
@@ -86,7 +99,8 @@ def build(
         optimizer=optimizer,
         accumulate=config.optim.accumulate,
         ema_decay=config.optim.ema_decay,
-        axis_name=parallel.AXIS,
+        axis_name=axis_name,
+        shares=parallel.shares_of(config.parallel.mode),
     )
     states = [
         train_state.create(fresh, optimizer, built.frozen, config.optim.ema_decay > 0)
@@ -96,13 +110,13 @@ def build(
     if config.ensemble > 1:
         initial, train_step = train_state.stack(states), steps.in_turn(train_step)
         model = Ensemble(model, config.ensemble)
-    eval_step = partial(eval_steps.eval_step, model=model, axis_name=parallel.AXIS)
+    eval_step = partial(eval_steps.eval_step, model=model, axis_name=axis_name)
     return Program(
         initial=initial,
-        train_step=parallel.pmap_train_step(train_step),
-        eval_step=parallel.pmap_eval_step(eval_step),
+        **on_devices(config, initial, train_step, steps.several(train_step, at_once), eval_step),
         schedule=schedule,
         num_steps=num_steps,
+        steps_at_once=at_once,
         eval_every=config.eval_every or steps_per_epoch,
         num_members=config.ensemble,
         num_labelled=num_labelled,
@@ -110,6 +124,42 @@ def build(
         linked=built.linked,
         described=built.described,
     )
+
+
+def on_devices(
+    config: ConfigDict,
+    initial: train_state.TrainState,
+    train_step: Callable[..., Any],
+    train_steps: Callable[..., Any],
+    eval_step: Callable[..., Any],
+) -> dict[str, Callable[..., Any]]:
+    """The steps on all devices, and how state and batches come to them; see `Program`."""
+    if config.parallel.mode == "pmap":
+        return {
+            "place": parallel.replicate,
+            "shard": parallel.shard,
+            "train_step": parallel.pmap_train_step(train_step),
+            "train_steps": parallel.pmap_train_steps(train_steps),
+            "eval_step": parallel.pmap_eval_step(eval_step),
+        }
+    layout, members = layout_of(initial, config.parallel.shard), int(config.ensemble > 1)
+    return {
+        "place": partial(parallel.place, layout=layout),
+        "shard": parallel.global_batch,
+        "train_step": parallel.mesh_train_step(train_step, layout, members),
+        "train_steps": parallel.mesh_train_steps(train_steps, layout, 1 + members),
+        "eval_step": parallel.mesh_eval_step(eval_step),
+    }
+
+
+def layout_of(state: train_state.TrainState, shard: str) -> train_state.TrainState:
+    """How a state lies on a mesh: whole, or with what `parallel.shard` names cut."""
+    if shard == "all":
+        return parallel.cut(state)
+    layout = parallel.whole(state)
+    if shard == "optimizer":
+        layout = dataclasses.replace(layout, opt_state=parallel.cut(state.opt_state))
+    return layout
 
 
 def labelled_rows(config: ConfigDict) -> int:

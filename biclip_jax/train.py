@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from biclip_jax import cli, inference, parallel, sentences
+from biclip_jax import cli, feeding, inference, parallel, sentences
 from biclip_jax.assembly import stream
 from biclip_jax.data import pipeline, subsets
 from biclip_jax.errors import UserError
@@ -112,7 +112,7 @@ def restore_or_init(
     workdir: Path, program: Program
 ) -> tuple[train_state.TrainState, dict[str, Any]]:
     """The state to go on from and its progress: the last intact checkpoint's, or a new one's."""
-    progress = {"position": None, "best_score": -1.0, "best_step": 0, "stale": 0}
+    progress = {"best_score": -1.0, "best_step": 0, "stale": 0}
     for kind in ("last", "best"):
         checkpoint.clean(workdir / "checkpoints" / kind)
     # What is never trained is not saved either: it is the towers', or follows from the seed.
@@ -122,7 +122,7 @@ def restore_or_init(
     state = dataclasses.replace(state, frozen=program.initial.frozen)
     if found:
         print(f"{workdir}: goes on after step {train_state.step_of(state)} of {program.num_steps}")
-    return parallel.replicate(state), progress
+    return program.place(state), progress
 
 
 def loop(
@@ -135,20 +135,10 @@ def loop(
     progress: dict[str, Any],
 ) -> train_state.TrainState:
     """Steps, logs, evaluates and saves until the end, a signal, or no more improvement."""
-    batches = pipeline.train_batches(
-        splits["train"],
-        spoken.fields["train"],
-        batch_size=config.batch_size,
-        seed=config.seed,
-        position=progress["position"],
-        num_labelled=program.num_labelled,
-        labelled_rows=program.labelled_rows,
-        num_members=program.num_members,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
     key = parallel.replicate(stream(config, "augment"))
-    step, rows_axis = train_state.step_of(state), int(program.num_members > 1)
+    step = train_state.step_of(state)
+    fields = spoken.fields["train"]
+    advance = feeding.open_feed(config.to_dict(), program, splits["train"], fields, step)
     window: list[Any] = []
     with (
         checkpoint.StopSignal() as stop,
@@ -157,10 +147,10 @@ def loop(
         announce(config, program)
         since = time.perf_counter()
         while step < program.num_steps and not (0 < config.patience <= progress["stale"]):
-            batch = parallel.shard(next(batches), rows_axis)
-            state, metrics = program.train_step(state, batch, key)
-            step += 1
-            window.append(metrics)
+            ends = (config.log_every, program.eval_every, program.num_steps)
+            state, metrics = advance(state, key, step, min(end - step % end for end in ends))
+            step += len(metrics)
+            window += metrics
             # One step stays in flight: the device is never idle, the bar and a signal never late.
             jax.block_until_ready(window[max(len(window) - 2, 0)])
             writer.advance(step)
@@ -175,15 +165,14 @@ def loop(
             paused = time.perf_counter()
             due = step % program.eval_every == 0 or step == program.num_steps
             signalled = parallel.agreed(stop.received, ask=logs or due)
-            if due or signalled is not None:
-                progress["position"] = batches.get_state()
             if due:
                 scores = validate(config, program, splits["val"], spoken.fields["val"], state)
                 writer.write(step, "val", scores)
                 keep_best(workdir, program, spoken, state, scores, progress)
-            if (due or signalled is not None) and parallel.leads():
+            if due or signalled is not None:
                 host_state = parallel.to_host(train_state.without_frozen(state))
-                checkpoint.save(workdir / "checkpoints/last", host_state, progress)
+                if parallel.leads():
+                    checkpoint.save(workdir / "checkpoints/last", host_state, progress)
             since += time.perf_counter() - paused
             if signalled is not None:
                 parallel.meet()
@@ -196,6 +185,7 @@ def announce(config: ConfigDict, program: Program) -> None:
     """Says in a line what is about to run."""
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     devices += f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    devices += f", {config.parallel.mode}" if jax.device_count() > 1 else ""
     frozen = train_state.num_parameters(program.initial.frozen)
     trained = f"{train_state.num_parameters(program.initial.params):,} parameters"
     print(
@@ -243,7 +233,7 @@ def validate(
     variables = variables_of(program, state)
     batch_size = parallel.round_up(config.batch_size)
     return runner.validate(
-        lambda batch: program.eval_step(variables, parallel.shard(batch)),
+        lambda batch: program.eval_step(variables, program.shard(batch)),
         records,
         texts,
         batch_size,
@@ -270,9 +260,9 @@ def keep_best(
         return
     step = train_state.step_of(state)
     progress.update(best_score=scores["dice_global"], best_step=step, stale=0)
+    host_state = parallel.to_host(state)
     if not parallel.leads():
         return
-    host_state = parallel.to_host(state)
     bare = train_state.without_frozen(host_state)
     checkpoint.save(workdir / "checkpoints/best", bare, progress, keep=1)
     described = {**program.described, "step": step}

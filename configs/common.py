@@ -21,6 +21,7 @@ def base() -> ConfigDict:
     config.loss = _loss()
     config.views = _views()
     config.optim = _optim()
+    config.parallel = _parallel()
     config.log_every = 50  # steps
     config.eval_every = 0  # steps; 0: once an epoch
     config.patience = 0  # evaluations without a better validation Dice; 0: no early stop
@@ -39,6 +40,8 @@ def _data() -> ConfigDict:
     data.resize = "antialiased"  # opencv: bilinear without antialiasing, nearest for masks
     data.cache_dir = ""  # where prepared sets go; empty: the user's cache folder
     data.in_memory = True  # decoded pictures stay in host memory
+    data.resident = False  # the training split lies on the device, and no batch is sent
+    data.resident_steps = 50  # at most, in one program, where data.resident; on a CPU 1
     data.sentences = "right"  # "missing" trains and evaluates with empty sentences
     data.label_fraction = 1.0  # share of the training pictures, in whole patients
     data.label_seed = 0  # of the order in which patients join the share
@@ -108,6 +111,8 @@ def _views() -> ConfigDict:
     views.translation = 0.1  # of the picture's side, either way
     views.scale_low = 0.8
     views.scale_high = 1.2
+    views.brightness = 0.0  # largest change, either way
+    views.contrast = 0.0  # largest change, as a share, either way
     views.whole_degrees = False  # true: turns to the nearest pixel alone, as MedCLIPSeg's code does
     views.geometry_first = False  # true: before the fusion; a flip then swaps the sentence
     views.strong_statistics = True  # BatchNorm's running statistics take the strong view, too
@@ -136,6 +141,14 @@ def _optim() -> ConfigDict:
     optim.ema_decay = 0.0  # above 0: averages the parameters; the average is what is kept
     optim.non_finite = "skip"  # a loss or gradient that is not finite: skip or abort
     return optim
+
+
+def _parallel() -> ConfigDict:
+    """How the devices share the work; a run may go on under other values."""
+    parallel = ConfigDict()
+    parallel.mode = "pmap"  # pmap, or mesh: jit over a mesh of all devices
+    parallel.shard = ""  # mesh: what is cut over the devices: nothing, optimizer, or all
+    return parallel
 
 
 def smoke(config: ConfigDict) -> None:

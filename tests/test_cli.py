@@ -1,5 +1,7 @@
 """Configurations by name, overrides with the nearest name, errors as one sentence."""
 
+import json
+
 import pytest
 
 from biclip_jax import cli, places
@@ -71,6 +73,9 @@ def test_overrides_take_the_field_s_type(override, path, value):
         ("qata", "--config.data.unlabelled_ratio=-1.0", "at least 0"),
         ("qata", "--config.views.strong.cutmix=2.0", "a probability"),
         ("qata", "--config.views.strong.noise=-0.1", "at least 0"),
+        ("qata", "--config.parallel.mode=mash", "did you mean mesh"),
+        ("qata", "--config.parallel.shard=params", "expected one of '', optimizer, all"),
+        ("qata", "--config.parallel.shard=all", "set parallel.mode=mesh, or leave it out"),
         ("quata", "", "did you mean qata"),
         ("elsewhere/qata.py", "", "no such file"),
         ("common", "", "no such file"),
@@ -80,6 +85,15 @@ def test_overrides_take_the_field_s_type(override, path, value):
 def test_mistakes_are_named_with_the_mend(name, override, said):
     with pytest.raises(UserError, match=said):
         cli.load_config(name, [override] if override else [])
+
+
+def test_a_run_may_be_older_than_the_mode_of_its_devices_and_go_on_under_another(tmp_path):
+    path, mesh = tmp_path / "config.json", "--config.parallel.mode=mesh"
+    config = cli.load_config("qata", [mesh, "--config.parallel.shard=all"]).to_dict()
+    for before in ({}, {"parallel": {"mode": "pmap", "shard": ""}}):
+        there = {name: part for name, part in config.items() if name != "parallel"}
+        path.write_text(json.dumps({**there, **before}))
+        assert cli.changed_fields(path, config) == {}
 
 
 def test_a_user_s_error_is_one_line_and_status_2(capsys):

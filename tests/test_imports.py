@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "biclip_jax"
 CONFIGS = PACKAGE.parent / "configs"
-DOORS = {"train", "evaluate", "predict", "convert", "ablate", "report"}
+DOORS = {"train", "evaluate", "predict", "convert", "prepare", "ablate", "report"}
 SHARED = {"biclip_jax.errors", "biclip_jax.places"}
 MODELS, DATA, TRAINING = "biclip_jax.models", "biclip_jax.data", "biclip_jax.training"
 EVALUATION, WEIGHTS = "biclip_jax.evaluation", "biclip_jax.weights"
@@ -45,6 +45,7 @@ ALLOWED = {
         "biclip_jax.medclipseg_towers",
     },
     "program.py": {TRAINING, EVALUATION, MODELS, PARALLEL, SENTENCES, *PROGRAMS},
+    "feeding.py": {DATA, PARALLEL, "biclip_jax.program"},
     "parallel.py": set(),
     "errors.py": set(),
     "places.py": set(),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ OPTIONS = [
     *("--config.data.num_examples.train=30", "--config.data.num_examples.val=7"),
     "--config.final_test=False",
 ]
+MESH = ("--config.parallel.mode=mesh", "--config.parallel.shard=all")
 TIMEOUT = 300  # seconds, of a whole run
 
 
@@ -77,29 +79,58 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("multihost")
 
 
+@pytest.fixture(scope="module")
+def one(folder):
+    """The work directory of a run of one process with four devices."""
+    job = Job(folder, folder / "one", processes=1, devices=4)
+    assert job.statuses() == [0], job.text(0)
+    return folder / "one"
+
+
+def metrics_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_same_lines(ours, theirs):
+    for left, right in zip(ours, theirs, strict=True):
+        assert left.keys() == right.keys()
+        for name in left.keys() - {"split", "images_per_second"}:
+            np.testing.assert_allclose(left[name], right[name], rtol=1e-3, err_msg=name)
+
+
 @pytest.mark.slow
-def test_two_processes_of_two_devices_give_the_run_of_one_with_four(folder):
+@pytest.mark.parametrize("options", [(), MESH], ids=["pmap", "mesh"])
+def test_two_processes_of_two_devices_give_the_run_of_one_with_four(folder, one, options):
     """With SGD, which hides no wrong scale; every picture of seven is validated once."""
-    one, two = folder / "one", folder / "two"
-    for workdir, processes, devices in ((one, 1, 4), (two, 2, 2)):
-        job = Job(folder, workdir, processes=processes, devices=devices)
-        assert job.statuses() == [0] * processes, job.text(0)
+    two = folder / ("two_mesh" if options else "two")
+    job = Job(folder, two, options)
+    assert job.statuses() == [0, 0], job.text(0)
     assert "on 4 x cpu in 2 processes" in job.text(0)
     # The second has nothing to say and nothing to write.
     assert "step " not in job.text(1) and str(two) not in job.text(1)
-    lines = [
-        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        for run in (one, two)
-    ]
-    for ours, theirs in zip(*lines, strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in ours.keys() - {"split", "images_per_second"}:
-            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, err_msg=name)
-    assert [row["num_images"] for row in lines[1] if row["split"] == "val"] == [7, 7]
+    check_same_lines(metrics_of(one), metrics_of(two))
+    assert [row["num_images"] for row in metrics_of(two) if row["split"] == "val"] == [7, 7]
     expected, found = (load_file(run / "model/model.safetensors") for run in (one, two))
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, atol=1e-4, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_under_another_mode_and_number_of_processes(folder):
+    """Begun over a mesh of two processes, its state cut; then by pmap in one; then back again."""
+    workdir = folder / "modes"
+    adamw = ("--config.optim.name=adamw", "--config.optim.learning_rate=1e-3")  # it has a state
+    assert Job(folder, workdir, (*adamw, *MESH)).statuses() == [0, 0]
+    whole = [line for line in metrics_of(workdir) if line["step"] > 4]
+    for processes, mode in ((1, ()), (2, MESH)):
+        shutil.rmtree(workdir / "checkpoints/last/8")
+        (workdir / "checkpoints/last/8.sha256.json").unlink()
+        options = (*adamw, *mode)
+        job = Job(folder, workdir, options, processes=processes, devices=4 // processes)
+        assert job.statuses() == [0] * processes, job.text(0)
+        assert "goes on after step 4 of 8" in job.text(0)
+        check_same_lines(whole, metrics_of(workdir)[-len(whole) :])
 
 
 @pytest.mark.slow

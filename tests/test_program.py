@@ -7,6 +7,7 @@ import pytest
 from biclip_jax import assembly, biclip_program, cli, program, sentences
 from biclip_jax.errors import UserError
 from biclip_jax.models import biclip
+from biclip_jax.training import state as train_state
 from tests import tiny
 
 
@@ -137,6 +138,32 @@ def test_sizes_that_only_the_generator_refuses_are_open_to_the_u_net(monkeypatch
     monkeypatch.setattr(biclip, "init", tiny.abstract_init)
     for variant in ("smoke,unet", "smoke,no_generator"):
         assert build(configured(variant, "model.image_size=64")).initial.params
+
+
+@pytest.mark.parametrize("shard", ["optimizer", "all"])
+def test_a_mesh_program_maps_a_state_to_one_that_lies_alike(monkeypatch, shard):
+    monkeypatch.setattr(biclip, "init", tiny.abstract_init)
+    config = configured("smoke", "parallel.mode=mesh", f"parallel.shard={shard}")
+    built = build(config)
+    layout = program.layout_of(built.initial, shard)
+    specs = {
+        name: [sharding.spec for sharding in jax.tree.leaves(getattr(layout, name))]
+        for name in ("params", "opt_state", "batch_stats")
+    }
+    assert any(specs["opt_state"]) and not any(specs["batch_stats"])
+    assert any(specs["params"]) == (shard == "all")
+    size, rows = config.model.image_size, config.batch_size
+    ids = np.ones((rows, config.model.text.max_length), np.int32)
+    batch = {"image": np.zeros((rows, size, size, 1), np.uint8), "text_ids": ids}
+    batch |= {"mask": batch["image"], "text_mask": ids > 0, "has_text": np.ones(rows, bool)}
+    batch |= {"row": np.arange(rows, dtype=np.int32), "valid": np.ones(rows, bool)}
+    state, batch = built.place(built.initial), built.shard(batch)
+    key = assembly.stream(config, "augment")
+    after, _ = jax.eval_shape(built.train_step, state, batch, key)
+    assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, state)
+    assert jax.tree.map(lambda x: x.sharding, state) == layout
+    sums = jax.eval_shape(built.eval_step, train_state.variables_of(state), batch)
+    assert all(x.shape == () for x in sums.values())
 
 
 def test_streams_differ_by_name_and_seed():

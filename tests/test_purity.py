@@ -94,6 +94,18 @@ def test_a_run_compiles_each_step_once():
     assert float(metrics["loss"][1]) == 4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_the_train_step_over_a_mesh_lowers_for(platform):
+    step, state, batch, key = tiny.train_step()
+    layout = parallel.cut(state)
+    train = parallel.mesh_train_step(step, layout)
+    export = jax.export.export(train, platforms=[platform])
+    exported = export(parallel.place(state, layout), parallel.global_batch(batch), key)
+    assert exported.platforms == (platform,)
+    assert "stablehlo.convolution" in exported.mlir_module()
+
+
 @pytest.mark.parametrize("method", ["published", pytest.param("semi", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "platform", ["tpu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cuda", "cpu"))]

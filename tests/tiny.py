@@ -98,6 +98,7 @@ def train_step(
     learning_rate=1e-2,
     method="published",
     size=4,
+    shares=1,
 ):
     """(step, state, batch, key) with everything but these bound; `semi` has half its masks."""
     tiny = model(axis_name, method)
@@ -112,6 +113,7 @@ def train_step(
         accumulate=accumulate,
         ema_decay=0.9 if half else 0.0,
         axis_name=axis_name,
+        shares=shares,
     )
     first = state.create(init(tiny), tx, average=half)
     return step, first, batch(size, labelled=size // 2 if half else None), jax.random.key(1)

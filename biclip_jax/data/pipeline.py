@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from biclip_jax import places
-from biclip_jax.data import builders, subsets
+from biclip_jax.data import builders, order, subsets
 from biclip_jax.data import text as text_lib
+from biclip_jax.data.builders import single_file
 from biclip_jax.data.schema import SPLITS, Batch, Record, Split
 from biclip_jax.errors import UserError
 
@@ -22,9 +23,14 @@ def prepare(config: Mapping[str, Any], image_size: int) -> Path:
       config: the fields of `data` in `configs/common.py`.
       image_size: of the prepared pictures, in pixels.
 
+    A source that is one file (`write_file`) is its own prepared set.
+
     Raises:
       DataError: the data set does not hold together.
     """
+    if single_file.is_one(config["source"]):
+        single_file.check(Path(config["source"]), _facts(config, image_size))
+        return Path(config["source"])
     sizes = {split: n for split, n in config["num_examples"].items() if n}
     return builders.prepare(
         config["name"],
@@ -37,6 +43,28 @@ def prepare(config: Mapping[str, Any], image_size: int) -> Path:
         resize=config["resize"],
         num_examples=sizes or None,
     )
+
+
+def write_file(config: Mapping[str, Any], image_size: int, path: Path) -> dict[str, int]:
+    """Writes all splits of a data set as one file; returns {split: number of records}.
+
+    Args:
+      config, image_size: as for `prepare`.
+      path: of the file.
+
+    Raises:
+      DataError: the data set does not hold together.
+    """
+    prepared = prepare(config, image_size)
+    splits = {split: builders.open_split(prepared, split).source for split in SPLITS}
+    single_file.write(path, splits, _facts(config, image_size))
+    return {split: len(examples) for split, examples in splits.items()}
+
+
+def _facts(config: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+    """What makes a prepared set another one, but for the source itself."""
+    names = ("name", "layout", "prompt", "percent", "resize")
+    return {"image_size": image_size, **{name: config[name] for name in names}}
 
 
 def open_splits(
@@ -117,83 +145,94 @@ def sentence_fields(
     return encode(sentences) | {f"mirrored_{name}": values for name, values in mirrored.items()}
 
 
-def train_batches(
-    records: Sequence[Record],
-    texts: dict[str, np.ndarray],
+def training_order(
+    num_records: int,
     *,
     batch_size: int,
     seed: int,
-    position: dict[str, Any] | None = None,
     num_labelled: int | None = None,
     labelled_rows: int | None = None,
     num_members: int = 1,
     process_index: int = 0,
     process_count: int = 1,
-) -> Any:
-    """An endless iterator of `Batch`es, each epoch in another order.
+) -> Callable[[int], dict[str, np.ndarray]]:
+    """step -> `index`, `row` and `labelled` of that step's `Batch`, see `order`.
 
-    The order depends on the seed alone; each process reads its own rows of
-    every global batch. Batches run across the edges of epochs, so that every
-    record is met once an epoch. Of unlabelled records the masks are left out.
+    The order depends on the seed alone; each process has its own rows of every global batch.
 
     Args:
-      records: of the split, the labelled ones first.
-      texts: `sentence_fields` of the same rows.
+      num_records: of the split, the labelled ones first.
       batch_size: global, divisible by `process_count`.
       seed: of the order.
       num_labelled: of the records; None: all.
       labelled_rows: first rows of every batch, of labelled records; None: all.
-      num_members: of an ensemble; above 1 a batch has a leading axis of them, the
-        k-th being the batch of seed + k.
-      position: what `get_state()` of an earlier iterator gave; goes on there.
+      num_members: of an ensemble; above 1 the rows have a leading axis of them, the
+        k-th being those of seed + k.
       process_index, process_count: of this host.
-
-    Returns:
-      A grain iterator: `next`, `get_state`, `set_state`.
     """
-    import grain
-
     share = batch_size // process_count
     local = slice(process_index * share, (process_index + 1) * share)
     row = np.arange(batch_size, dtype=np.int32)[local]
-    num_labelled = len(records) if num_labelled is None else num_labelled
     labelled_rows = batch_size if labelled_rows is None else labelled_rows
+    counts = (num_records if num_labelled is None else num_labelled, labelled_rows)
 
-    def read(index: np.ndarray) -> Batch:
-        batch = _stack(records, texts, index[local], row)
-        known = row < labelled_rows
-        mask = np.where(known[:, None, None, None], batch["mask"], 0).astype(np.uint8)
-        return {**batch, "mask": mask, "labelled": known}
+    def member(step: int, seed: int) -> dict[str, np.ndarray]:
+        index = order.training_rows(step, batch_size, num_records, seed, *counts)[local]
+        return {"index": index.astype(np.int32), "row": row, "labelled": row < labelled_rows}
 
-    def member(seed: int) -> Any:
-        indices = _order(0, num_labelled, labelled_rows, seed)
-        if labelled_rows < batch_size:
-            others = _order(num_labelled, len(records), batch_size - labelled_rows, seed)
-            indices = indices.map_with_index(lambda i, rows: np.concatenate([rows, others[i]]))
-        return indices.map(read)
+    def rows(step: int) -> dict[str, np.ndarray]:
+        members = [member(step, seed + k) for k in range(num_members)]
+        return _together(members) if num_members > 1 else members[0]
 
-    members = [member(seed + k) for k in range(num_members)]
-    batches = members[0]
-    if num_members > 1:
-        clock = grain.MapDataset.range(1).repeat()
-        batches = clock.map_with_index(lambda i, _: _together([one[i] for one in members]))
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    iterator = iter(batches.to_iter_dataset(options))
-    if position is not None:
-        iterator.set_state(position)
-    return iterator
+    return rows
 
 
-def _order(start: int, stop: int, rows: int, seed: int) -> Any:
-    """The rows of every batch, each epoch in another order; without an end."""
+def train_batches(
+    records: Sequence[Record],
+    texts: Mapping[str, np.ndarray],
+    rows: Callable[[int], dict[str, np.ndarray]],
+    start: int = 0,
+) -> Iterator[Batch]:
+    """An endless iterator of `Batch`es, read ahead. Of unlabelled records the masks are left out.
+
+    Args:
+      records: of the split.
+      texts: `sentence_fields` of the same rows.
+      rows: what `training_order` returned.
+      start: the first step.
+    """
     import grain
 
-    return grain.MapDataset.range(start, stop).shuffle(seed=seed).repeat().batch(rows)
+    def read(picked: Mapping[str, np.ndarray]) -> Batch:
+        batch = _stack(records, texts, picked["index"], picked["row"])
+        mask = batch["mask"] * picked["labelled"][:, None, None, None]
+        return {**batch, "mask": mask, "labelled": picked["labelled"]}
+
+    def batch_of(step: int) -> Any:
+        picked = rows(step)
+        if picked["index"].ndim == 1:
+            return read(picked)
+        members = range(len(picked["index"]))
+        return _together([read({name: x[k] for name, x in picked.items()}) for k in members])
+
+    steps = grain.MapDataset.range(1).repeat()
+    batches = steps.map_with_index(lambda i, _: batch_of(start + i))
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    return iter(batches.to_iter_dataset(options))
 
 
-def _together(batches: Sequence[Batch]) -> dict[str, np.ndarray]:
-    """The batches of an ensemble's members, stacked."""
-    fields: list[dict[str, Any]] = [dict(batch) for batch in batches]
+def whole(records: Sequence[Record], texts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """All pictures and masks of a split at the model's size, and its sentences, by record."""
+    return {
+        "image": np.stack([record["image"] for record in records]),
+        "mask": np.stack([record["mask"] for record in records]),
+        **texts,
+    }
+
+
+def _together(batches: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """What an ensemble's members have each, stacked."""
+    fields = [dict(batch) for batch in batches]
     return {name: np.stack([batch[name] for batch in fields]) for name in fields[0]}
 
 

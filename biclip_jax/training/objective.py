@@ -24,6 +24,7 @@ class Recipe(NamedTuple):
       geometry: of the weak view.
       geometry_first: whether the picture moves before it meets the sentence (`full`),
         whose sides are then exchanged by a flip, or after (`published`).
+      light: of the weak view, and so of the strong one.
       strong: of the strong view.
       strong_statistics: whether BatchNorm's running statistics take the strong view, too
         (`published`), or those of pictures as they will be met (`full`).
@@ -41,6 +42,7 @@ class Recipe(NamedTuple):
     weights: Mapping[str, float]
     geometry: views.Geometry = views.Geometry()
     geometry_first: bool = False
+    light: views.Light = views.Light()
     strong: views.Strong = views.Strong()
     strong_statistics: bool = True
     segment_strong: bool = False
@@ -83,11 +85,13 @@ def make_recipe(config: Mapping[str, Any], labelled: float = 1.0) -> Recipe:
     strong = views.Strong(**geometry.pop("strong"))
     geometry_first = geometry.pop("geometry_first")
     strong_statistics = geometry.pop("strong_statistics")
+    light = views.Light(geometry.pop("brightness"), geometry.pop("contrast"))
     names = ("gen", "iac", "cycle", "pseudo_labels", "mean_teacher")
     return Recipe(
         weights={name: loss[name] for name in names},
         geometry=views.make_geometry(geometry),
         geometry_first=geometry_first,
+        light=light,
         strong=strong,
         strong_statistics=strong_statistics,
         segment_strong=loss["views"] == "both",
@@ -203,7 +207,7 @@ def read(batch: Mapping[str, Array], keys: Any, geometry_keys: Any, recipe: Reci
         labelled = batch["labelled"].astype(jnp.float32)
     if recipe.geometry_first:
         (image, mask), flipped = views.move(geometry_keys, (image, mask), recipe.geometry)
-        mask = jnp.round(mask)
+        image, mask = views.relight(geometry_keys, image, recipe.light), jnp.round(mask)
         text = {name: _choose(flipped, batch[f"mirrored_{name}"], text[name]) for name in text}
     if recipe.text_dropout:
         text_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, TEXT_STREAM)
@@ -220,6 +224,7 @@ def weak_view(
     if not recipe.geometry_first:
         maps = (image, mask) if pseudo is None else (image, mask, pseudo)
         (image, mask, *moved), _ = views.move(geometry_keys, maps, recipe.geometry)
+        image = views.relight(geometry_keys, image, recipe.light)
         mask, pseudo = jnp.round(mask), moved[0] if moved else None
     return View(image, pseudo, fused.refined_text), mask
 

@@ -34,6 +34,7 @@ def train_step(
     accumulate: int = 1,
     ema_decay: float = 0.0,
     axis_name: str | None = None,
+    shares: int = 1,
 ) -> tuple[TrainState, dict[str, tuple[Array, Array]]]:
     """One step of gradient descent.
 
@@ -50,12 +51,14 @@ def train_step(
       ema_decay: of the moving averages, where the state keeps them; the first steps
         average over fewer, min(decay, (1 + step) / (10 + step)).
       axis_name: device axis; None runs the global batch under plain jit.
+      shares: devices whose rows lie in the batch one after the other: a part has some of each,
+        the rows that it would have with an axis name.
 
     Returns:
       The state after, and {name: (sum, count)} over the global batch.
     """
     keys = example_keys(key, state.step, batch["row"])
-    grads, batch_stats, values = _gradient(state, batch, keys, objective, accumulate)
+    grads, batch_stats, values = _gradient(state, batch, keys, objective, accumulate, shares)
     metrics = {name: (value.sum(), jnp.float32(value.size)) for name, value in values.items()}
     if axis_name is not None:
         grads = jax.lax.pmean(grads, axis_name)
@@ -98,6 +101,52 @@ def in_turn(step: Callable[..., Any]) -> Callable[..., Any]:
     return members
 
 
+def pick(data: Mapping[str, Array], rows: Mapping[str, Array]) -> dict[str, Array]:
+    """The batch of some rows out of a whole split; masks of unlabelled rows are left out.
+
+    Args:
+      data: image, mask and sentences of all records, (N, ...) each.
+      rows: index, row and labelled, (B,) each, or (K, B) for K members.
+    """
+    batch = {name: values[rows["index"]] for name, values in data.items()}
+    mask = batch["mask"] * rows["labelled"][..., None, None, None].astype(batch["mask"].dtype)
+    return {**batch, "mask": mask, "row": rows["row"], "labelled": rows["labelled"]}
+
+
+def several(step: Callable[..., Any], length: int) -> Callable[..., Any]:
+    """Some steps as one program, over a split that lies on the device.
+
+    Args:
+      step: (state, batch, key) -> (state, metrics).
+      length: largest number of steps.
+
+    Returns:
+      (state, data, rows, count, key) -> (state, metrics): rows and metrics have a leading
+      axis of `length`, of which the first `count` are taken; data as for `pick`.
+    """
+
+    def one(state: Any, data: Any, rows: Any, key: Any) -> tuple[Any, Any]:
+        return step(state, pick(data, rows), key)
+
+    def single(state: Any, data: Any, rows: Any, count: Any, key: Any) -> tuple[Any, Any]:
+        state, metrics = one(state, data, jax.tree.map(lambda x: x[0], rows), key)
+        return state, jax.tree.map(lambda x: x[None], metrics)
+
+    def loop(state: Any, data: Any, rows: Any, count: Any, key: Any) -> tuple[Any, Any]:
+        def body(i: Any, carry: Any) -> Any:
+            state, metrics = carry
+            state, new = one(state, data, jax.tree.map(lambda x: x[i], rows), key)
+            return state, jax.tree.map(lambda all_, x: all_.at[i].set(x), metrics, new)
+
+        first = jax.tree.map(lambda x: x[0], rows)
+        shapes = jax.eval_shape(one, state, data, first, key)[1]
+        metrics = jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype), shapes)
+        return jax.lax.fori_loop(0, count, body, (state, metrics))
+
+    # A loop's convolutions run on one core of a CPU.
+    return single if length == 1 else loop
+
+
 def mean_metrics(
     window: Sequence[Mapping[str, tuple[Any, Any]]],
 ) -> dict[str, float | int]:
@@ -123,7 +172,7 @@ def _average(state, decay):
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, latest)
 
 
-def _gradient(state, batch, keys, objective, accumulate):
+def _gradient(state, batch, keys, objective, accumulate, shares):
     """Gradient, statistics and per-example values, over `accumulate` parts in turn."""
     gradient = jax.value_and_grad(objective, has_aux=True)
     if accumulate == 1:
@@ -131,7 +180,8 @@ def _gradient(state, batch, keys, objective, accumulate):
         return grads, batch_stats, values
 
     def split(x):
-        return x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:])
+        parts = x.reshape(shares, accumulate, -1, *x.shape[1:]).swapaxes(0, 1)
+        return parts.reshape(accumulate, -1, *x.shape[1:])
 
     def part(carry, inputs):
         batch_stats, total = carry

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 BLUR_TAPS = 5
 ELASTIC_GRID = 7  # control points of the elastic deformation, each way
 BOX_STREAM, ELASTIC_STREAM, VALUES_STREAM = 1, 2, 3  # of a strong view's key; itself: the light
+LIGHT_STREAM = 4  # of the geometry's key
 CUTMIX_AREA = (0.1, 0.5)  # of the picture: a larger box is the partner's smaller one
 
 
@@ -55,6 +56,13 @@ def make_geometry(config: Mapping[str, Any]) -> Geometry:
     if geometry.whole_degrees and geometry.rotation % 1:
         raise ValueError(f"views.rotation is {geometry.rotation}; whole_degrees wants an integer")
     return geometry
+
+
+class Light(NamedTuple):
+    """Largest changes of a picture's values before both views: x + b and x (1 + c), either way."""
+
+    brightness: float = 0.0
+    contrast: float = 0.0
 
 
 class Strong(NamedTuple):
@@ -103,6 +111,24 @@ def move(
     matrix, shift, flipped = jax.vmap(lambda key: random_geometry(key, geometry))(keys)
     moved = jax.vmap(warp)(jnp.concatenate(list(maps), axis=-1), matrix, shift)
     return _unstack(moved, maps), flipped
+
+
+def relight(
+    keys: Key[Array, " b"], images: Float[Array, "b h w 3"], light: Light
+) -> Float[Array, "b h w 3"]:
+    """Contrast about each picture's mean and brightness, of the geometry's keys, clipped to [0, 1].
+
+    Nothing where `light` is off.
+    """
+    if light == Light():
+        return images
+
+    def one(key: Any, image: Any) -> Any:
+        keys = jax.random.split(jax.random.fold_in(key, LIGHT_STREAM))
+        changed = _adjust(keys[0], keys[1], image, light.contrast, light.brightness)
+        return jnp.clip(changed, 0.0, 1.0)
+
+    return jax.vmap(one)(keys, images)
 
 
 def random_deformation(
@@ -156,11 +182,7 @@ def change_strongly(
     if strong.light:
         image = change_light(key, image)
     keys = jax.random.split(jax.random.fold_in(key, VALUES_STREAM), 4)
-    if strong.contrast:
-        factor = 1 + _uniform(keys[0], -strong.contrast, strong.contrast)
-        image = image.mean() + factor * (image - image.mean())
-    if strong.brightness:
-        image = image + _uniform(keys[1], -strong.brightness, strong.brightness)
+    image = _adjust(keys[0], keys[1], image, strong.contrast, strong.brightness)
     if strong.noise:
         # One noise for all channels: most medical pictures are grey.
         noise = jax.random.normal(keys[2], (*image.shape[:2], 1))
@@ -330,6 +352,15 @@ def convolve(image: Float[Array, "h w c"], kernel: Float[Array, "k k"]) -> Float
         for j in range(taps)
     ]
     return jnp.stack(shifted).sum(0)
+
+
+def _adjust(contrast_key, brightness_key, image, contrast, brightness):
+    if contrast:
+        factor = 1 + _uniform(contrast_key, -contrast, contrast)
+        image = image.mean() + factor * (image - image.mean())
+    if brightness:
+        image = image + _uniform(brightness_key, -brightness, brightness)
+    return image
 
 
 def _uniform(key, low, high):

@@ -48,35 +48,37 @@ def test_a_configuration_s_resizing_and_subset_reach_the_builder(smoke_config, m
     assert [given["percent"] for given in asked] == [25, 100]
 
 
+def batches(records, texts, start=0, **options):
+    rows = pipeline.training_order(len(records), **options)
+    return pipeline.train_batches(records, texts, rows, start)
+
+
 def indices(iterator, count):
     return [next(iterator)["index"].tolist() for _ in range(count)]
 
 
 def test_each_epoch_meets_every_record_once_in_another_order(split):
-    stream = np.concatenate(indices(pipeline.train_batches(*split, batch_size=4, seed=1), 5))
+    stream = np.concatenate(indices(batches(*split, batch_size=4, seed=1), 5))
     first, second = stream[:NUM].tolist(), stream[NUM:].tolist()
     assert sorted(first) == sorted(second) == list(range(NUM))
     assert first != second
 
 
 def test_the_order_is_the_seed_s(split):
-    runs = [indices(pipeline.train_batches(*split, batch_size=4, seed=s), 5) for s in (1, 1, 2)]
+    runs = [indices(batches(*split, batch_size=4, seed=s), 5) for s in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 7])
-def test_a_saved_position_goes_on_with_the_same_batches(split, stop):
-    whole = indices(pipeline.train_batches(*split, batch_size=4, seed=1), stop + 4)
-    iterator = pipeline.train_batches(*split, batch_size=4, seed=1)
-    indices(iterator, stop)
-    position = iterator.get_state()
-    resumed = pipeline.train_batches(*split, batch_size=4, seed=1, position=position)
+def test_a_later_start_goes_on_with_the_same_batches(split, stop):
+    whole = indices(batches(*split, batch_size=4, seed=1), stop + 4)
+    resumed = batches(*split, stop, batch_size=4, seed=1)
     assert indices(resumed, 4) == whole[stop:]
 
 
 def test_rows_belong_together(split):
     records, texts = split
-    batch = next(pipeline.train_batches(records, texts, batch_size=4, seed=1))
+    batch = next(batches(records, texts, batch_size=4, seed=1))
     for place, index in enumerate(batch["index"]):
         assert (batch["image"][place] == index).all()
         assert (batch["mask"][place] == index % 2).all()
@@ -92,10 +94,9 @@ def test_the_mirrored_sentence_travels_along(split):
 
 
 def test_processes_share_every_global_batch(split):
-    whole = pipeline.train_batches(*split, batch_size=4, seed=1)
+    whole = batches(*split, batch_size=4, seed=1)
     shares = [
-        pipeline.train_batches(*split, batch_size=4, seed=1, process_index=p, process_count=2)
-        for p in (0, 1)
+        batches(*split, batch_size=4, seed=1, process_index=p, process_count=2) for p in (0, 1)
     ]
     for _ in range(4):
         batch, parts = next(whole), [next(share) for share in shares]
@@ -152,7 +153,7 @@ HALF = {"batch_size": 4, "seed": 1, "num_labelled": 6, "labelled_rows": 2}
 
 def test_labelled_records_come_first_and_the_masks_of_the_others_are_left_out(split):
     records, texts = split
-    iterator = pipeline.train_batches(records, texts, **HALF)
+    iterator = batches(records, texts, **HALF)
     for batch in (next(iterator) for _ in range(8)):
         assert batch["labelled"].tolist() == [True, True, False, False]
         assert (batch["index"][:2] < 6).all()
@@ -165,13 +166,13 @@ def test_labelled_records_come_first_and_the_masks_of_the_others_are_left_out(sp
 
 
 def test_everything_is_labelled_where_nothing_else_is_said(split):
-    batch = next(pipeline.train_batches(*split, batch_size=4, seed=1))
+    batch = next(batches(*split, batch_size=4, seed=1))
     assert batch["labelled"].tolist() == [True] * 4
     assert batch["labelled"].dtype == bool
 
 
 def test_each_kind_is_met_once_an_epoch_of_its_own(split):
-    stream = np.array(indices(pipeline.train_batches(*split, **HALF), 12))
+    stream = np.array(indices(batches(*split, **HALF), 12))
     labelled, others = stream[:, :2].ravel(), stream[:, 2:].ravel()
     for epoch in labelled.reshape(-1, 6):
         assert sorted(epoch) == list(range(6))
@@ -182,28 +183,39 @@ def test_each_kind_is_met_once_an_epoch_of_its_own(split):
 
 
 def test_the_order_of_the_labelled_does_not_depend_on_the_others(split):
-    with_others = np.array(indices(pipeline.train_batches(*split, **HALF), 5))[:, :2]
+    with_others = np.array(indices(batches(*split, **HALF), 5))[:, :2]
     records, texts = split
     fewer = records[:6], {name: values[:6] for name, values in texts.items()}
-    alone = np.array(indices(pipeline.train_batches(*fewer, batch_size=2, seed=1), 5))
+    alone = np.array(indices(batches(*fewer, batch_size=2, seed=1), 5))
     np.testing.assert_array_equal(with_others, alone)
 
 
 @pytest.mark.parametrize("stop", [1, 3, 7])
-def test_a_saved_position_goes_on_with_both_kinds(split, stop):
-    whole = indices(pipeline.train_batches(*split, **HALF), stop + 4)
-    iterator = pipeline.train_batches(*split, **HALF)
-    assert indices(iterator, stop) == whole[:stop]
-    resumed = pipeline.train_batches(*split, **HALF, position=iterator.get_state())
-    assert indices(resumed, 4) == whole[stop:]
+def test_a_later_start_goes_on_with_both_kinds(split, stop):
+    whole = indices(batches(*split, **HALF), stop + 4)
+    assert indices(batches(*split, stop, **HALF), 4) == whole[stop:]
+
+
+def test_an_ensemble_s_members_have_the_orders_of_their_seeds(split):
+    together = next(batches(*split, batch_size=4, seed=1, num_members=3))
+    for k in range(3):
+        alone = next(batches(*split, batch_size=4, seed=1 + k))
+        assert together.keys() == alone.keys()
+        for name, values in alone.items():
+            np.testing.assert_array_equal(together[name][k], values)
+
+
+def test_a_whole_split_is_by_record(split):
+    records, texts = split
+    data = pipeline.whole(records, texts)
+    assert data["image"].shape[0] == data["mask"].shape[0] == len(records)
+    np.testing.assert_array_equal(data["image"][3], records[3]["image"])
+    assert data.keys() == {"image", "mask", *texts}
 
 
 def test_processes_share_the_labelled_rows_by_place(split):
-    whole = next(pipeline.train_batches(*split, **HALF))
-    parts = [
-        next(pipeline.train_batches(*split, **HALF, process_index=p, process_count=2))
-        for p in (0, 1)
-    ]
+    whole = next(batches(*split, **HALF))
+    parts = [next(batches(*split, **HALF, process_index=p, process_count=2)) for p in (0, 1)]
     for name in ("index", "labelled", "mask"):
         np.testing.assert_array_equal(whole[name], np.concatenate([p[name] for p in parts]))
     assert parts[0]["labelled"].all()

@@ -433,3 +433,16 @@ def num_convolutions(method):
 )
 def test_what_is_off_costs_nothing(method, expected):
     assert num_convolutions(method) == expected
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_light_changes_before_the_fusion_where_geometry_does_and_after_it_otherwise(first):
+    lit = recipe(geometry_first=first, light=views.Light(0.2, 0.3))
+    keys = jax.random.split(jax.random.key(3), NUM)
+    before = objective.read(plain_batch(), keys, keys, lit._replace(light=views.Light()))
+    expected = views.relight(keys, before.image, lit.light)
+    assert (expected != before.image).any()
+    example = objective.read(plain_batch(), keys, keys, lit)
+    np.testing.assert_array_equal(example.image, expected if first else before.image)
+    weak, _ = objective.weak_view(example, Fused(None, None, None, None), keys, lit)
+    np.testing.assert_allclose(weak.image, expected, atol=1e-6)

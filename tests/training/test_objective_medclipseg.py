@@ -269,36 +269,43 @@ import sys
 import jax, numpy as np, optax
 from functools import partial
 from flax.traverse_util import flatten_dict
-from biclip_jax import parallel
+from biclip_jax import parallel, program
 from biclip_jax.models import medclipseg
 from biclip_jax.training import state as train_state
 from biclip_jax.training import steps
 from tests import tiny_medclipseg as tiny
 from tests.training.test_objective_medclipseg import bound
 
-assert jax.local_device_count() == int(sys.argv[1])
-run, model = bound(axis_name=parallel.AXIS, dice="rows", contrastive=sys.argv[3], dropout=0.1)
+devices, path, kind, mode = sys.argv[1:]
+assert jax.local_device_count() == int(devices)
+axis_name = parallel.axis_of(mode)
+run, model = bound(axis_name=axis_name, dice="rows", contrastive=kind, dropout=0.1)
 sgd = optax.sgd(0.1)
 state = train_state.create(tiny.variables(model), sgd, medclipseg.FROZEN)
-step = partial(steps.train_step, objective=run, optimizer=sgd, axis_name=parallel.AXIS)
-step = parallel.pmap_train_step(step)
-state, key = parallel.replicate(state), parallel.replicate(jax.random.key(1))
+step = partial(steps.train_step, objective=run, optimizer=sgd, axis_name=axis_name)
+shard, layout = parallel.shard, parallel.whole(state)
+if mode == "mesh":
+    shard, layout = parallel.global_batch, program.layout_of(state, "all")
+    step = parallel.mesh_train_step(step, layout)
+else:
+    step = parallel.pmap_train_step(step)
+state, key = parallel.place(state, layout), parallel.replicate(jax.random.key(1))
 for seed in range(2):
-    state, metrics = step(state, parallel.shard(tiny.batch(seed=seed)), key)
+    state, metrics = step(state, shard(tiny.batch(seed=seed)), key)
 host = parallel.to_host(state)
 assert int(host.skipped) == 0
-np.savez(sys.argv[2], loss=metrics["loss"][0], **flatten_dict(host.params, sep="/"))
+np.savez(path, loss=metrics["loss"][0], **flatten_dict(host.params, sep="/"))
 """
 
 
-def run_on(devices, path, kind):
+def run_on(devices, path, kind, mode="pmap"):
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = {
         **os.environ,
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
         "JAX_PLATFORMS": "cpu",
     }
-    arguments = [sys.executable, "-c", RUN, str(devices), str(path), kind]
+    arguments = [sys.executable, "-c", RUN, str(devices), str(path), kind, mode]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return dict(np.load(path))
@@ -309,9 +316,11 @@ def run_on(devices, path, kind):
 def test_two_devices_take_the_same_steps(tmp_path, kind):
     """With SGD: Adam would hide a wrong scale of the gradient."""
     one, two = (run_on(n, tmp_path / f"{n}.npz", kind) for n in (1, 2))
-    assert one.keys() == two.keys()
+    mesh = run_on(2, tmp_path / "mesh.npz", kind, "mesh")
+    assert one.keys() == two.keys() == mesh.keys()
     for name, value in one.items():
-        np.testing.assert_allclose(two[name], value, atol=1e-5, rtol=1e-5, err_msg=name)
+        for found in (two, mesh):
+            np.testing.assert_allclose(found[name], value, atol=1e-5, rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow

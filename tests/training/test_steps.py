@@ -163,3 +163,54 @@ def test_bfloat16_computes_narrow_and_keeps_parameters_and_statistics_wide():
     assert aux["features"].dtype == jnp.bfloat16
     assert narrow.dtype == jnp.float32
     assert 0 < np.abs(narrow - wide).max() < 0.1 * float(wide.std()) + 0.05
+
+
+def test_a_batch_is_picked_by_record_and_unlabelled_masks_are_left_out():
+    data = {"image": jnp.arange(6.0), "mask": jnp.ones((6, 1, 1, 1), jnp.uint8)}
+    rows = {"index": jnp.array([4, 0]), "row": jnp.array([0, 1]), "labelled": jnp.array([1, 0])}
+    batch = steps.pick(data, rows)
+    assert batch["image"].tolist() == [4.0, 0.0]
+    assert batch["mask"].ravel().tolist() == [1, 0] and batch["mask"].dtype == jnp.uint8
+    assert batch["row"].tolist() == [0, 1] and batch["labelled"].tolist() == [1, 0]
+    # Members of an ensemble come first.
+    stacked = steps.pick(data, {name: jnp.stack([x, x[::-1]]) for name, x in rows.items()})
+    assert stacked["image"].tolist() == [[4.0, 0.0], [0.0, 4.0]]
+    assert stacked["mask"].shape == (2, 2, 1, 1, 1)
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_several_steps_are_single_ones_and_compile_once(length):
+    adam = optax.adam(0.1)
+
+    def picked_loss(params, state, batch, keys):
+        noise = jax.vmap(jax.random.normal)(keys)
+        return quadratic(params, state, {"x": batch["image"] + noise}, keys)
+
+    traces = []
+
+    def step(*given):
+        traces.append(0)
+        return steps.train_step(*given, objective=picked_loss, optimizer=adam)
+
+    data = {"image": jnp.arange(6.0), "mask": jnp.ones((6, 1, 1, 1), jnp.uint8)}
+    index = jnp.array([[0, 5], [1, 1], [3, 2], [4, 0]])
+    rows = {"index": index, "row": jnp.tile(jnp.arange(2), (4, 1)), "labelled": index >= 0}
+    rows = jax.tree.map(lambda x: x[:length], rows)
+    several, key = jax.jit(steps.several(step, length)), jax.random.key(3)
+    several(quadratic_state(adam), data, rows, np.int32(1), key)
+    before = len(traces)
+    for count in range(1, length + 1):
+        expected, losses = quadratic_state(adam), []
+        state, metrics = several(expected, data, rows, np.int32(count), key)
+        for i in range(count):
+            batch = steps.pick(data, jax.tree.map(lambda x, i=i: x[i], rows))
+            expected, single = steps.train_step(
+                expected, batch, key, objective=picked_loss, optimizer=adam
+            )
+            losses.append(float(single["loss"][0]))
+        assert int(state.step) == count
+        np.testing.assert_allclose(state.params["w"], expected.params["w"], rtol=1e-6)
+        found = metrics["loss"][0]
+        assert found.shape == (length,)
+        np.testing.assert_allclose(found[:count], losses, rtol=1e-6)
+    assert len(traces) == before

@@ -160,3 +160,26 @@ def test_whole_degrees_with_a_flip_are_refused():
     fields = {**views.Geometry()._asdict(), "whole_degrees": True}
     with pytest.raises(ValueError, match="turns pictures and does nothing else"):
         views.make_geometry(fields)
+
+
+def test_the_light_of_both_views_changes_contrast_about_the_mean_and_brightness():
+    keys = jax.random.split(jax.random.key(0), 64)
+    images = jnp.tile(0.4 + 0.2 * IMAGE, (64, 1, 1, 1))  # far from the ends, where nothing is cut
+    means = images.mean((1, 2, 3))
+    assert views.relight(keys, images, views.Light()) is images
+    brighter = views.relight(keys, images, views.Light(brightness=0.2)) - images
+    np.testing.assert_allclose(brighter.max((1, 2, 3)), brighter.min((1, 2, 3)), atol=1e-6)
+    assert 0.15 < float(jnp.abs(brighter).max()) <= 0.2
+    assert float(brighter.min()) < 0 < float(brighter.max())
+    other = views.relight(keys, images, views.Light(contrast=0.3))
+    np.testing.assert_allclose(other.mean((1, 2, 3)), means, atol=1e-5)
+    factor = other.std((1, 2, 3)) / images.std((1, 2, 3))
+    assert 0.7 <= float(factor.min()) < 0.8 and 1.2 < float(factor.max()) <= 1.3
+    both = views.relight(keys, jnp.tile(IMAGE, (64, 1, 1, 1)), views.Light(0.5, 0.9))
+    assert float(both.min()) == 0 and float(both.max()) == 1
+    # Each picture by its own key.
+    np.testing.assert_allclose(
+        views.relight(keys[3:4], images[3:4], views.Light(0.2, 0.3))[0],
+        views.relight(keys, images, views.Light(0.2, 0.3))[3],
+        atol=1e-6,
+    )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from biclip_jax.data.builders import single_file
 from biclip_jax.data.schema import Record, Split
 from biclip_jax.errors import DataError
 
@@ -49,25 +50,25 @@ class PreparedSplit(Sequence[Record]):
     """The records of one split, read from disk one by one, by number; can be pickled."""
 
     def __init__(self, source: Any):
-        """Wraps a TFDS data source whose pictures are left as PNG bytes."""
-        self._source = source
+        """Wraps a sequence of examples whose pictures are PNG bytes, such as a TFDS data source."""
+        self.source = source
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self.source)
 
     def __getitem__(self, index: int) -> Record:  # type: ignore[override]
         from biclip_jax.data.builders import records
 
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of a split of {len(self)}")
-        return records.decode(self._source[index % len(self)])
+        return records.decode(self.source[index % len(self)])
 
 
 def open_split(path: str | os.PathLike[str], split: Split) -> PreparedSplit:
-    """Opens a split of a folder that `prepare` returned; the source is not needed.
+    """Opens a split of a folder that `prepare` returned, or of one file; the source is not needed.
 
     Args:
-      path: the prepared folder.
+      path: the prepared folder, or a file that `single_file.write` wrote.
       split: "train", "val" or "test".
 
     Returns:
@@ -76,6 +77,8 @@ def open_split(path: str | os.PathLike[str], split: Split) -> PreparedSplit:
     Raises:
       DataError: the folder is not a prepared set, or lacks the split.
     """
+    if single_file.is_one(path):
+        return PreparedSplit(single_file.examples(Path(path), split))
     import tensorflow_datasets as tfds
 
     from biclip_jax.data.builders import records

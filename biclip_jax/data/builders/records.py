@@ -10,8 +10,6 @@ import io
 import json
 from typing import Any
 
-import tensorflow_datasets as tfds
-
 from biclip_jax.data.image_io import decode_png, encode_png
 from biclip_jax.data.schema import Record
 
@@ -29,8 +27,10 @@ class VariedRecord(Record, total=False):
 PICTURES = ("image", "mask", "full_mask")
 
 
-def features(image_size: int, channels: int) -> tfds.features.FeaturesDict:
-    """Returns the features of a set of (S, S, C) pictures, see `schema.Record`."""
+def features(image_size: int, channels: int) -> Any:
+    """Returns the TFDS features of a set of (S, S, C) pictures, see `schema.Record`."""
+    import tensorflow_datasets as tfds
+
     size = image_size
     return tfds.features.FeaturesDict(
         {

@@ -1,0 +1,112 @@
+"""The input pipeline alone, and what progress and logging take, against the step they serve.
+
+    python -m benchmarks.input --config qata
+
+Pictures and masks of noise in memory, at the configuration's size and batch, with sentences. One
+JSON line each: pictures a second that `train_batches` delivers, ready for the devices; pictures a
+second of a resident split, which sends numbers of records alone; microseconds that the progress bar
+takes a step, and the writing of a log line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from biclip_jax import cli, parallel
+from biclip_jax.data import pipeline
+from biclip_jax.data import text as text_lib
+from biclip_jax.training import writers
+
+NUM_RECORDS, NUM_BATCHES = 512, 64
+
+
+def main() -> None:
+    """Every line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="qata")
+    parser.add_argument("--rounds", type=int, default=5)
+    args, overrides = parser.parse_known_args()
+    config = cli.load_config(args.config, overrides)
+    facts = {"config": config.name, "image_size": config.model.image_size}
+    facts |= {"batch_size": config.batch_size}
+    for name, seconds in feeds(config, args.rounds).items():
+        rate = round(config.batch_size / seconds, 1)
+        print(json.dumps({"name": name, **facts, "pictures_per_s": rate}))
+    for name, seconds in logging(args.rounds).items():
+        print(json.dumps({"name": name, "us": round(1e6 * seconds, 1)}))
+
+
+def records_of_noise(size: int) -> list[Any]:
+    """Grey pictures, masks and sentences."""
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "id": str(i),
+            "image": rng.integers(0, 256, (size, size, 1), np.uint8),
+            "mask": rng.integers(0, 2, (size, size, 1), np.uint8),
+            "text": f"infection {i % 7} of the left lung",
+        }
+        for i in range(NUM_RECORDS)
+    ]
+
+
+def feeds(config: Any, rounds: int) -> dict[str, float]:
+    """{way: seconds a batch}, medians over rounds."""
+    records = records_of_noise(config.model.image_size)
+    tokenizer = text_lib.build_tokenizer([r["text"] for r in records])
+
+    encode = partial(text_lib.encode_fields, tokenizer, max_length=config.model.text.max_length)
+    texts = pipeline.sentence_fields(encode, [r["text"] for r in records])
+    rows = pipeline.training_order(len(records), batch_size=config.batch_size, seed=0)
+    streamed = pipeline.train_batches(records, texts, rows)
+    steps = iter(range(10**9))
+    ways = {
+        "streamed": lambda: parallel.shard(next(streamed)),
+        "resident": lambda: parallel.shard(rows(next(steps))),
+    }
+    return {name: median_seconds(way, NUM_BATCHES, rounds) for name, way in ways.items()}
+
+
+def logging(rounds: int) -> dict[str, float]:
+    """Seconds of one step's progress, and of one log line."""
+    values = {"loss": 0.5, "loss_seg": 0.4, "grad_norm": 1.0, "lr": 1e-3, "skipped": 0}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        writers.Writer(Path(folder), 10**6, 0) as writer,
+    ):
+        steps = iter(range(1, 10**9))
+        return {
+            "progress": median_seconds(lambda: writer.advance(next(steps)), 1000, rounds),
+            "log_line": median_seconds(
+                lambda: writer.write(next(steps), "train", values), 20, rounds
+            ),
+        }
+
+
+def median_seconds(call: Callable[[], Any], number: int, rounds: int) -> float:
+    """Of one call, the median of rounds of many; the first round is not counted."""
+    found = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        for _ in range(number):
+            call()
+        found.append((time.perf_counter() - start) / number)
+    return statistics.median(found[1:])
+
+
+if __name__ == "__main__":
+    main()

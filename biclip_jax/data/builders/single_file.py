@@ -1,0 +1,102 @@
+"""A prepared set as one file, to carry to a machine that has neither TFDS nor the source.
+
+A NumPy archive: for every split and field the bytes of all examples (PNG, or UTF-8) one after
+another, and where each of them ends; and the facts of the set as JSON. NumPy alone reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from biclip_jax.data.schema import SPLITS, Split
+from biclip_jax.errors import DataError
+
+SUFFIX = ".npz"
+FIELDS = ("id", "image", "mask", "full_mask", "text", "variants")
+
+
+def is_one(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is that of such a file, by its name."""
+    return Path(path).suffix == SUFFIX
+
+
+def write(
+    path: Path, splits: Mapping[Split, Sequence[Mapping[str, Any]]], facts: Mapping[str, Any]
+) -> None:
+    """Writes the file; one that stood there is replaced at the end.
+
+    Args:
+      path: of the file, with the suffix `.npz`.
+      splits: {split: examples as `records.encode` makes them, or as TFDS gives them}.
+      facts: JSON values that `check` compares.
+    """
+    arrays: dict[str, Any] = {"facts": np.frombuffer(json.dumps(dict(facts)).encode(), np.uint8)}
+    for split, examples in splits.items():
+        for field in FIELDS:
+            parts = [_bytes(example[field]) for example in examples]
+            arrays[f"{split}/{field}"] = np.frombuffer(b"".join(parts), np.uint8)
+            lengths = [len(part) for part in parts]
+            arrays[f"{split}/{field}_ends"] = np.cumsum(lengths, dtype=np.int64)
+    unfinished = path.with_name(path.name + ".incomplete")
+    with open(unfinished, "wb") as file:
+        np.savez(file, **arrays)
+    os.replace(unfinished, path)
+
+
+def check(path: Path, expected: Mapping[str, Any]) -> None:
+    """Compares the facts of a file with what is asked of it.
+
+    Raises:
+      DataError: no such file, a damaged one, or another set.
+    """
+    facts = json.loads(_read(path, ["facts"])["facts"].tobytes())
+    for name, value in expected.items():
+        if facts.get(name) != value:
+            raise DataError(
+                f"{path}: found {name} {facts.get(name)!r}; expected {value!r}; make the file "
+                "again by biclip_jax.prepare, or change the configuration."
+            )
+
+
+def examples(path: Path, split: Split) -> list[dict[str, bytes]]:
+    """The examples of a split, for `records.decode`.
+
+    Raises:
+      DataError: no such file, a damaged one, or one without the split.
+    """
+    if split not in SPLITS:
+        raise DataError(f"{path}: asked for the split {split!r}; expected one of {SPLITS}.")
+    names = [f"{split}/{field}{part}" for field in FIELDS for part in ("", "_ends")]
+    arrays = _read(path, names)
+    columns = {}
+    for field in FIELDS:
+        data, ends = arrays[f"{split}/{field}"].tobytes(), arrays[f"{split}/{field}_ends"]
+        starts = np.concatenate([[0], ends[:-1]])
+        columns[field] = [data[a:b] for a, b in zip(starts, ends, strict=True)]
+    return [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
+
+
+def _read(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    mend = "expected a prepared set; make it again by biclip_jax.prepare."
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in names}
+    except KeyError as error:
+        raise DataError(f"{path}: found no {error.args[0]}; {mend}") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: cannot be read ({error}); {mend}") from error
+
+
+def _bytes(value: Any) -> bytes:
+    if isinstance(value, str):
+        return value.encode()
+    return value if isinstance(value, bytes) else value.getvalue()
