@@ -155,6 +155,9 @@ AT_LEAST = {
     "optim.warmup_steps": 0,
     "optim.tower_learning_rate": 0,
     "loss.ramp_steps": 0,
+    "views.brightness": 0,
+    "views.contrast": 0,
+    "data.resident_steps": 1,
     "data.unlabelled_ratio": 0,
     "model.num_levels": 1,
     "model.num_layers": 1,
@@ -190,6 +193,9 @@ FREE_FIELDS = (
     "final_test",
     "parallel.mode",
     "parallel.shard",
+    "data.resident",
+    "data.resident_steps",
+    "model.remat",
 )
 
 

@@ -60,6 +60,7 @@ def _model() -> ConfigDict:
     model.num_levels = 5  # of the U-Net, the bottleneck included
     model.dtype = "float32"  # of the computation: float32 or bfloat16
     model.norm = "batch"  # of the U-Net: batch, or group (no statistics of the batch)
+    model.remat = False  # true: less memory, more time: the U-Net's blocks are computed twice
     model.pseudo_image = True  # the sentence becomes a picture, the U-Net's second input
     model.bmf = ConfigDict()  # bidirectional multimodal fusion
     model.bmf.vision_to_text = True  # the picture refines the sentence

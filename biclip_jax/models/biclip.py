@@ -23,6 +23,7 @@ HEADS = ("cycle", "iac")
 # What a configuration that says less than today's means: the model `published`.
 DEFAULTS: dict[str, Any] = {
     "norm": "batch",
+    "remat": False,
     "pseudo_image": True,
     "bmf": {"vision_to_text": True, "text_to_vision": True, "levels": "", "hidden": 256},
     "image": {"encoder": "cnn"},
@@ -82,6 +83,7 @@ class BiCLIP(nn.Module):
       image_size: 28 * 2^k, divisible by 2 to the number of poolings.
       widths: channels of the U-Net's levels.
       norm: of the U-Net's blocks, "batch" or "group".
+      remat: of the U-Net's blocks, see `unet.UNet`.
       encoder_widths, cycle_widths: channels of the image encoder and of the cycle head.
       pseudo_image: whether the sentence becomes a picture, the U-Net's second input.
       vision_to_text: whether the picture refines the sentence, at the input and at the levels.
@@ -100,6 +102,7 @@ class BiCLIP(nn.Module):
     image_size: int = 224
     widths: Sequence[int] = (64, 128, 256, 512, 1024)
     norm: str = "batch"
+    remat: bool = False
     encoder_widths: Sequence[int] = (64, 256)
     cycle_widths: Sequence[int] = (32, 64)
     pseudo_image: bool = True
@@ -124,6 +127,7 @@ class BiCLIP(nn.Module):
         self.unet = UNet(
             self.widths,
             norm=self.norm,
+            remat=self.remat,
             # Without a way back to the picture, refining the sentence there would be for nothing.
             fused_blocks=self.levels if self.text_to_vision else (),
             vision_to_text=self.vision_to_text,
@@ -287,6 +291,7 @@ def build(
         image_size=size,
         widths=tuple(width * 2**i for i in range(num_levels)),
         norm=config["norm"],
+        remat=config["remat"],
         encoder_widths=(width, 4 * width),
         cycle_widths=(width // 2, width),
         pseudo_image=config["pseudo_image"],

@@ -62,6 +62,7 @@ class UNet(nn.Module):
       vision_to_text, text_to_vision, fusion_hidden: of `fusion.LevelFusion`.
       axis_name: device axis over which BatchNorm takes its statistics.
       dtype: of the computation; parameters are float32.
+      remat: whether the backward pass computes each block again instead of keeping its maps.
     """
 
     widths: Sequence[int] = (64, 128, 256, 512, 1024)
@@ -72,6 +73,7 @@ class UNet(nn.Module):
     fusion_hidden: int = 256
     axis_name: str | None = None
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -100,7 +102,8 @@ class UNet(nn.Module):
         return logits, features
 
     def _block(self, name, width, x, train, text):
-        x = DoubleConv(width, self.norm, self.axis_name, self.dtype, name=name)(x, train)
+        block = nn.remat(DoubleConv, static_argnums=(2,)) if self.remat else DoubleConv
+        x = block(width, self.norm, self.axis_name, self.dtype, name=name)(x, train)
         if name not in self.fused_blocks:
             return x, text
         fuse = LevelFusion(
