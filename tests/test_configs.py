@@ -26,7 +26,13 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("method", variants.METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=() if name in ("published", "semi") else pytest.mark.slow)
+        for name in variants.METHODS
+    ],
+)
 def test_every_method_builds_and_traces(method, monkeypatch):
     monkeypatch.setattr(biclip, "init", tiny.abstract_init)
     config = cli.load_config(f"default:smoke,{method}", [])

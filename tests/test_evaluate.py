@@ -193,6 +193,7 @@ def test_every_condition_baseline_and_file(trained, tmp_path, capsys):
     assert results["conditions"]["right"] == own["conditions"]["right"]
 
 
+@pytest.mark.slow
 def test_damaged_pictures_have_their_table_and_plot(trained, tmp_path, capsys):
     options = ("--no-baselines", "--text-conditions", "right", "--output", str(tmp_path))
     names = ("--degradations", "gaussian_noise,jpeg", "--severities", "5")
@@ -211,6 +212,7 @@ def test_damaged_pictures_have_their_table_and_plot(trained, tmp_path, capsys):
         assert run("--workdir", str(trained), *wrong) == 2
 
 
+@pytest.mark.slow
 def test_calibration_and_views_of_a_subset(trained, tmp_path, capsys):
     options = ("--subset", "5", "--text-conditions", "right", "--output", str(tmp_path))
     assert run("--workdir", str(trained), *options, "--calibration", "--tta") == 0
@@ -235,6 +237,7 @@ def test_calibration_and_views_of_a_subset(trained, tmp_path, capsys):
     assert len(ids) == 5 and ids == sorted(ids, key=lambda i: sha256(f"0:{i}".encode()).hexdigest())
 
 
+@pytest.mark.slow
 def test_another_data_set_needs_its_test_split_alone(trained, tmp_path, capsys):
     source = tmp_path / "other"
     (source / "images").mkdir(parents=True)

@@ -15,10 +15,8 @@ def metrics_of(workdir):
     return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
 
 
-@pytest.mark.parametrize(
-    "at_once",
-    [1, pytest.param(3, marks=pytest.mark.slow)],  # 3 of the 4 between evaluations
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("at_once", [1, 3])  # 3 of the 4 between evaluations
 def test_a_resident_run_is_the_streamed_one(
     smoke_config, trained, tmp_path, monkeypatch, capsys, at_once
 ):

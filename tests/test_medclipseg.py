@@ -113,7 +113,7 @@ def test_checkpoints_hold_what_is_trained_alone(trained):
     assert int(state["step"]) == 4
     assert set(state["params"]) == {"adapters_0", "head"}
     assert not state["frozen"]
-    assert progress["position"] is not None
+    assert progress["best_step"] in (0, 4)
     names = [str(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     assert any("opt_state" in name and "adapters_0" in name for name in names)
     assert not any(part in name for name in names for part in medclipseg.FROZEN)

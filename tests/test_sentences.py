@@ -228,7 +228,7 @@ def test_pooling_over_hidden_state_2_needs_two_layers(towers, trainable):
     sentences.check_tower(one, config(pooling="embedding", trainable=trainable))
 
 
-@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("kind", ["bert", pytest.param("clip", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_a_frozen_tower_s_vectors_are_those_of_the_ids(towers, kind, pooling):
     tower, texts = towers[kind], ["left lung.", "a", "right upper lung."]

@@ -92,13 +92,8 @@ def test_a_run_leaves_what_it_says(trained):
     assert all(np.isfinite(r["loss"]) for r in rows if r["split"] == "train")
 
 
-LONG = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    "stops",
-    [(3,), *(pytest.param(stops, marks=LONG) for stops in [(1,), (4,), (7,), (2, 3)])],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stops", [(3,), (1,), (4,), (7,), (2, 3)])
 def test_a_stopped_run_goes_on(smoke_config, trained, tmp_path, monkeypatch, stops):
     """To the same bits: stopped at step 1, in and at the end of an epoch, at the last but one,
     and twice."""

@@ -100,7 +100,7 @@ def test_text_features_take_the_place_of_ids():
     model = biclip.BiCLIP(56, (2, 4, 8), encoder_widths=(2, 8), cycle_widths=(1, 2))
     image, features = jnp.zeros((1, 56, 56, 3)), jnp.ones((1, 24))
     variables = jax.jit(model.init)(jax.random.key(0), image, text_features=features)
-    logits, _ = model.apply(variables, image, text_features=features)
+    logits, _ = jax.jit(model.apply)(variables, image, text_features=features)
     assert logits.shape == (1, 56, 56, 1)
 
 

@@ -119,10 +119,8 @@ def boxes():
     return views.random_deformation(keys, SIZE, SIZE, recipe().strong)
 
 
-@pytest.mark.parametrize(
-    ("step", "ramp_steps", "ramp"),
-    [(1, 4, 0.25), *[pytest.param(*c, marks=pytest.mark.slow) for c in ((0, 0, 1), (9, 4, 1))]],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "ramp_steps", "ramp"), [(0, 0, 1), (1, 4, 0.25), (9, 4, 1)])
 def test_the_parts_add_up_with_their_weights(step, ramp_steps, ramp):
     loss, values, _ = run(recipe(PARTS, ramp_steps=ramp_steps), plain_state(step))
     assert set(values) == {"loss", "loss_seg", *(f"loss_{name}" for name in PARTS)}
@@ -424,11 +422,11 @@ def num_convolutions(method):
         # U-Net of 3 levels: 5 blocks of 2 (its head is a product); generator 1, encoders 2 each.
         ("unet", 10),
         ("ef_unet", 10 + 1),
-        ("one_way", 10 + 1),
-        ("published", 2 * 10 + 1 + 2 + 2),
+        pytest.param("one_way", 10 + 1, marks=pytest.mark.slow),
+        pytest.param("published", 2 * 10 + 1 + 2 + 2, marks=pytest.mark.slow),
         ("full", 2 * 10 + 1 + 2 + 2),
-        ("no_cycle", 2 * 10 + 1 + 2),
-        ("no_generator", 2 * 10 + 2),
+        pytest.param("no_cycle", 2 * 10 + 1 + 2, marks=pytest.mark.slow),
+        pytest.param("no_generator", 2 * 10 + 2, marks=pytest.mark.slow),
     ],
 )
 def test_what_is_off_costs_nothing(method, expected):

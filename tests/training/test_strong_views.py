@@ -137,7 +137,10 @@ def test_rows_are_drawn_by_their_own_keys():
 
 @pytest.mark.parametrize(
     "strong",
-    [{"light": True}, {"noise": 0.5}, {"brightness": 0.9}, {"contrast": 0.9}],
+    [
+        pytest.param({"light": True}, marks=pytest.mark.slow),
+        *({"noise": 0.5}, {"brightness": 0.9}, {"contrast": 0.9}),
+    ],
     ids=lambda strong: next(iter(strong)),
 )
 def test_strong_changes_stay_in_range_and_follow_the_key(strong):
