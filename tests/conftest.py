@@ -3,6 +3,7 @@
 import fcntl
 import os
 import tempfile
+import time
 
 import jaxtyping
 
@@ -22,6 +23,20 @@ import pytest  # noqa: E402
 
 from biclip_jax import cli  # noqa: E402
 from tests import tiny  # noqa: E402
+
+
+def pytest_addoption(parser):
+    help = "seconds after whose end no further test begins: the rest is skipped, and says so"
+    parser.addoption("--budget", type=float, default=float("inf"), help=help)
+
+
+def pytest_sessionstart(session):
+    session.config.began = time.monotonic()
+
+
+def pytest_runtest_setup(item):
+    if time.monotonic() - item.config.began > item.config.getoption("--budget"):
+        pytest.skip("the budget of time is spent")
 
 
 @pytest.fixture

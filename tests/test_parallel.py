@@ -80,7 +80,7 @@ def test_more_devices_give_the_same_run(one_device, devices, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("devices", "cut"), [(1, ""), (2, ""), (4, ""), (4, "all")])
+@pytest.mark.parametrize(("devices", "cut"), [(2, ""), (4, "all")])
 def test_a_mesh_gives_the_same_run(one_device, devices, cut, tmp_path):
     check_same(one_device, run_on(devices, tmp_path / "state.npz", mode="mesh", cut=cut))
 

@@ -93,10 +93,9 @@ def test_a_run_leaves_what_it_says(trained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stops", [(3,), (1,), (4,), (7,), (2, 3)])
+@pytest.mark.parametrize("stops", [(1,), (4,), (2, 3)])
 def test_a_stopped_run_goes_on(smoke_config, trained, tmp_path, monkeypatch, stops):
-    """To the same bits: stopped at step 1, in and at the end of an epoch, at the last but one,
-    and twice."""
+    """To the same bits: stopped at step 1, at the end of an epoch, and twice within one."""
     whole, _ = final_state(smoke_config, trained)
     for steps in stops:
         monkeypatch.setattr(StopAfter, "count", steps)
