@@ -298,7 +298,8 @@ def plot(entries: Sequence[dict[str, Any]], path: Path) -> None:
     )
     axes.invert_yaxis()
     axes.set_xlabel("speed of biclip_jax over the other's (right of 1: ours is faster)")
-    axes.legend(loc="lower right")
+    axes.margins(x=0.12)
+    figure.legend(loc="outside upper right", ncols=2)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
