@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,7 +104,8 @@ def run(args: argparse.Namespace) -> None:
     """Every case of the suite that the file has not yet; one line each, at once."""
     cases = chosen(SUITES[args.suite], args.cases, args.batches)
     cases = [case for case in cases if not args.small or case.name in SMALL]
-    done = [Case(e["case"], e["batch"], e["dtype"]) for e in entries_of(args.output, args.small)]
+    there = harness.lines_of(args.output) if args.output else ()
+    done = [Case(e["case"], e["batch"], e["dtype"]) for e in there if e["small"] == args.small]
     for case in cases:
         if case in done:
             continue
@@ -131,13 +132,6 @@ def chosen(suite: Sequence[Case], names: Sequence[str] | None, batches: Any) -> 
         if case.name == CEILING
         or ((not names or case.name in names) and (not batches or case.batch in batches))
     ]
-
-
-def entries_of(path: Path | None, small: bool) -> Iterator[dict[str, Any]]:
-    """The lines of a file that are of networks of this size."""
-    return (
-        (entry for entry in harness.lines_of(path) if entry["small"] == small) if path else iter([])
-    )
 
 
 def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
@@ -256,10 +250,10 @@ def table(entries: Sequence[dict[str, Any]]) -> str:
     """A file's lines as a Markdown table."""
     top = ceilings(entries)
     rows = [
-        "| case | batch | dtype | ours, ms | torch | torch.compile | ours over the better | "
-        "images/s | of the ceiling | first call, s: ours / torch / compile | "
+        "| case | batch | dtype | ours, ms | torch | torch.compile | over eager | "
+        "over the better | images/s | of the ceiling | first call, s: ours / torch / compile | "
         "peak MiB: ours / torch / compile |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for entry in entries:
 
@@ -269,7 +263,8 @@ def table(entries: Sequence[dict[str, Any]]) -> str:
         reached, ceiling = entry.get("jax_gflop_per_s"), top.get(entry["dtype"])
         share = f"{100 * reached / ceiling:.0f} %" if reached and ceiling else "-"
         cells = [entry["case"], str(entry["batch"]), entry["dtype"], *of("ms")]
-        cells += [str(entry.get("speed_over_best", "-")), of("images_per_s")[0], share]
+        cells += [str(entry.get(f"speed_over_{name}", "-")) for name in ("torch", "best")]
+        cells += [of("images_per_s")[0], share]
         cells += [" / ".join(of("first_s")), " / ".join(of("peak_mib"))]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)

@@ -46,8 +46,7 @@ def open_feed(
         num_labelled=program.num_labelled,
         labelled_rows=program.labelled_rows,
         num_members=program.num_members,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        **parallel.own_share(),
     )
     members = int(program.num_members > 1)
     if config["data"]["resident"]:

@@ -157,6 +157,11 @@ def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
     return place(tree, whole(tree, devices))
 
 
+def replicate_here(tree: Any) -> Any:
+    """`replicate` on the devices of this process alone."""
+    return replicate(tree, jax.local_devices())
+
+
 def place(tree: Any, layout: Any) -> Any:
     """A tree of host or device arrays, the same in every process, on devices as `layout` says.
 
@@ -332,6 +337,11 @@ def _local_rows(batch: Mapping[str, Any], axis: int) -> int:
     if rows % devices:
         raise ValueError(f"a batch of {rows} rows does not divide over {devices} devices")
     return rows
+
+
+def own_share() -> dict[str, int]:
+    """Which process this is of how many: what cuts a batch for it."""
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
 def num_devices() -> int:

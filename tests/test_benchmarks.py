@@ -88,7 +88,9 @@ def test_the_table_gives_the_share_of_the_better_product_and_a_line_that_was_cut
     entries = list(harness.lines_of(path))
     assert entries == lines
     last = bench.table(entries).splitlines()[-1]
-    assert last.startswith("| bert | 8 | float32 | 3.0 | 4.5 | - | 1.5 |") and "| 50 % |" in last
+    assert (
+        last.startswith("| bert | 8 | float32 | 3.0 | 4.5 | - | 1.5 | 1.5 |") and "| 50 % |" in last
+    )
     bench.plot(entries, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 1000
 

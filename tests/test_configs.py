@@ -8,6 +8,7 @@ from biclip_jax import assembly, cli, parallel, program, sentences
 from biclip_jax.configs import variants
 from biclip_jax.errors import UserError
 from biclip_jax.models import biclip
+from biclip_jax.training import objective, views
 from tests import tiny
 
 PARTS = {"seg", "gen", "iac", "cycle"}
@@ -119,3 +120,9 @@ def test_two_methods_at_once_are_refused():
 def test_an_unknown_variant_is_named_with_the_known_ones(variant):
     with pytest.raises(UserError, match=r"no variant .*smoke.*published.*full.*no_generator"):
         cli.load_config(f"default:{variant}", [])
+
+
+def test_the_light_of_a_page_reaches_the_objective():
+    small = cli.load_config("qata:small,full", []).to_dict()
+    assert objective.make_recipe(small).light == views.Light(brightness=0.2, contrast=0.3)
+    assert objective.make_recipe(cli.load_config("qata", []).to_dict()).light == views.Light()

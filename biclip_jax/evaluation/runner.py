@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 import numpy as np
 
 from biclip_jax import parallel
@@ -34,13 +33,13 @@ def make_predict(
 ) -> Predict:
     """The model on all local devices, as a function of a batch; `damage` as `predict_step`'s."""
     step = parallel.pmap_predict_step(partial(predict_step, model=model, damage=damage))
-    return partial(step, parallel.replicate(variables, jax.local_devices()))
+    return partial(step, parallel.replicate_here(variables))
 
 
 def make_samples(model: nn.Module, variables: Mapping[str, Any]) -> Predict:
     """Batch -> maps (B, S, S, 3) of a model that samples, see `steps.sample_step`."""
     step = parallel.pmap_predict_step(partial(sample_step, model=model))
-    return partial(step, parallel.replicate(variables, jax.local_devices()))
+    return partial(step, parallel.replicate_here(variables))
 
 
 def make_member_predicts(model: nn.Module, variables: Mapping[str, Any]) -> list[Predict]:
@@ -49,7 +48,7 @@ def make_member_predicts(model: nn.Module, variables: Mapping[str, Any]) -> list
         return []
     step = parallel.pmap_predict_step(partial(predict_step, model=model.member))
     members = (member_of(variables, k) for k in range(model.num_members))
-    return [partial(step, parallel.replicate(member, jax.local_devices())) for member in members]
+    return [partial(step, parallel.replicate_here(member)) for member in members]
 
 
 def evaluate_members(
@@ -135,7 +134,7 @@ def validate(
       batch_size: a multiple of the number of devices.
     """
     total: dict[str, Any] = {}
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    share = parallel.own_share()
     for batch in pipeline.eval_batches(records, texts, batch_size=batch_size, **share):
         sums = eval_fn(batch)
         # On the host: int32 counts of a large split would run over.

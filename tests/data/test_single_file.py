@@ -74,6 +74,9 @@ def test_damaged_missing_and_foreign_files_are_named(written, tmp_path):
     np.savez(foreign, x=np.zeros(3))
     with pytest.raises(DataError, match=r"absent\.npz: cannot be read"):
         pipeline.prepare(of_file(data, tmp_path / "absent.npz"), 24)
+    np.savez(tmp_path / "odd.npz", facts=np.full(3, 200, np.uint8))
+    with pytest.raises(DataError, match=r"odd\.npz: its facts are no JSON .*; make it again"):
+        pipeline.prepare(of_file(data, tmp_path / "odd.npz"), 24)
     with pytest.raises(DataError, match=r"foreign\.npz: found no facts"):
         pipeline.prepare(of_file(data, foreign), 24)
     with pytest.raises(DataError, match=r"damaged\.npz: cannot be read .*; make it again"):

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks import flops
+from biclip_jax import cli
+from biclip_jax.models import biclip
 from biclip_jax.models.unet import UNet, block_names
 
 WIDTHS = (4, 8, 16)
@@ -49,3 +51,10 @@ def test_every_block_is_computed_again_in_the_backward_pass(params):
     )
     work = {remat: flops.count(gradient(remat), params) for remat in (False, True)}
     assert work[True] - work[False] == blocks
+
+
+def test_the_configuration_reaches_the_network():
+    for remat in (False, True):
+        config = cli.load_config("default:smoke", [f"--config.model.remat={remat}"])
+        model = biclip.build(config.model.to_dict(), vocab_size=9)
+        assert model.bind({}).unet.remat == remat

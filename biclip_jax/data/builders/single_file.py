@@ -19,6 +19,7 @@ from biclip_jax.data.schema import SPLITS, Split
 from biclip_jax.errors import DataError
 
 SUFFIX = ".npz"
+MEND = "expected a prepared set; make it again by biclip_jax.prepare."
 FIELDS = ("id", "image", "mask", "full_mask", "text", "variants")
 
 
@@ -56,7 +57,10 @@ def check(path: Path, expected: Mapping[str, Any]) -> None:
     Raises:
       DataError: no such file, a damaged one, or another set.
     """
-    facts = json.loads(_read(path, ["facts"])["facts"].tobytes())
+    try:
+        facts = json.loads(_read(path, ["facts"])["facts"].tobytes())
+    except ValueError as error:
+        raise DataError(f"{path}: its facts are no JSON ({error}); {MEND}") from error
     for name, value in expected.items():
         if facts.get(name) != value:
             raise DataError(
@@ -86,14 +90,13 @@ def examples(path: Path, split: Split) -> list[dict[str, bytes]]:
 
 
 def _read(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    mend = "expected a prepared set; make it again by biclip_jax.prepare."
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in names}
     except KeyError as error:
-        raise DataError(f"{path}: found no {error.args[0]}; {mend}") from error
+        raise DataError(f"{path}: found no {error.args[0]}; {MEND}") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: cannot be read ({error}); {mend}") from error
+        raise DataError(f"{path}: cannot be read ({error}); {MEND}") from error
 
 
 def _bytes(value: Any) -> bytes:
