@@ -1,11 +1,13 @@
 """Trains variants of one experiment, with several seeds and shares of labels, and compares them.
 
     python -m biclip_jax.ablate --config qata:small --variants ef_unet,published,full \
-        --seeds 0,1,2 --label-fractions 0.01,1 --workdir runs/ablation --config.data.source=DIR
+        --seeds 0,1,2 --label-fractions 0.01,1 --workdir runs/ablation --config.data.source=DIR \\
+        --evaluate "--subset 500 --degradations motion_blur,low_contrast --severities 2,4"
 
-Each run is `biclip_jax.train` in WORKDIR/VARIANT/FRACTION/SEED and tested there. The same command
-again goes on where it stopped and repeats nothing; runs that were added are trained, too.
-Writes ablation.json and ablation.md, the table with mean and spread over the seeds.
+Each run is `biclip_jax.train` in WORKDIR/VARIANT/FRACTION/SEED and tested there; --evaluate adds
+`biclip_jax.evaluate` with those arguments. The same command again goes on where it stopped and
+repeats nothing; runs that were added are trained, too. Writes ablation.json and ablation.md, the
+table with mean and spread over the seeds.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from biclip_jax.evaluation import reporting, runner
 # such as want of memory, leaves the others to run.
 STOPPED = {-2: 130, -15: 143, 130: 130, 143: 143}
 METRICS = ("dice_global", "dice_mean", "iou_global", "iou_mean")
+COLUMNS = ("labels", "variant", "image_encoder", *METRICS, "missing_text", "degraded", "seeds")
 
 
 class Cell(NamedTuple):
@@ -63,9 +66,13 @@ def compare(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any
     for cell, command in commands.items():  # every mistake before the first hour
         check(cell, command)
     root.mkdir(parents=True, exist_ok=True)
-    failed = [cell for cell in cells if not train(cell, commands[cell])]
+    failed = [
+        cell
+        for cell in cells
+        if not (train(cell, commands[cell]) and evaluate(cell, args.evaluate))
+    ]
     finished = [cell for cell in cells if cell not in failed]
-    rows = [row_of(group, root) for group in grouped(finished)]
+    rows = [row_of(group, root, bool(args.evaluate)) for group in grouped(finished)]
     outcome = {
         "command": f"python -m biclip_jax.ablate {shlex.join(args.argv)}",
         "rows": rows,
@@ -80,7 +87,7 @@ def compare(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any
     print(f"table  {root / 'ablation.md'}\njson   {root / 'ablation.json'}")
     if failed:
         names = ", ".join(str(cell.workdir) for cell in failed)
-        raise UserError(f"{len(failed)} of {len(cells)} runs failed, see train.log in {names}")
+        raise UserError(f"{len(failed)} of {len(cells)} runs failed, see the logs in {names}")
     return outcome
 
 
@@ -122,21 +129,51 @@ def train(cell: Cell, command: Sequence[str]) -> bool:
         return True
     print(f"{cell.workdir}: trains", flush=True)
     cell.workdir.mkdir(parents=True, exist_ok=True)
+    _run(["biclip_jax.train", *command], cell.workdir / "train.log")
+    return results_path(cell).exists()
+
+
+def evaluate(cell: Cell, asked: Sequence[str]) -> bool:
+    """Runs one evaluation as --evaluate asks for it; true when it is there, or none is asked for.
+
+    An evaluation that was made by the same command is not made again.
+    """
+    path = asked_path(cell)
+    command = ["--workdir", str(cell.workdir), *asked, "--output", str(path.parent)]
+    if not asked or _was_made(path, command):
+        return True
+    print(f"{cell.workdir}: is evaluated", flush=True)
+    return _run(["biclip_jax.evaluate", *command], cell.workdir / "evaluate.log") == 0
+
+
+def _was_made(path: Path, command: Sequence[str]) -> bool:
+    found = read_json(path) if path.exists() else {}
+    made = [found.get("command"), *found.get("earlier_commands", [])]
+    return shlex.join(["python", "-m", "biclip_jax.evaluate", *command]) in made
+
+
+def _run(command: Sequence[str], log_path: Path) -> int:
+    """Runs a door of the package; its exit status. A signal that ended it ends the comparison."""
     # A process of its own: a run that dies takes none of the others with it.
-    with (cell.workdir / "train.log").open("a", encoding="utf-8") as log:
-        program = [sys.executable, "-m", "biclip_jax.train", *command]
+    with log_path.open("a", encoding="utf-8") as log:
+        program = [sys.executable, "-m", *command]
         status = subprocess.run(program, stdout=log, stderr=subprocess.STDOUT, check=False)
     if status.returncode in STOPPED:
         sys.exit(STOPPED[status.returncode])
     if status.returncode:
-        lines = (cell.workdir / "train.log").read_text(encoding="utf-8").splitlines()
-        print(f"{cell.workdir}: failed: {lines[-1] if lines else status.returncode}", flush=True)
-    return results_path(cell).exists()
+        lines = log_path.read_text(encoding="utf-8").splitlines()
+        print(f"{log_path.parent}: failed: {lines[-1] if lines else status.returncode}", flush=True)
+    return status.returncode
 
 
 def results_path(cell: Cell) -> Path:
     """Where a finished run has its test results."""
     return cell.workdir / "test" / "results.json"
+
+
+def asked_path(cell: Cell) -> Path:
+    """Where the results of --evaluate are."""
+    return cell.workdir / "asked" / "results.json"
 
 
 def grouped(cells: Sequence[Cell]) -> list[list[Cell]]:
@@ -147,24 +184,33 @@ def grouped(cells: Sequence[Cell]) -> list[list[Cell]]:
     return list(groups.values())
 
 
-def row_of(group: Sequence[Cell], root: Path) -> dict[str, Any]:
+def row_of(group: Sequence[Cell], root: Path, asked: bool) -> dict[str, Any]:
     """Mean and standard deviation over the seeds, in [0, 1], and each seed's value and folder.
 
     The deviation is that of a sample; None for one seed.
+
+    Args:
+      group: runs that differ in their seeds alone.
+      root: of the comparison.
+      asked: whether the results of --evaluate are there; then the row has them, too.
+
+    Raises:
+      UserError: a file that a run left is damaged.
     """
-    found = {cell: read_results(cell) for cell in group}
-    config = json.loads((group[0].workdir / "config.json").read_text(encoding="utf-8"))
-    row: dict[str, Any] = {"variant": group[0].variant, "label_fraction": group[0].fraction}
-    for name in METRICS:
-        values = [result["conditions"]["right"][name] for result in found.values()]
-        spread = statistics.stdev(values) if len(values) > 1 else None
-        row[name] = {"mean": statistics.fmean(values), "sd": spread}
-    row["missing_text"] = statistics.fmean(
-        result["conditions"]["missing"]["dice_global"] for result in found.values()
-    )
+    found = {cell: read_json(results_path(cell)) for cell in group}
+    config = read_json(group[0].workdir / "config.json")
     model = config["model"]
-    row["image_encoder"] = model["image"]["encoder"] if "image" in model else model["variant"]
-    row["num_labelled"] = json.loads((group[0].workdir / "labels.json").read_text())["num_images"]
+    row: dict[str, Any] = {
+        "variant": group[0].variant,
+        "label_fraction": group[0].fraction,
+        "num_labelled": read_json(group[0].workdir / "labels.json")["num_images"],
+        "image_encoder": model["image"]["encoder"] if "image" in model else model["variant"],
+        **over_seeds([result["conditions"]["right"] for result in found.values()]),
+        "missing_text": over_seeds([r["conditions"]["missing"] for r in found.values()]),
+    }
+    if asked:
+        row["asked"] = asked_of([read_json(asked_path(cell)) for cell in group])
+    row["config"] = config
     row["seeds"] = {
         str(cell.seed): {
             "run": str(cell.workdir.relative_to(root)),
@@ -175,35 +221,67 @@ def row_of(group: Sequence[Cell], root: Path) -> dict[str, Any]:
     return row
 
 
-def read_results(cell: Cell) -> dict[str, Any]:
-    """The test results of a finished run.
+def asked_of(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What --evaluate found of a row's runs: conditions and degradations, over the seeds."""
+    conditions = [result["conditions"] for result in found]
+    asked: dict[str, Any] = {
+        "num_images": found[0]["num_images"],
+        "conditions": {name: over_seeds([c[name] for c in conditions]) for name in conditions[0]},
+    }
+    scores = [result["degradations"] for result in found if "degradations" in result]
+    if scores:
+        mean = over_seeds([s["mean"] for s in scores])
+        cells = {name: rows for name, rows in scores[0].items() if name != "mean"}
+        asked["degradations"] = {
+            name: {level: over_seeds([s[name][level] for s in scores]) for level in rows}
+            for name, rows in cells.items()
+        } | {"mean": mean}
+    if "mirroring" in found[0]:
+        asked["mirroring"] = over_seeds([result["mirroring"] for result in found])
+    return asked
+
+
+def over_seeds(scores: Sequence[dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """{metric: {"mean", "sd"}} of one score a seed."""
+    columns = {name: [score[name] for score in scores] for name in METRICS}
+    return {
+        name: {
+            "mean": statistics.fmean(values),
+            "sd": statistics.stdev(values) if len(values) > 1 else None,
+        }
+        for name, values in columns.items()
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that a finished run left.
 
     Raises:
-      UserError: they cannot be read.
+      UserError: it cannot be read.
     """
-    path = results_path(cell)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); delete it and run again") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete its run and start again") from error
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The console's table, in percent."""
-    columns = ("labels", "variant", "image_encoder", *METRICS, "missing_text", "seeds")
-    return reporting.format_table([_cells(row) for row in rows], columns)
+    return reporting.format_table([_cells(row) for row in rows], COLUMNS)
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table with every seed linked to its run."""
-    columns = ("labels", "variant", "image_encoder", *METRICS, "missing_text", "seeds")
-    head = f"| {' | '.join(columns)} | runs |\n|{'---|' * (len(columns) + 1)}\n"
+    head = f"| {' | '.join(COLUMNS)} | runs |\n|{'---|' * (len(COLUMNS) + 1)}\n"
     lines = []
     for row in rows:
         cells = _cells(row)
         runs = " ".join(f"[{seed}]({found['run']})" for seed, found in row["seeds"].items())
-        lines.append(f"| {' | '.join(cells[name] for name in columns)} | {runs} |\n")
-    note = "\nPercent; mean and standard deviation over the seeds; missing_text is dice_global.\n"
+        lines.append(f"| {' | '.join(cells[name] for name in COLUMNS)} | {runs} |\n")
+    note = (
+        "\nPercent; mean and standard deviation over the seeds; missing_text is dice_global, "
+        "degraded the mean of dice_global over what --evaluate asked for.\n"
+    )
     return head + "".join(lines) + note
 
 
@@ -212,12 +290,14 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         spread = "" if value["sd"] is None else f" ± {100 * value['sd']:.2f}"
         return f"{100 * value['mean']:.2f}{spread}"
 
+    degraded = row.get("asked", {}).get("degradations")
     return {
         "labels": f"{100 * row['label_fraction']:g} % ({row['num_labelled']})",
         "variant": row["variant"],
         "image_encoder": row["image_encoder"],
         **{name: percent(row[name]) for name in METRICS},
-        "missing_text": f"{100 * row['missing_text']:.2f}",
+        "missing_text": percent(row["missing_text"]["dice_global"]),
+        "degraded": percent(degraded["mean"]["dice_global"]) if degraded else "-",
         "seeds": str(len(row["seeds"])),
     }
 
@@ -232,6 +312,17 @@ def _list(text: str, option: str, kind: type) -> list[Any]:
     return values
 
 
+def _evaluation(text: str) -> list[str]:
+    try:
+        asked = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--evaluate {text}: {error}; expected arguments as in a shell") from error
+    mine = [option for option in asked if option.split("=")[0] in ("--workdir", "--output")]
+    if mine:
+        raise UserError(f"--evaluate {text}: {mine[0]} is each run's own here; leave it out")
+    return asked
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     cli.run(_main, argv)
@@ -242,10 +333,14 @@ def _main(argv: list[str]) -> None:
     parser.add_argument("--variants", required=True, metavar="A,B")
     parser.add_argument("--seeds", default="0", metavar="0,1")
     parser.add_argument("--label-fractions", default="1", metavar="0.01,1")
+    parser.add_argument(
+        "--evaluate", default="", metavar="'ARGS'", help="also biclip_jax.evaluate with ARGS"
+    )
     args, overrides = parser.parse_known_args(argv)
     for field, option in (("seed", "--seeds"), ("data.label_fraction", "--label-fractions")):
         if any(override.startswith(f"--config.{field}=") for override in overrides):
             raise UserError(f"--config.{field}: belongs to the table here; give {option}")
+    args.evaluate = _evaluation(args.evaluate)
     args.argv, args.workdir = argv, args.workdir or "runs/ablation"
     args.variants = _list(args.variants, "--variants", str)
     args.seeds = _list(args.seeds, "--seeds", int)

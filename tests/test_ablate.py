@@ -1,6 +1,7 @@
 """The comparison door: what it runs, what it repeats, and the table it makes of the results."""
 
 import json
+import shlex
 import statistics
 import subprocess
 from pathlib import Path
@@ -12,12 +13,23 @@ from biclip_jax import ablate, cli
 SCORES = {"unet": {0: 0.5, 1: 0.7}, "full": {0: 0.8, 1: 0.9}}
 
 
+class Commands(list):
+    """Those of the trainings, and beside them those of the evaluations."""
+
+    def __init__(self, evaluations):
+        super().__init__()
+        self.evaluations = evaluations
+
+
 @pytest.fixture
 def trainings(monkeypatch):
     """Stands in for the training process; a list of the commands it was given."""
-    commands = []
+    commands = Commands([])
+    evaluations = commands.evaluations
 
     def run(command, **_):
+        if "biclip_jax.evaluate" in command:
+            return evaluation(command)
         commands.append(command)
         config_name = command[command.index("--config") + 1]
         variant = cli.load_config(config_name, []).name.rsplit("smoke_", 1)[1]
@@ -33,6 +45,25 @@ def trainings(monkeypatch):
         fields = command[command.index("--config") + 2 : -2]
         ran = cli.load_config(config_name, fields)
         (workdir / "config.json").write_text(ran.to_json())
+        return subprocess.CompletedProcess(command, 0)
+
+    def evaluation(command):
+        asked = command[command.index("biclip_jax.evaluate") + 1 :]
+        evaluations.append(asked)
+        if "evaluate" in broken:
+            return subprocess.CompletedProcess(command, broken["evaluate"])
+        workdir, folder = Path(asked[1]), Path(asked[-1])
+        right = json.loads((workdir / "test/results.json").read_text())["conditions"]["right"]
+        low = {name: value - 0.2 for name, value in right.items()}
+        cells = {"jpeg": {"2": low, "4": low}, "mean": low}
+        found = {
+            "command": shlex.join(["python", "-m", "biclip_jax.evaluate", *asked]),
+            "num_images": 8,
+            "conditions": {"right": right},
+            "degradations": cells,
+        }
+        folder.mkdir(exist_ok=True)
+        (folder / "results.json").write_text(json.dumps(found))
         return subprocess.CompletedProcess(command, 0)
 
     broken = {}
@@ -125,6 +156,8 @@ def test_other_fields_than_those_of_the_runs_that_lie_there_are_refused(
         (["--label-fractions", ""], "expected a list"),
         (["--config.seed=3"], "give --seeds"),
         (["--config.final_test=false"], "leave it on"),
+        (["--evaluate", "--workdir x"], "each run's own"),
+        (["--evaluate", "'"], "expected arguments as in a shell"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(trainings, tmp_path, capsys, more, named):
@@ -146,3 +179,40 @@ def test_shares_of_labels_are_rows_of_their_own(trainings, tmp_path):
         (1.0, "full"),
     ]
     assert "--config.data.label_fraction=0.01" in commands[0]
+
+
+def test_evaluations_are_asked_of_every_run_once_and_join_its_row(trainings, tmp_path, capsys):
+    commands, _ = trainings
+    asked = ["--evaluate", "--subset 8 --degradations jpeg --severities 2,4"]
+    start(tmp_path, "--seeds", "0,1", *asked)
+    start(tmp_path, "--seeds", "0,1", *asked)
+    assert len(commands) == len(commands.evaluations) == 4
+    assert all("--subset 8 --degradations" in " ".join(e) for e in commands.evaluations)
+    rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]
+    degradations = {row["variant"]: row["asked"]["degradations"] for row in rows}
+    assert degradations["full"]["jpeg"]["4"]["dice_mean"]["mean"] == pytest.approx(0.65)
+    assert degradations["full"]["mean"]["dice_global"]["sd"] == pytest.approx(0.0707, abs=1e-4)
+    assert rows[0]["asked"]["num_images"] == 8
+    assert "65.00 ± 7.07" in capsys.readouterr().out
+    start(tmp_path, "--evaluate", "--subset 4 --degradations jpeg")
+    assert len(commands.evaluations) == 6  # another question, of one seed
+
+
+def test_an_evaluation_that_fails_is_told_and_tried_again(trainings, tmp_path, capsys):
+    commands, broken = trainings
+    broken["evaluate"] = 2
+    assert start(tmp_path, "--evaluate", "--subset 8") == 2
+    assert "2 of 2 runs failed" in capsys.readouterr().err
+    broken.clear()
+    assert start(tmp_path, "--evaluate", "--subset 8") == 0
+    assert len(commands) == 2
+    assert len(commands.evaluations) == 4
+
+
+@pytest.mark.parametrize("name", ["test/results.json", "config.json", "labels.json"])
+def test_a_damaged_file_of_a_run_is_named(trainings, tmp_path, capsys, name):
+    start(tmp_path)
+    path = tmp_path / "unet/labels_1.0/seed_0" / name
+    path.write_text(path.read_text()[:-2])
+    assert start(tmp_path) == 2
+    assert f"{path}: damaged" in capsys.readouterr().err
