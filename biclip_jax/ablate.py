@@ -8,17 +8,25 @@ Each run is `biclip_jax.train` in WORKDIR/VARIANT/FRACTION/SEED and tested there
 `biclip_jax.evaluate` with those arguments. The same command again goes on where it stopped and
 repeats nothing; runs that were added are trained, too. Writes ablation.json and ablation.md, the
 table with mean and spread over the seeds.
+
+--at-once 2 has two runs at a time, each on its share of the CPU's cores: several small programs use
+them better than one large one. On a GPU or TPU leave it at 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import queue
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +37,7 @@ from biclip_jax.evaluation import reporting, runner
 # How a training ends by SIGINT or SIGTERM: then the comparison ends, too. Whatever else kills one,
 # such as want of memory, leaves the others to run.
 STOPPED = {-2: 130, -15: 143, 130: 130, 143: 143}
+Cores = set[int] | None  # of the CPU, that a run is kept to
 METRICS = ("dice_global", "dice_mean", "iou_global", "iou_mean")
 COLUMNS = ("labels", "variant", "image_encoder", *METRICS, "missing_text", "degraded", "seeds")
 
@@ -66,11 +75,11 @@ def compare(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any
     for cell, command in commands.items():  # every mistake before the first hour
         check(cell, command)
     root.mkdir(parents=True, exist_ok=True)
-    failed = [
-        cell
-        for cell in cells
-        if not (train(cell, commands[cell]) and evaluate(cell, args.evaluate))
-    ]
+
+    def work(cell: Cell, cores: Cores) -> bool:
+        return train(cell, commands[cell], cores) and evaluate(cell, args.evaluate, cores)
+
+    failed = failures(cells, work, args.at_once)
     finished = [cell for cell in cells if cell not in failed]
     rows = [row_of(group, root, bool(args.evaluate)) for group in grouped(finished)]
     outcome = {
@@ -123,17 +132,61 @@ def check(cell: Cell, command: Sequence[str]) -> None:
         )
 
 
-def train(cell: Cell, command: Sequence[str]) -> bool:
+def failures(
+    cells: Sequence[Cell], work: Callable[[Cell, Cores], bool], at_once: int
+) -> list[Cell]:
+    """Does the work of every cell, some at once; the cells for which it is false, in their order.
+
+    A signal to one of them, or to this process, begins no other; what runs is waited for.
+    """
+    free: queue.SimpleQueue[Cores] = queue.SimpleQueue()
+    for cores in shares_of_cores(at_once):
+        free.put(cores)
+    stop = threading.Event()
+
+    def with_cores(cell: Cell) -> bool:
+        if stop.is_set():
+            return False
+        cores = free.get()
+        try:
+            return work(cell, cores)
+        except BaseException:
+            stop.set()
+            raise
+        finally:
+            free.put(cores)
+
+    with futures.ThreadPoolExecutor(at_once) as pool:
+        jobs = [pool.submit(with_cores, cell) for cell in cells]
+        try:
+            done = [job.result() for job in jobs]
+        except KeyboardInterrupt:  # the runs had the same signal, and save
+            stop.set()
+            sys.exit(STOPPED[-signal.SIGINT])
+    return [cell for cell, well in zip(cells, done, strict=True) if not well]
+
+
+def shares_of_cores(at_once: int) -> list[Cores]:
+    """This process's cores in equal shares; None where one run has all, or the system asks not."""
+    if at_once == 1 or not hasattr(os, "sched_setaffinity"):
+        return [None] * at_once
+    cores = sorted(os.sched_getaffinity(0))
+    if at_once > len(cores):
+        raise UserError(f"--at-once {at_once}: expected at most {len(cores)}, the cores there are")
+    return [set(cores[i::at_once]) for i in range(at_once)]
+
+
+def train(cell: Cell, command: Sequence[str], cores: Cores) -> bool:
     """Runs one training, or goes on with it; true when its test results are there."""
     if results_path(cell).exists():
         return True
     print(f"{cell.workdir}: trains", flush=True)
     cell.workdir.mkdir(parents=True, exist_ok=True)
-    _run(["biclip_jax.train", *command], cell.workdir / "train.log")
+    _run(["biclip_jax.train", *command], cell.workdir / "train.log", cores)
     return results_path(cell).exists()
 
 
-def evaluate(cell: Cell, asked: Sequence[str]) -> bool:
+def evaluate(cell: Cell, asked: Sequence[str], cores: Cores) -> bool:
     """Runs one evaluation as --evaluate asks for it; true when it is there, or none is asked for.
 
     An evaluation that was made by the same command is not made again.
@@ -143,7 +196,7 @@ def evaluate(cell: Cell, asked: Sequence[str]) -> bool:
     if not asked or _was_made(path, command):
         return True
     print(f"{cell.workdir}: is evaluated", flush=True)
-    return _run(["biclip_jax.evaluate", *command], cell.workdir / "evaluate.log") == 0
+    return _run(["biclip_jax.evaluate", *command], cell.workdir / "evaluate.log", cores) == 0
 
 
 def _was_made(path: Path, command: Sequence[str]) -> bool:
@@ -152,18 +205,21 @@ def _was_made(path: Path, command: Sequence[str]) -> bool:
     return shlex.join(["python", "-m", "biclip_jax.evaluate", *command]) in made
 
 
-def _run(command: Sequence[str], log_path: Path) -> int:
+def _run(command: Sequence[str], log_path: Path, cores: Cores) -> int:
     """Runs a door of the package; its exit status. A signal that ended it ends the comparison."""
     # A process of its own: a run that dies takes none of the others with it.
     with log_path.open("a", encoding="utf-8") as log:
         program = [sys.executable, "-m", *command]
-        status = subprocess.run(program, stdout=log, stderr=subprocess.STDOUT, check=False)
-    if status.returncode in STOPPED:
-        sys.exit(STOPPED[status.returncode])
-    if status.returncode:
+        process = subprocess.Popen(program, stdout=log, stderr=subprocess.STDOUT)
+        if cores is not None:  # before it has a thread, which would keep what it began with
+            os.sched_setaffinity(process.pid, cores)
+        status = process.wait()
+    if status in STOPPED:
+        sys.exit(STOPPED[status])
+    if status:
         lines = log_path.read_text(encoding="utf-8").splitlines()
-        print(f"{log_path.parent}: failed: {lines[-1] if lines else status.returncode}", flush=True)
-    return status.returncode
+        print(f"{log_path.parent}: failed: {lines[-1] if lines else status}", flush=True)
+    return status
 
 
 def results_path(cell: Cell) -> Path:
@@ -336,10 +392,13 @@ def _main(argv: list[str]) -> None:
     parser.add_argument(
         "--evaluate", default="", metavar="'ARGS'", help="also biclip_jax.evaluate with ARGS"
     )
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="runs at a time")
     args, overrides = parser.parse_known_args(argv)
     for field, option in (("seed", "--seeds"), ("data.label_fraction", "--label-fractions")):
         if any(override.startswith(f"--config.{field}=") for override in overrides):
             raise UserError(f"--config.{field}: belongs to the table here; give {option}")
+    if args.at_once < 1:
+        raise UserError(f"--at-once {args.at_once}: expected at least 1 run at a time")
     args.evaluate = _evaluation(args.evaluate)
     args.argv, args.workdir = argv, args.workdir or "runs/ablation"
     args.variants = _list(args.variants, "--variants", str)

@@ -1,9 +1,10 @@
 """The comparison door: what it runs, what it repeats, and the table it makes of the results."""
 
 import json
+import os
 import shlex
 import statistics
-import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ import pytest
 from biclip_jax import ablate, cli
 
 SCORES = {"unet": {0: 0.5, 1: 0.7}, "full": {0: 0.8, 1: 0.9}}
+needs_affinity = pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="this system keeps no process to some cores"
+)
 
 
 class Commands(list):
@@ -27,7 +31,7 @@ def trainings(monkeypatch):
     commands = Commands([])
     evaluations = commands.evaluations
 
-    def run(command, **_):
+    def run(command):
         if "biclip_jax.evaluate" in command:
             return evaluation(command)
         commands.append(command)
@@ -36,7 +40,7 @@ def trainings(monkeypatch):
         seed = int(next(c for c in command if "config.seed=" in c).split("=")[1])
         workdir = Path(command[-1])
         if (variant, seed) in broken:
-            return subprocess.CompletedProcess(command, broken[variant, seed])
+            return broken[variant, seed]
         score = dict.fromkeys(ablate.METRICS, SCORES[variant][seed])
         conditions = {"right": score, "missing": dict.fromkeys(ablate.METRICS, 0.1)}
         (workdir / "test").mkdir(parents=True)
@@ -45,13 +49,13 @@ def trainings(monkeypatch):
         fields = command[command.index("--config") + 2 : -2]
         ran = cli.load_config(config_name, fields)
         (workdir / "config.json").write_text(ran.to_json())
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
     def evaluation(command):
         asked = command[command.index("biclip_jax.evaluate") + 1 :]
         evaluations.append(asked)
         if "evaluate" in broken:
-            return subprocess.CompletedProcess(command, broken["evaluate"])
+            return broken["evaluate"]
         workdir, folder = Path(asked[1]), Path(asked[-1])
         right = json.loads((workdir / "test/results.json").read_text())["conditions"]["right"]
         low = {name: value - 0.2 for name, value in right.items()}
@@ -64,10 +68,19 @@ def trainings(monkeypatch):
         }
         folder.mkdir(exist_ok=True)
         (folder / "results.json").write_text(json.dumps(found))
-        return subprocess.CompletedProcess(command, 0)
+        return 0
+
+    class Process:
+        pid = 0  # this one
+
+        def __init__(self, command, **_):
+            self.command = command
+
+        def wait(self):
+            return run(self.command)
 
     broken = {}
-    monkeypatch.setattr(ablate.subprocess, "run", run)
+    monkeypatch.setattr(ablate.subprocess, "Popen", Process)
     return commands, broken
 
 
@@ -157,6 +170,7 @@ def test_other_fields_than_those_of_the_runs_that_lie_there_are_refused(
         (["--config.seed=3"], "give --seeds"),
         (["--config.final_test=false"], "leave it on"),
         (["--evaluate", "--workdir x"], "each run's own"),
+        (["--at-once", "0"], "at least 1 run"),
         (["--evaluate", "'"], "expected arguments as in a shell"),
     ],
 )
@@ -216,3 +230,31 @@ def test_a_damaged_file_of_a_run_is_named(trainings, tmp_path, capsys, name):
     path.write_text(path.read_text()[:-2])
     assert start(tmp_path) == 2
     assert f"{path}: damaged" in capsys.readouterr().err
+
+
+@needs_affinity
+def test_runs_at_once_have_the_cores_among_them(trainings, tmp_path, monkeypatch):
+    commands, _ = trainings
+    given = []
+    monkeypatch.setattr(ablate.os, "sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr(ablate.os, "sched_setaffinity", lambda _, cores: given.append(cores))
+    assert start(tmp_path, "--seeds", "0,1", "--at-once", "2") == 0
+    assert len(commands) == len(given) == 4
+    assert all(cores in ({0, 2}, {1}) for cores in given)
+    assert start(tmp_path / "more", "--at-once", "4") == 2
+
+
+def test_two_cells_do_run_at_once():
+    cells = [ablate.Cell("full", 1.0, seed, None) for seed in (0, 1)]
+    both = threading.Barrier(2, timeout=30)
+    assert (
+        ablate.failures(cells, lambda cell, _: both.wait() >= 0 and cell.seed == 1, 2) == cells[:1]
+    )
+
+
+@needs_affinity
+def test_a_run_is_kept_to_its_cores(tmp_path):
+    cores = {min(os.sched_getaffinity(0))}
+    command = ["timeit", "-n", "1", "import os; print(os.sched_getaffinity(0))"]
+    assert ablate._run(command, tmp_path / "log", cores) == 0
+    assert str(cores) in (tmp_path / "log").read_text()
