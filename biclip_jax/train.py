@@ -57,7 +57,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         runner.write_json(workdir / "labels.json", subsets.report(r["id"] for r in splits["train"]))
         num_labelled = len(splits["train"])
         unlabelled = pipeline.open_unlabelled(prepared, data, config.model.image_size)
-        splits["train"] = [*splits["train"], *unlabelled] if unlabelled else splits["train"]
+        splits["train"] = pipeline.joined(splits["train"], unlabelled)
         texts = {split: [record["text"] for record in splits[split]] for split in ("train", "val")}
         spoken = family.read_sentences(config, texts, towers, prepared, print)
         program = build(config, num_labelled, spoken, towers)

@@ -26,11 +26,11 @@ class Folder(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One annotation, its files not yet looked for; `where` names its line."""
+    """One annotation, its files not yet looked for; `where` names its line, mask may be none."""
 
     split: Split
     image: Path
-    mask: Path
+    mask: Path | None
     text: str
     where: str
 
@@ -126,6 +126,8 @@ def _missing_files(rows: list[Row]) -> list[str]:
     problems = []
     for row in rows:
         for kind, path in (("picture", row.image), ("mask", row.mask)):
+            if path is None:
+                continue
             if path.parent not in present:
                 is_dir = path.parent.is_dir()
                 present[path.parent] = set(os.listdir(path.parent)) if is_dir else set()

@@ -27,7 +27,7 @@ from biclip_jax.data.annotations import (
     without_repeats,
 )
 from biclip_jax.data.schema import SPLITS, Example, Split
-from biclip_jax.data.tables import read_prompts, read_table, refuse_unsafe
+from biclip_jax.data.tables import has_column, read_prompts, read_table, refuse_unsafe
 from biclip_jax.errors import DataError
 
 LAYOUTS: dict[str, str] = {
@@ -107,6 +107,38 @@ def read_layout(
     return [
         Example(row.image.stem, row.split, str(row.image), str(row.mask), row.text) for row in rows
     ]
+
+
+def read_unlabelled(root: str | os.PathLike[str]) -> list[Example]:
+    """Reads pictures whose masks nobody needs, as examples of the training split.
+
+    Args:
+      root: a folder with one table (annotations.csv, or a single *.csv) with the columns image
+        and text and without a column mask: all its pictures are taken. Or a data set in any
+        layout: its training split is taken.
+
+    Raises:
+      DataError: as `read_layout`.
+    """
+    table = _csv_path(_existing(root))
+    if table is None or has_column(table, "mask"):
+        examples = [example for example in read_layout(root) if example.split == "train"]
+    else:
+        examples = _without_masks(Path(root), table)
+    if not examples:
+        raise DataError(f"{root}: found no picture to train on; expected at least one; add some.")
+    return examples
+
+
+def _without_masks(root: Path, table: Path) -> list[Example]:
+    lines, problems = refuse_unsafe(read_table(table, ("image", "text")), ("image",))
+    rows = [
+        Row("train", _beside(root, "images", line["image"]), None, line["text"], where)
+        for where, line in lines
+    ]
+    if problems := problems_of(Found(rows, problems, [])):
+        raise collected(f"{root}, as pictures without masks", problems)
+    return [Example(row.image.stem, row.split, str(row.image), "", row.text) for row in rows]
 
 
 def _once_a_split(root: Path, found: Found) -> Found:

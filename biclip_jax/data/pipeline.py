@@ -16,12 +16,13 @@ from biclip_jax.data.schema import SPLITS, Batch, Record, Split
 from biclip_jax.errors import UserError
 
 
-def prepare(config: Mapping[str, Any], image_size: int) -> Path:
+def prepare(config: Mapping[str, Any], image_size: int, labelled: bool = True) -> Path:
     """Prepares the data set where needed; returns its folder.
 
     Args:
       config: the fields of `data` in `configs/common.py`.
       image_size: of the prepared pictures, in pixels.
+      labelled: false for training pictures whose masks are not used, see `builders.prepare`.
 
     A source that is one file (`write_file`) is its own prepared set.
 
@@ -42,6 +43,7 @@ def prepare(config: Mapping[str, Any], image_size: int) -> Path:
         percent=config["percent"],
         resize=config["resize"],
         num_examples=sizes or None,
+        labelled=labelled,
     )
 
 
@@ -105,7 +107,7 @@ def open_unlabelled(prepared: Path, config: Mapping[str, Any], image_size: int) 
     if config["unlabelled"] != "rest":
         other = {**config, "name": "folder", "source": config["unlabelled"], "layout": ""}
         other |= {"prompt": "", "percent": 100, "num_examples": {}}
-        records = builders.open_split(prepare(other, image_size), "train")
+        records = builders.open_split(prepare(other, image_size, labelled=False), "train")
         return _as_configured(records, config)
     train = builders.open_split(prepared, "train")
     _, rest = _shares(train, config)
@@ -115,6 +117,19 @@ def open_unlabelled(prepared: Path, config: Mapping[str, Any], image_size: int) 
             f"{config['label_fraction']} leaves no training picture; lower it"
         )
     return _as_configured([train[row] for row in rest], config)
+
+
+def joined(labelled: Sequence[Record], unlabelled: Sequence[Record]) -> Sequence[Record]:
+    """Both, labelled ones first; beside pictures in colour grey ones have three channels, too."""
+    if not unlabelled:
+        return labelled
+    records = [*labelled, *unlabelled]
+    channels = max(record["image"].shape[-1] for record in records)
+    return [
+        Record({**record, "image": np.broadcast_to(image, (*image.shape[:2], channels))})
+        for record in records
+        for image in (record["image"],)
+    ]
 
 
 def _shares(train: Sequence[Record], config: Mapping[str, Any]) -> tuple[list[int], list[int]]:

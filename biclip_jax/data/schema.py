@@ -17,7 +17,7 @@ class Example(NamedTuple):
       id: unique within the data set: the picture's file name without suffix.
       split: "train", "val" or "test".
       image_path: the picture.
-      mask_path: its mask.
+      mask_path: its mask; empty where it has none and needs none.
       text: the sentence, stripped; may be empty.
     """
 

@@ -33,7 +33,7 @@ def read_table(path: Path, required: tuple[str, ...], optional: tuple[str, ...] 
     """
     if not path.is_file():
         raise DataError(f"{path}: found no such file; expected {_listed(required)}; add it.")
-    lines = _workbook_lines(path) if path.suffix.lower() == ".xlsx" else _csv_lines(path)
+    lines = _lines(path)
     header = [cell.lower() for cell in lines[0]] if lines else []
     for column in required:
         if column.lower() not in header:
@@ -45,6 +45,20 @@ def read_table(path: Path, required: tuple[str, ...], optional: tuple[str, ...] 
             values = {c: cells[i] if i < len(cells) else "" for c, i in places.items()}
             rows.append((f"{path.name} row {number}", values))
     return rows
+
+
+def has_column(path: Path, column: str) -> bool:
+    """Whether the header of a table that is there names a column, in any case.
+
+    Raises:
+      DataError: the file is unreadable.
+    """
+    lines = _lines(path)
+    return bool(lines) and column.lower() in [cell.lower() for cell in lines[0]]
+
+
+def _lines(path: Path) -> list[list[str]]:
+    return _workbook_lines(path) if path.suffix.lower() == ".xlsx" else _csv_lines(path)
 
 
 def read_prompts(path: Path, prompt: str | None = None) -> tuple[list[Line], list[str]]:

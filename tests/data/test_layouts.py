@@ -5,7 +5,13 @@ import os
 
 import pytest
 
-from biclip_jax.data.layouts import LAYOUTS, find_layout, read_layout, read_variants
+from biclip_jax.data.layouts import (
+    LAYOUTS,
+    find_layout,
+    read_layout,
+    read_unlabelled,
+    read_variants,
+)
 from biclip_jax.errors import DataError
 
 from . import fixtures
@@ -279,3 +285,31 @@ def test_published_targets_without_validation_pictures_are_read(tmp_path):
     header = ("Image", "Description", "Mask")
     fixtures.workbook(root / "Prompts_Folder/Val_text.xlsx", header, [])
     assert {e.split for e in read_layout(root)} == {"train", "test"}
+
+
+def test_pictures_without_masks_are_all_of_a_table_that_has_no_such_column(tmp_path):
+    made = fixtures.samples()
+    root = fixtures.plain_csv(tmp_path, made)
+    rows = [(f"{s.name}.png", s.text) for s in made]
+    fixtures.table(root / "annotations.csv", ("IMAGE", "text"), rows)
+    examples = read_unlabelled(root)
+    assert [e.id for e in examples] == [s.name for s in made]
+    assert [e.text for e in examples] == [s.text for s in made]
+    assert {(e.split, e.mask_path) for e in examples} == {("train", "")}
+    with pytest.raises(DataError, match="mask"):  # not to be had as labelled data
+        read_layout(root)
+    fixtures.table(
+        root / "annotations.csv", ("image", "text"), [*rows, ("gone.png", ""), ("", "a")]
+    )
+    with pytest.raises(DataError, match=r"(?s)found no image.*gone.png: picture not found"):
+        read_unlabelled(root)
+    fixtures.table(root / "annotations.csv", ("image", "text"), [])
+    with pytest.raises(DataError, match="found no picture to train on"):
+        read_unlabelled(root)
+
+
+@pytest.mark.parametrize("layout", [fixtures.plain_csv, fixtures.lvit])
+def test_of_a_whole_data_set_the_training_split_is_taken(tmp_path, layout):
+    made = fixtures.samples()
+    examples = read_unlabelled(layout(tmp_path, made))
+    assert [e.id for e in examples] == [s.name for s in made if s.split == "train"]

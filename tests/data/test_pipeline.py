@@ -246,16 +246,12 @@ def test_nothing_left_is_an_error_that_names_the_field(smoke_config):
 
 
 def test_unlabelled_pictures_may_lie_in_another_folder(smoke_config, tmp_path):
-    """Its training split, whatever the data set's own name, layout and prompt are."""
-    lines = ["image,mask,text,split"]
-    for i in range(6):
-        for kind in ("image", "mask"):
-            value = 40 * i if kind == "image" else 255 * (i % 2)
-            pixels = np.full((20, 30), value, np.uint8)
-            pixels[5:9, 5:9] = 255 - value
-            Image.fromarray(pixels).save(tmp_path / f"{kind}_{i}.png")
-        split = "train" if i < 4 else "val" if i == 4 else "test"
-        lines.append(f"image_{i}.png,mask_{i}.png,left lung {i},{split}")
+    """And need no masks there, whatever the data set's own name, layout and prompt are."""
+    for i in range(4):
+        pixels = np.full((20, 30), 40 * i, np.uint8)
+        pixels[5:9, 5:9] = 255 - 40 * i
+        Image.fromarray(pixels).save(tmp_path / f"image_{i}.png")
+    lines = ["image,text", *(f"image_{i}.png,left lung {i}" for i in range(4))]
     (tmp_path / "annotations.csv").write_text("\n".join(lines) + "\n")
     with smoke_config.unlocked():
         smoke_config.data.unlabelled = str(tmp_path)
@@ -263,3 +259,17 @@ def test_unlabelled_pictures_may_lie_in_another_folder(smoke_config, tmp_path):
     assert [record["id"] for record in records] == [f"image_{i}" for i in range(4)]
     assert records[0]["image"].shape == (56, 56, 1)
     assert [record["text"] for record in records] == [f"left lung {i}" for i in range(4)]
+    assert not any(record["mask"].any() or record["full_mask"].any() for record in records)
+    assert records[0]["full_mask"].shape == (20, 30, 1)
+
+
+@pytest.mark.parametrize(("labelled", "unlabelled"), [(1, 3), (3, 1), (1, 1)])
+def test_grey_and_coloured_pictures_share_a_batch(smoke_config, labelled, unlabelled):
+    record = splits_of(smoke_config)["train"][0]
+    grey = record["image"][..., :1]
+    kinds = [{**record, "image": np.repeat(grey, c, -1)} for c in (labelled, unlabelled)]
+    images = [r["image"] for r in pipeline.joined(kinds[:1], kinds[1:])]
+    wide = max(labelled, unlabelled)
+    assert [image.shape for image in images] == [(56, 56, wide)] * 2
+    assert all((image == grey).all() for image in images)
+    assert pipeline.joined(kinds, []) is kinds

@@ -108,7 +108,7 @@ class LayoutDataset(tfds.core.GeneratorBasedBuilder):
 
 def read_record(example: Example, image_size: int, channels: int, resize: str) -> Record:
     """Reads one example's files and resizes them; its image has `channels` channels."""
-    image, mask = read_image(example.image_path), read_mask(example.mask_path)
+    image, mask = _read(example)
     image = resize_image(image[..., :channels], image_size, resize)
     return Record(
         id=example.id,
@@ -117,6 +117,14 @@ def read_record(example: Example, image_size: int, channels: int, resize: str) -
         full_mask=mask,
         text=example.text,
     )
+
+
+def _read(example: Example) -> tuple[np.ndarray, np.ndarray]:
+    """The picture and its mask; an empty one for a picture that has none."""
+    image = read_image(example.image_path)
+    if not example.mask_path:
+        return image, np.zeros((*image.shape[:2], 1), np.uint8)
+    return image, read_mask(example.mask_path)
 
 
 def survey(source: str, examples: list[Example]) -> int:
@@ -136,7 +144,7 @@ def survey(source: str, examples: list[Example]) -> int:
     channels = 1
     for example in examples:
         try:
-            image, mask = read_image(example.image_path), read_mask(example.mask_path)
+            image, mask = _read(example)
         except BadImageError as error:
             problems.append(str(error))
             continue

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from biclip_jax.data.builders.prepared import verify, write_checksums
 from biclip_jax.data.image_io import RESIZE_METHODS
-from biclip_jax.data.layouts import read_layout, read_variants
+from biclip_jax.data.layouts import read_layout, read_unlabelled, read_variants
 from biclip_jax.data.schema import SPLITS, Example, Split
 from biclip_jax.errors import DataError
 
@@ -37,6 +37,7 @@ def prepare(
     percent: int = 100,
     resize: str = "antialiased",
     num_examples: dict[Split, int] | None = None,
+    labelled: bool = True,
 ) -> Path:
     """Writes a data set as array_record files, or finds it written and undamaged.
 
@@ -54,6 +55,8 @@ def prepare(
       percent: the published subset to take in the medclipseg layout, see `read_layout`.
       resize: of `image_io.RESIZE_METHODS`; "synthetic" draws at `image_size` and has no use for it.
       num_examples: sizes of the splits, for "synthetic" only; 800, 100 and 200 where left out.
+      labelled: false takes what `layouts.read_unlabelled` finds; masks may be lacking, and empty
+        ones then stand for them.
 
     Returns:
       The prepared folder, for `open_split`.
@@ -70,7 +73,14 @@ def prepare(
     else:
         _refuse(name, num_examples=num_examples)
         make, identity = _from_folder(
-            name, image_size, resize, source_dir, layout=layout, prompt=prompt, percent=percent
+            name,
+            image_size,
+            resize,
+            source_dir,
+            layout=layout,
+            prompt=prompt,
+            percent=percent,
+            labelled=labelled,
         )
     digest = hashlib.sha256(json.dumps([FORMAT, identity]).encode()).hexdigest()[:10]
     folder = Path(data_dir) / f"{name}-{image_size}-{digest}"
@@ -118,6 +128,7 @@ def _from_folder(
     layout: str | None,
     prompt: str | None,
     percent: int,
+    labelled: bool,
 ) -> tuple[Callable, object]:
     """Returns data_dir -> builder, and what tells this set from others."""
     from biclip_jax.data.builders.layout import CONFIGS, LayoutDataset, survey
@@ -130,8 +141,11 @@ def _from_folder(
     if resize not in RESIZE_METHODS:
         methods = ", ".join(RESIZE_METHODS)
         raise DataError(f"resize: found {resize!r}; expected one of {methods}; choose one.")
-    examples = read_layout(source_dir, layout, prompt, percent)
-    variants = read_variants(source_dir, examples, layout, percent)
+    if labelled:
+        examples = read_layout(source_dir, layout, prompt, percent)
+        variants = read_variants(source_dir, examples, layout, percent)
+    else:
+        examples, variants = read_unlabelled(source_dir), {}
 
     def make(data_dir: Path) -> LayoutDataset:
         return LayoutDataset(
@@ -156,7 +170,7 @@ def _identity(root: Path, examples: list[Example]) -> list:
         [
             example.split,
             *_stamp(root, example.image_path),
-            *_stamp(root, example.mask_path),
+            *(_stamp(root, example.mask_path) if example.mask_path else ("no mask",)),
             example.text,
         ]
         for example in examples
