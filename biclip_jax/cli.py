@@ -137,7 +137,7 @@ CHOICES = {
     "loss.dice_over": ("image", "rows"),
     "loss.contrastive_kind": ("described", "released"),
     "optim.rate_moves": ("step", "epoch"),
-    "loss.views": ("weak", "both"),
+    "loss.views": ("weak", "both", "one"),
     "loss.iac_learner": ("weak", "strong", "both"),
     "loss.cycle_distance": ("l1", "l2"),
     "data.sentences": ("right", "missing"),

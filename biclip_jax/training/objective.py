@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ class Recipe(NamedTuple):
       strong_statistics: whether BatchNorm's running statistics take the strong view, too
         (`published`), or those of pictures as they will be met (`full`).
       segment_strong: whether L_seg is the mean over both views, or the weak view's.
+      one_view: whether each row shows one of both views, drawn, see `draw`.
       double_sigmoid: see `losses.segmentation_loss`.
       iac_learner: see `losses.consistency_loss`.
       cycle_distance: see `losses.cycle_loss`.
@@ -46,6 +48,7 @@ class Recipe(NamedTuple):
     strong: views.Strong = views.Strong()
     strong_statistics: bool = True
     segment_strong: bool = False
+    one_view: bool = False
     double_sigmoid: bool = False
     iac_learner: str = "weak"
     cycle_distance: str = "l1"
@@ -64,6 +67,13 @@ class Recipe(NamedTuple):
     def needs_strong_view(self) -> bool:
         """Whether anything is asked of the second pass."""
         return self.segment_strong or self.on("iac") or self.learns_from_teacher
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the weak view is passed once more, or only here, without gradient."""
+        if self.one_view:
+            return self.on("iac") or self.learns_from_teacher
+        return self.ema_teacher and self.learns_from_teacher
 
     def on(self, name: str) -> bool:
         """Whether a part of the loss has a weight."""
@@ -94,7 +104,8 @@ def make_recipe(config: Mapping[str, Any], labelled: float = 1.0) -> Recipe:
         light=light,
         strong=strong,
         strong_statistics=strong_statistics,
-        segment_strong=loss["views"] == "both",
+        segment_strong=loss["views"] in ("both", "one"),
+        one_view=loss["views"] == "one",
         double_sigmoid=loss["double_sigmoid"],
         iac_learner=loss["iac_learner"],
         cycle_distance=loss["cycle_distance"],
@@ -117,6 +128,11 @@ def _check(config: Mapping[str, Any], labelled: float) -> None:
         raise ValueError(
             "loss.gen and loss.cycle look at the pseudo-image, and model.pseudo_image is false; "
             "set both to 0"
+        )
+    if loss["views"] == "one" and loss["iac"] > 0 and loss["iac_learner"] != "strong":
+        raise ValueError(
+            f"loss.iac_learner is {loss['iac_learner']}, and with loss.views=one the weak view has "
+            "no gradient; set loss.iac_learner to strong, or loss.views to both"
         )
     fused = model["bmf"]["levels"] and model["bmf"]["text_to_vision"]
     if fused and views_config["horizontal_flip"] > 0 and not views_config["geometry_first"]:
@@ -172,20 +188,26 @@ def objective(
     weak, mask = weak_view(example, fused, geometry_keys, recipe)
     height, width = mask.shape[1:3]
     deformation = views.random_deformation(strong_keys, height, width, recipe.strong)
-    passes, strong_mask = [weak], mask
+    shown = [(weak, mask)]
     if recipe.needs_strong_view:
-        strong, strong_mask = strong_view(weak, mask, strong_keys, deformation, recipe)
-        passes.append(strong)
+        shown.append(strong_view(weak, mask, strong_keys, deformation, recipe))
+    share = jnp.ones_like(example.labelled)
+    if recipe.one_view:
+        shown, share = draw(shown, strong_keys, example.labelled)
+    passes, masks = zip(*shown, strict=True)
     out, batch_stats = in_turn(model, variables, passes, recipe)
-    parts = {"seg": segmentation(out, (mask, strong_mask), example.labelled, recipe)}
+    weak_out = teacher = out[0]
+    if recipe.needs_teacher:
+        teacher, weak_stats = teach(model, state, variables, example, weak, geometry_keys, recipe)
+        if recipe.one_view:
+            weak_out = teacher
+            batch_stats = batch_stats if recipe.strong_statistics else weak_stats
+    parts = {"seg": segmentation(out, masks, example.labelled, recipe)}
     parts |= fusion_parts(example, fused, recipe)
     if recipe.on("iac"):
-        parts["iac"] = consistency(out[0], out[1], deformation, recipe)
+        parts["iac"] = share * consistency(weak_out, out[-1], deformation, recipe)
     if recipe.learns_from_teacher:
-        logits = out[0].logits
-        if recipe.ema_teacher:
-            logits = teacher_logits(model, state, example, geometry_keys, recipe)
-        found = teacher_parts(out[1].logits, logits, deformation, recipe)
+        found = teacher_parts(out[-1].logits, teacher.logits, deformation, recipe)
         unlabelled = (1 - example.labelled) / (1 - recipe.labelled)
         parts |= {name: unlabelled * part for name, part in found.items()}
     ramp = jnp.minimum(state.step / recipe.ramp_steps, 1.0) if recipe.ramp_steps else 1.0
@@ -269,8 +291,8 @@ def in_turn(
 def segmentation(
     out: list[Segmented], masks: Any, labelled: Float[Array, " b"], recipe: Recipe
 ) -> Float[Array, " b"]:
-    """L_seg of the weak view, or the mean of both views', of the labelled examples."""
-    pairs = list(zip(out, masks, strict=False))[: 2 if recipe.segment_strong else 1]
+    """L_seg of the weak view, or the mean over all that were passed, of the labelled examples."""
+    pairs = list(zip(out, masks, strict=True))[: None if recipe.segment_strong else 1]
     loss = [losses.segmentation_loss(o.logits, m, recipe.double_sigmoid) for o, m in pairs]
     return labelled * sum(loss) / len(loss) / recipe.labelled
 
@@ -301,16 +323,47 @@ def consistency(
     return sum(loss[1:], loss[0]) / len(loss)
 
 
-def teacher_logits(
-    model: BiCLIP, state: TrainState, example: Example, geometry_keys: Any, recipe: Recipe
-) -> Float[Array, "b h w 1"]:
-    """The averaged model's answer to the weak view, with the batch's own statistics."""
-    params = {**state.ema["params"], **state.frozen}
-    variables = {"params": params, "batch_stats": state.ema["batch_stats"]}
-    fused = model.apply(variables, example.image, **example.text, method=model.fuse)
-    view, _ = weak_view(example, fused, geometry_keys, recipe)
-    out, _ = model.apply(variables, view, method=model.training_pass, mutable=["batch_stats"])
-    return out.logits
+def draw(
+    shown: Sequence[tuple[View, Array]], strong_keys: Any, labelled: Float[Array, " b"]
+) -> tuple[list[tuple[View, Array]], Float[Array, " b"]]:
+    """One view of each row, half of the work of both.
+
+    Labelled rows show either view by chance, a pair the same one; the others have nothing to learn
+    from but the strong one.
+
+    Args:
+      shown: the weak and the strong view, with their masks.
+
+    Returns:
+      That view alone, and (B,) what the losses of strong views are multiplied with, so that their
+      expectation is that of both views: 0 for a weak one, else the inverse of its probability.
+    """
+    is_strong = views.draw_pairs(strong_keys) | (labelled == 0)
+    weak, strong = shown
+    one = jax.tree.map(partial(_choose, is_strong), strong, weak)
+    return [one], is_strong * (1 + labelled)
+
+
+def teach(
+    model: BiCLIP,
+    state: TrainState,
+    variables: Mapping[str, Any],
+    example: Example,
+    weak: View,
+    geometry_keys: Any,
+    recipe: Recipe,
+) -> tuple[Segmented, Any]:
+    """The weak view's answer, without gradient: the averaged model's, or that of the model itself.
+
+    Returns:
+      What it gives by the batch's own statistics, and the running statistics after it.
+    """
+    if recipe.ema_teacher:
+        variables = {**variables, "params": {**state.ema["params"], **state.frozen}}
+        fused = model.apply(variables, example.image, **example.text, method=model.fuse)
+        weak, _ = weak_view(example, fused, geometry_keys, recipe)
+    (out,), batch_stats = in_turn(model, variables, [weak], recipe)
+    return jax.lax.stop_gradient((out, batch_stats))
 
 
 def teacher_parts(

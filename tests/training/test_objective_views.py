@@ -1,0 +1,128 @@
+"""What the objective's views are: the light of both, and one of them drawn for each row."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from biclip_jax import cli
+from biclip_jax.models.biclip import Fused, View
+from biclip_jax.training import objective, views
+from tests.training.plain import (
+    NUM,
+    PARTS,
+    Plain,
+    names_of,
+    plain_batch,
+    plain_state,
+    recipe,
+    run,
+    strong_keys,
+)
+
+LABELLED = np.arange(NUM) < NUM // 2
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_light_changes_before_the_fusion_where_geometry_does_and_after_it_otherwise(first):
+    lit = recipe(geometry_first=first, light=views.Light(0.2, 0.3))
+    keys = jax.random.split(jax.random.key(3), NUM)
+    before = objective.read(plain_batch(), keys, keys, lit._replace(light=views.Light()))
+    expected = views.relight(keys, before.image, lit.light)
+    assert (expected != before.image).any()
+    example = objective.read(plain_batch(), keys, keys, lit)
+    np.testing.assert_array_equal(example.image, expected if first else before.image)
+    weak, _ = objective.weak_view(example, Fused(None, None, None, None), keys, lit)
+    np.testing.assert_allclose(weak.image, expected, atol=1e-6)
+
+
+def test_of_one_view_each_row_has_what_that_view_has_with_both():
+    both, weak = run(recipe(PARTS))[1], run(recipe(segment_strong=False))[1]
+    one = run(recipe(PARTS, one_view=True))[1]
+    strong_seg = 2 * both["loss_seg"] - weak["loss_seg"]
+    drawn = np.asarray(views.draw_pairs(strong_keys()))
+    shown = np.where(drawn, strong_seg, weak["loss_seg"])
+    np.testing.assert_allclose(one["loss_seg"], shown, rtol=1e-5, atol=1e-6)
+    # Of a labelled row's strong view, which is there half of the time, the losses count twice.
+    share = np.where(LABELLED, 2 * drawn, 1)
+    np.testing.assert_allclose(one["loss_iac"], share * both["loss_iac"], rtol=1e-4, atol=1e-7)
+    for name in ("loss_pseudo_labels", "loss_mean_teacher", "loss_gen", "loss_cycle"):
+        np.testing.assert_allclose(one[name], both[name], rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_labelled_rows_show_what_is_drawn_and_unlabelled_ones_the_strong_view(monkeypatch, drawn):
+    monkeypatch.setattr(views, "draw_pairs", lambda keys: jnp.full(len(keys), drawn))
+    pair = [(View(jnp.full((NUM, 1), x), None, jnp.full((NUM, 2), x)), x) for x in (3.0, 4.0)]
+    pair = [(view, jnp.full((NUM, 1), mask)) for view, mask in pair]
+    ((view, mask),), share = objective.draw(pair, strong_keys(), jnp.asarray(LABELLED, jnp.float32))
+    expected = np.where(LABELLED & ~np.array(drawn), 3.0, 4.0)
+    for found in (view.image[:, 0], view.text[:, 1], mask[:, 0]):
+        np.testing.assert_array_equal(found, expected)
+    assert view.pseudo_image is None
+    np.testing.assert_array_equal(share, np.where(LABELLED, 2 * drawn, 1))
+
+
+def test_pairs_are_drawn_together_and_half_of_them():
+    drawn = np.asarray(views.draw_pairs(jax.random.split(jax.random.key(0), 2001)))
+    assert drawn.shape == (2001,)
+    np.testing.assert_array_equal(drawn[:-1:2], drawn[1::2])
+    assert drawn.mean() == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_passes"),
+    [({}, 1), ({"weights": {"iac": 0.1}}, 2), ({"weights": PARTS, "ema_teacher": True}, 2)],
+)
+def test_one_view_is_passed_once_and_the_teacher_where_something_is_asked_of_it(
+    changes, num_passes
+):
+    model = Plain()
+    names_of(recipe(one_view=True, **changes), model=model)
+    assert model.num_passes == num_passes
+
+
+@pytest.mark.parametrize("ema_teacher", [False, True])
+def test_the_teacher_of_one_view_has_no_gradient(ema_teacher):
+    """Teacher and running statistics are those of the weak view, by either parameters."""
+    state = plain_state()
+    state = state.replace(ema={**state.ema, "params": plain_state(seed=1).params})
+    made = recipe(one_view=True, ema_teacher=ema_teacher)
+    weak = View(jnp.full((NUM, 2, 2, 3), 0.5), jnp.zeros((NUM, 2, 2, 3)), jnp.ones((NUM, 2)))
+    keys = jax.random.split(jax.random.key(0), NUM)
+    example = objective.read(plain_batch(), keys, keys, made)
+
+    def taught(params):
+        variables = {"params": params, "batch_stats": {"seen": jnp.float32(2)}}
+        out, stats = objective.teach(Plain(), state, variables, example, weak, keys, made)
+        return out.logits.sum() + stats["seen"], (out.logits, stats)
+
+    grads, (logits, stats) = jax.grad(taught, has_aux=True)(state.params)
+    assert not any(np.any(g) for g in jax.tree.leaves(grads))
+    mean = example.image.mean() if ema_teacher else 0.5
+    assert float(stats["seen"]) == pytest.approx(20 + float(mean))
+    other = taught(plain_state(seed=1).params)[1][0]
+    assert np.allclose(logits, other) == ema_teacher
+
+
+@pytest.mark.parametrize(("strong_statistics", "expected"), [(True, "shown"), (False, "weak")])
+def test_running_statistics_are_of_the_shown_rows_or_of_the_weak_view(strong_statistics, expected):
+    strong = views.Strong(light=False, brightness=0.5)
+    made = recipe({"iac": 1.0}, one_view=True, strong_statistics=strong_statistics, strong=strong)
+    state, batch = plain_state(), plain_batch(NUM // 2)
+    keys = jax.random.split(jax.random.key(3), NUM)
+    _, (stats, _) = objective.objective(
+        state.params, state, batch, keys, model=Plain(), recipe=made
+    )
+    weak = float(np.mean(batch["image"]) / 255)
+    assert (float(stats["seen"]) == pytest.approx(weak, rel=1e-6)) == (expected == "weak")
+
+
+def test_one_view_wants_the_strong_one_to_learn():
+    field = "--config.loss.views=one"
+    config = cli.load_config("default:smoke,full", [field]).to_dict()
+    made = objective.make_recipe(config)
+    assert made.one_view and made.segment_strong and made.needs_teacher
+    config["loss"]["iac_learner"] = "both"
+    with pytest.raises(ValueError, match=r"set loss\.iac_learner to strong"):
+        objective.make_recipe(config)
