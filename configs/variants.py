@@ -36,7 +36,10 @@ def semi(config: ConfigDict) -> None:
     """`full`, and the training pictures outside the labelled share with it, without masks."""
     full(config)
     config.data.unlabelled = "rest"
+    config.batch_size *= 2  # as many labelled pictures a step as the others, and as many without
+    config.loss.views = "one"
     config.loss.pseudo_labels = 1.0
+    config.loss.confidence = 0.8
     config.loss.ramp_steps = 200
     config.optim.ema_decay = 0.99
 

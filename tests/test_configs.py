@@ -72,7 +72,9 @@ def test_every_page_takes_every_method(page):
     for method in variants.METHODS:
         config = cli.load_config(f"{page}:{method}", [])
         assert config.name == f"{base.name}_{method}"
-        for name in ("data.name", "batch_size", "optim.learning_rate", "model.width"):
+        # Without masks as many again.
+        assert config.batch_size == base.batch_size * (2 if method == "semi" else 1)
+        for name in ("data.name", "optim.learning_rate", "model.width"):
             assert dict(cli.leaves(config))[name] == dict(cli.leaves(base))[name]
 
 
