@@ -205,7 +205,7 @@ def check_gradients(twin, model, variables):
 def test_the_published_size(tmp_path):
     """OpenAI's towers, 224 px, ten adapters: converted by the command, opened, one noisy pass."""
     import biclip_jax
-    from tests.test_convert import save_clip_tokenizer
+    from tests.conversions import save_clip_tokenizer
 
     twin = torch_clip.randomize_(torch_medclipseg.MedCLIPSeg("clip"), 0)
     source = tmp_path / "latest.pth"
