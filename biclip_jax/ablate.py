@@ -119,6 +119,11 @@ def check(cell: Cell, command: Sequence[str]) -> None:
     config = cli.load_config(command[1], list(command[2:-2]))
     if not config.final_test:
         raise UserError("--config.final_test: the table is made of the test results; leave it on")
+    if config.data.unlabelled == "rest" and cell.fraction == 1:
+        raise UserError(
+            f"--label-fractions 1.0: {cell.variant} learns from the rest of the pictures, and this "
+            "leaves no training picture; give shares below 1, or --config.data.unlabelled=DIR"
+        )
     path = cell.workdir / "config.json"
     if not path.exists():
         return

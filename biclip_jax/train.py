@@ -1,6 +1,6 @@
 """Trains a model and tests it: the whole story of a run.
 
-    python -m biclip_jax.train                                  the demo, two minutes on a laptop
+    python -m biclip_jax.train                                  the demo, three minutes on a laptop
     python -m biclip_jax.train --config qata:small --config.data.source=DIR --workdir runs/qata
 
 The same command again goes on where it stopped.

@@ -171,6 +171,7 @@ def test_other_fields_than_those_of_the_runs_that_lie_there_are_refused(
         (["--config.final_test=false"], "leave it on"),
         (["--evaluate", "--workdir x"], "each run's own"),
         (["--at-once", "0"], "at least 1 run"),
+        (["--variants", "unet,semi"], "leaves no training picture"),
         (["--evaluate", "'"], "expected arguments as in a shell"),
     ],
 )

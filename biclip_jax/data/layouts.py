@@ -255,14 +255,17 @@ def _mask_named(table: Path, places: dict[Split, tuple[Folder, Folder]]) -> Foun
 
 
 def _medclipseg(root: Path, percent: int) -> Found:
-    parts = []
+    parts = [Found([], [], [])]
     for split in SPLITS:
         whole = percent == 100 or split == "test"
         name = f"{split.title()}_text{'' if whole else f'_{percent}'}.xlsx"
         table = root / "Prompts_Folder" / name
         original = table.with_name("Test_text_original.xlsx")
         table = original if split == "test" and original.is_file() else table
-        part = _image_named(split, table, *_split_folders(root, split, "label"))
+        images, masks = _split_folders(root, split, "label")
+        if not (table.is_file() or images.names):
+            continue  # a target of domain generalisation may have a test split alone
+        part = _image_named(split, table, images, masks)
         # The pictures that a subset leaves out have no row, and need none.
         parts.append(part if whole else part._replace(picture_dirs=[]))
     return join(parts)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
@@ -313,3 +314,16 @@ def test_of_a_whole_data_set_the_training_split_is_taken(tmp_path, layout):
     made = fixtures.samples()
     examples = read_unlabelled(layout(tmp_path, made))
     assert [e.id for e in examples] == [s.name for s in made if s.split == "train"]
+
+
+def test_a_published_target_may_have_a_test_split_alone(tmp_path):
+    root = fixtures.medclipseg(tmp_path, fixtures.samples())
+    for split in ("Train", "Val"):
+        shutil.rmtree(root / f"{split}_Folder")
+        (root / f"Prompts_Folder/{split}_text.xlsx").unlink()
+    assert {e.split for e in read_layout(root)} == {"test"}
+    shutil.rmtree(root / "Test_Folder")
+    assert "picture not found" in message(root)
+    (root / "Prompts_Folder/Test_text_original.xlsx").unlink(missing_ok=True)
+    (root / "Prompts_Folder/Test_text.xlsx").unlink(missing_ok=True)
+    assert "found no annotated picture" in message(root)
