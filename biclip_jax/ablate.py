@@ -1,6 +1,6 @@
 """Trains variants of one experiment, with several seeds and shares of labels, and compares them.
 
-    python -m biclip_jax.ablate --config qata:small --variants ef_unet,published,full \
+    python -m biclip_jax.ablate --config qata:small --variants ef_unet,published,full \\
         --seeds 0,1,2 --label-fractions 0.01,1 --workdir runs/ablation --config.data.source=DIR \\
         --evaluate "--subset 500 --degradations motion_blur,low_contrast --severities 2,4"
 
@@ -16,6 +16,7 @@ them better than one large one. On a GPU or TPU leave it at 1.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import queue
@@ -32,13 +33,14 @@ from typing import Any, NamedTuple
 
 from biclip_jax import cli
 from biclip_jax.errors import UserError
-from biclip_jax.evaluation import reporting, runner
+from biclip_jax.evaluation import arguments, reporting, runner
 
 # How a training ends by SIGINT or SIGTERM: then the comparison ends, too. Whatever else kills one,
 # such as want of memory, leaves the others to run.
 STOPPED = {-2: 130, -15: 143, 130: 130, 143: 143}
 Cores = set[int] | None  # of the CPU, that a run is kept to
 METRICS = ("dice_global", "dice_mean", "iou_global", "iou_mean")
+FINISHED = "finished"  # in the folder of an evaluation that ended well
 COLUMNS = ("labels", "variant", "image_encoder", *METRICS, "missing_text", "degraded", "seeds")
 
 
@@ -76,12 +78,14 @@ def compare(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any
         check(cell, command)
     root.mkdir(parents=True, exist_ok=True)
 
-    def work(cell: Cell, cores: Cores) -> bool:
-        return train(cell, commands[cell], cores) and evaluate(cell, args.evaluate, cores)
-
-    failed = failures(cells, work, args.at_once)
+    running: set[subprocess.Popen] = set()
+    tasks = (
+        lambda cell: train(cell, commands[cell], running),
+        lambda cell: evaluate(cell, args.evaluate, running),
+    )
+    failed = failures(cells, tasks, args.at_once, running)
     finished = [cell for cell in cells if cell not in failed]
-    rows = [row_of(group, root, bool(args.evaluate)) for group in grouped(finished)]
+    rows = [row_of(group, root, args.evaluate) for group in grouped(finished)]
     outcome = {
         "command": f"python -m biclip_jax.ablate {shlex.join(args.argv)}",
         "rows": rows,
@@ -138,36 +142,54 @@ def check(cell: Cell, command: Sequence[str]) -> None:
 
 
 def failures(
-    cells: Sequence[Cell], work: Callable[[Cell, Cores], bool], at_once: int
+    cells: Sequence[Cell],
+    tasks: Sequence[Callable[[Cell], bool]],
+    at_once: int,
+    running: set[subprocess.Popen],
 ) -> list[Cell]:
-    """Does the work of every cell, some at once; the cells for which it is false, in their order.
+    """Does the tasks of every cell in turn, some cells at once; the cells where one is false.
 
-    A signal to one of them, or to this process, begins no other; what runs is waited for.
+    A signal to one of the runs begins nothing more, and waits for the others; SIGTERM to this
+    process ends them, too, and SIGINT has reached them by itself. They save.
+
+    Args:
+      cells: of the comparison.
+      tasks: what is done for a cell.
+      at_once: cells at a time.
+      running: the processes that the tasks have begun.
     """
-    free: queue.SimpleQueue[Cores] = queue.SimpleQueue()
-    for cores in shares_of_cores(at_once):
-        free.put(cores)
+    num_workers = min(at_once, len(cells))
+    shares: queue.SimpleQueue[Cores] = queue.SimpleQueue()
+    for cores in shares_of_cores(num_workers):
+        shares.put(cores)
     stop = threading.Event()
 
-    def with_cores(cell: Cell) -> bool:
-        if stop.is_set():
-            return False
-        cores = free.get()
+    def keep_to_cores() -> None:
+        if (cores := shares.get()) is not None:
+            os.sched_setaffinity(0, cores)  # of this thread, and of what it starts
+
+    def work(cell: Cell) -> bool:
         try:
-            return work(cell, cores)
+            return all(not stop.is_set() and task(cell) for task in tasks)
         except BaseException:
             stop.set()
             raise
-        finally:
-            free.put(cores)
 
-    with futures.ThreadPoolExecutor(at_once) as pool:
-        jobs = [pool.submit(with_cores, cell) for cell in cells]
+    def end(*_: Any) -> None:
+        stop.set()
+        for process in tuple(running):
+            process.terminate()
+
+    before = signal.signal(signal.SIGTERM, end)
+    with futures.ThreadPoolExecutor(num_workers, initializer=keep_to_cores) as pool:
+        jobs = [pool.submit(work, cell) for cell in cells]
         try:
             done = [job.result() for job in jobs]
-        except KeyboardInterrupt:  # the runs had the same signal, and save
+        except KeyboardInterrupt:
             stop.set()
             sys.exit(STOPPED[-signal.SIGINT])
+        finally:
+            signal.signal(signal.SIGTERM, before)
     return [cell for cell, well in zip(cells, done, strict=True) if not well]
 
 
@@ -181,44 +203,39 @@ def shares_of_cores(at_once: int) -> list[Cores]:
     return [set(cores[i::at_once]) for i in range(at_once)]
 
 
-def train(cell: Cell, command: Sequence[str], cores: Cores) -> bool:
+def train(cell: Cell, command: Sequence[str], running: set[subprocess.Popen]) -> bool:
     """Runs one training, or goes on with it; true when its test results are there."""
     if results_path(cell).exists():
         return True
     print(f"{cell.workdir}: trains", flush=True)
     cell.workdir.mkdir(parents=True, exist_ok=True)
-    _run(["biclip_jax.train", *command], cell.workdir / "train.log", cores)
+    _run(["biclip_jax.train", *command], cell.workdir / "train.log", running)
     return results_path(cell).exists()
 
 
-def evaluate(cell: Cell, asked: Sequence[str], cores: Cores) -> bool:
-    """Runs one evaluation as --evaluate asks for it; true when it is there, or none is asked for.
-
-    An evaluation that was made by the same command is not made again.
-    """
-    path = asked_path(cell)
-    command = ["--workdir", str(cell.workdir), *asked, "--output", str(path.parent)]
-    if not asked or _was_made(path, command):
+def evaluate(cell: Cell, asked: Sequence[str], running: set[subprocess.Popen]) -> bool:
+    """Runs one evaluation as --evaluate asks for it; true when it is there or none is asked."""
+    folder = asked_folder(cell, asked)
+    if not asked or (folder / FINISHED).exists():
         return True
     print(f"{cell.workdir}: is evaluated", flush=True)
-    return _run(["biclip_jax.evaluate", *command], cell.workdir / "evaluate.log", cores) == 0
+    command = ["--workdir", str(cell.workdir), *asked, "--output", str(folder)]
+    if _run(["biclip_jax.evaluate", *command], cell.workdir / "evaluate.log", running):
+        return False
+    # results.json is there before an evaluation ends.
+    (folder / FINISHED).touch()
+    return True
 
 
-def _was_made(path: Path, command: Sequence[str]) -> bool:
-    found = read_json(path) if path.exists() else {}
-    made = [found.get("command"), *found.get("earlier_commands", [])]
-    return shlex.join(["python", "-m", "biclip_jax.evaluate", *command]) in made
-
-
-def _run(command: Sequence[str], log_path: Path, cores: Cores) -> int:
+def _run(command: Sequence[str], log_path: Path, running: set[subprocess.Popen]) -> int:
     """Runs a door of the package; its exit status. A signal that ended it ends the comparison."""
     # A process of its own: a run that dies takes none of the others with it.
     with log_path.open("a", encoding="utf-8") as log:
         program = [sys.executable, "-m", *command]
         process = subprocess.Popen(program, stdout=log, stderr=subprocess.STDOUT)
-        if cores is not None:  # before it has a thread, which would keep what it began with
-            os.sched_setaffinity(process.pid, cores)
+        running.add(process)
         status = process.wait()
+        running.remove(process)
     if status in STOPPED:
         sys.exit(STOPPED[status])
     if status:
@@ -232,9 +249,10 @@ def results_path(cell: Cell) -> Path:
     return cell.workdir / "test" / "results.json"
 
 
-def asked_path(cell: Cell) -> Path:
-    """Where the results of --evaluate are."""
-    return cell.workdir / "asked" / "results.json"
+def asked_folder(cell: Cell, asked: Sequence[str]) -> Path:
+    """Where the results of --evaluate are: each question has a folder."""
+    digest = hashlib.sha256(shlex.join(asked).encode()).hexdigest()[:8]
+    return cell.workdir / "asked" / digest
 
 
 def grouped(cells: Sequence[Cell]) -> list[list[Cell]]:
@@ -245,7 +263,7 @@ def grouped(cells: Sequence[Cell]) -> list[list[Cell]]:
     return list(groups.values())
 
 
-def row_of(group: Sequence[Cell], root: Path, asked: bool) -> dict[str, Any]:
+def row_of(group: Sequence[Cell], root: Path, asked: Sequence[str]) -> dict[str, Any]:
     """Mean and standard deviation over the seeds, in [0, 1], and each seed's value and folder.
 
     The deviation is that of a sample; None for one seed.
@@ -253,7 +271,7 @@ def row_of(group: Sequence[Cell], root: Path, asked: bool) -> dict[str, Any]:
     Args:
       group: runs that differ in their seeds alone.
       root: of the comparison.
-      asked: whether the results of --evaluate are there; then the row has them, too.
+      asked: of --evaluate; the row has what it found.
 
     Raises:
       UserError: a file that a run left is damaged.
@@ -270,7 +288,8 @@ def row_of(group: Sequence[Cell], root: Path, asked: bool) -> dict[str, Any]:
         "missing_text": over_seeds([r["conditions"]["missing"] for r in found.values()]),
     }
     if asked:
-        row["asked"] = asked_of([read_json(asked_path(cell)) for cell in group])
+        paths = [asked_folder(cell, asked) / "results.json" for cell in group]
+        row["asked"] = asked_of([read_json(path) for path in paths])
     row["config"] = config
     row["seeds"] = {
         str(cell.seed): {
@@ -378,9 +397,10 @@ def _evaluation(text: str) -> list[str]:
         asked = shlex.split(text)
     except ValueError as error:
         raise UserError(f"--evaluate {text}: {error}; expected arguments as in a shell") from error
-    mine = [option for option in asked if option.split("=")[0] in ("--workdir", "--output")]
-    if mine:
-        raise UserError(f"--evaluate {text}: {mine[0]} is each run's own here; leave it out")
+    if asked:  # a mistake is told now, not after the first training
+        given = arguments.parse(["--workdir=", *asked])
+        if given.workdir or given.output:
+            raise UserError(f"--evaluate {text}: each run has its own folders; leave them out")
     return asked
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from biclip_jax import evaluate, train
 from biclip_jax.data.annotations import VARIANTS
 from biclip_jax.errors import UserError
-from biclip_jax.evaluation import conditions
+from biclip_jax.evaluation import arguments, conditions
 from biclip_jax.weights import folder as model_folder
 from tests.evaluation import test_runner as known
 
@@ -120,8 +120,8 @@ def test_configurations_that_describe_no_run_end_in_a_sentence(untrained, capsys
 @pytest.mark.parametrize("text", ["²", "1,²", "", "0", "1,,2", "1.5"])
 def test_severities_that_are_none_are_named(text):
     with pytest.raises(UserError, match="--severities"):
-        evaluate._severities(text)
-    assert evaluate._severities("1,3") == (1, 3)
+        arguments.severities(text)
+    assert arguments.severities("1,3") == (1, 3)
 
 
 def test_surface_scores_are_kept_beside_the_others(untrained, capsys):

@@ -53,6 +53,7 @@ ALLOWED = {
     "__init__.py": {"biclip_jax.inference"},
 }
 RUNNER_ALSO = {
+    "evaluation/arguments.py",
     "evaluation/mirroring.py",
     "evaluation/runner.py",
     "evaluation/baselines.py",

@@ -110,19 +110,20 @@ def read_layout(
 
 
 def read_unlabelled(root: str | os.PathLike[str]) -> list[Example]:
-    """Reads pictures whose masks nobody needs, as examples of the training split.
+    """Reads pictures whose masks nobody needs, as examples of the training split, without masks.
 
     Args:
       root: a folder with one table (annotations.csv, or a single *.csv) with the columns image
-        and text and without a column mask: all its pictures are taken. Or a data set in any
-        layout: its training split is taken.
+        and text and without a column mask: all its pictures are taken, or where it has a column
+        split those of train. Or a data set in any layout: its training split is taken.
 
     Raises:
       DataError: as `read_layout`.
     """
     table = _csv_path(_existing(root))
     if table is None or has_column(table, "mask"):
-        examples = [example for example in read_layout(root) if example.split == "train"]
+        train = [example for example in read_layout(root) if example.split == "train"]
+        examples = [example._replace(mask_path="") for example in train]
     else:
         examples = _without_masks(Path(root), table)
     if not examples:
@@ -131,7 +132,9 @@ def read_unlabelled(root: str | os.PathLike[str]) -> list[Example]:
 
 
 def _without_masks(root: Path, table: Path) -> list[Example]:
-    lines, problems = refuse_unsafe(read_table(table, ("image", "text")), ("image",))
+    lines = read_table(table, ("image", "text"), ("split",))
+    lines = [(w, line) for w, line in lines if line.get("split", "").lower() in ("", "train")]
+    lines, problems = refuse_unsafe(lines, ("image",))
     rows = [
         Row("train", _beside(root, "images", line["image"]), None, line["text"], where)
         for where, line in lines

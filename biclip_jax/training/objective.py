@@ -72,7 +72,8 @@ class Recipe(NamedTuple):
     def needs_teacher(self) -> bool:
         """Whether the weak view is passed once more, or only here, without gradient."""
         if self.one_view:
-            return self.on("iac") or self.learns_from_teacher
+            asked = self.on("iac") or self.learns_from_teacher
+            return asked or not self.strong_statistics
         return self.ema_teacher and self.learns_from_teacher
 
     def on(self, name: str) -> bool:

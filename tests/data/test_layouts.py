@@ -314,6 +314,15 @@ def test_of_a_whole_data_set_the_training_split_is_taken(tmp_path, layout):
     made = fixtures.samples()
     examples = read_unlabelled(layout(tmp_path, made))
     assert [e.id for e in examples] == [s.name for s in made if s.split == "train"]
+    assert {e.mask_path for e in examples} == {""}
+
+
+def test_of_a_table_with_splits_and_without_masks_the_training_split_is_taken(tmp_path):
+    made = fixtures.samples()
+    root = fixtures.plain_csv(tmp_path, made)
+    rows = [(s.split, f"{s.name}.png", s.text) for s in made]
+    fixtures.table(root / "annotations.csv", ("split", "image", "text"), rows)
+    assert [e.id for e in read_unlabelled(root)] == [s.name for s in made if s.split == "train"]
 
 
 def test_a_published_target_may_have_a_test_split_alone(tmp_path):

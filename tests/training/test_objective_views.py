@@ -72,7 +72,12 @@ def test_pairs_are_drawn_together_and_half_of_them():
 
 @pytest.mark.parametrize(
     ("changes", "num_passes"),
-    [({}, 1), ({"weights": {"iac": 0.1}}, 2), ({"weights": PARTS, "ema_teacher": True}, 2)],
+    [
+        ({}, 1),
+        ({"strong_statistics": False}, 2),
+        ({"weights": {"iac": 0.1}}, 2),
+        ({"weights": PARTS, "ema_teacher": True}, 2),
+    ],
 )
 def test_one_view_is_passed_once_and_the_teacher_where_something_is_asked_of_it(
     changes, num_passes
@@ -108,7 +113,7 @@ def test_the_teacher_of_one_view_has_no_gradient(ema_teacher):
 @pytest.mark.parametrize(("strong_statistics", "expected"), [(True, "shown"), (False, "weak")])
 def test_running_statistics_are_of_the_shown_rows_or_of_the_weak_view(strong_statistics, expected):
     strong = views.Strong(light=False, brightness=0.5)
-    made = recipe({"iac": 1.0}, one_view=True, strong_statistics=strong_statistics, strong=strong)
+    made = recipe(one_view=True, strong_statistics=strong_statistics, strong=strong)
     state, batch = plain_state(), plain_batch(NUM // 2)
     keys = jax.random.split(jax.random.key(3), NUM)
     _, (stats, _) = objective.objective(
