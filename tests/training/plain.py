@@ -99,6 +99,12 @@ def run(*args, **kwargs):
     return float(loss), {k: np.asarray(v) for k, v in values.items()}, grads
 
 
+def values_of(*args, **kwargs):
+    """The values of each example alone."""
+    bound, inputs = bind(*args, **kwargs)
+    return {name: np.asarray(value) for name, value in bound(*inputs)[1][1].items()}
+
+
 def names_of(*args, **kwargs):
     """Names of the values, without their computation."""
     bound, inputs = bind(*args, **kwargs)

@@ -16,8 +16,8 @@ from tests.training.plain import (
     plain_batch,
     plain_state,
     recipe,
-    run,
     strong_keys,
+    values_of,
 )
 
 LABELLED = np.arange(NUM) < NUM // 2
@@ -37,8 +37,8 @@ def test_the_light_changes_before_the_fusion_where_geometry_does_and_after_it_ot
 
 
 def test_of_one_view_each_row_has_what_that_view_has_with_both():
-    both, weak = run(recipe(PARTS))[1], run(recipe(segment_strong=False))[1]
-    one = run(recipe(PARTS, one_view=True))[1]
+    both, weak = values_of(recipe(PARTS)), values_of(recipe(segment_strong=False))
+    one = values_of(recipe(PARTS, one_view=True))
     strong_seg = 2 * both["loss_seg"] - weak["loss_seg"]
     drawn = np.asarray(views.draw_pairs(strong_keys()))
     shown = np.where(drawn, strong_seg, weak["loss_seg"])
