@@ -181,15 +181,16 @@ def failures(
             process.terminate()
 
     before = signal.signal(signal.SIGTERM, end)
-    with futures.ThreadPoolExecutor(num_workers, initializer=keep_to_cores) as pool:
-        jobs = [pool.submit(work, cell) for cell in cells]
-        try:
-            done = [job.result() for job in jobs]
-        except KeyboardInterrupt:
-            stop.set()
-            sys.exit(STOPPED[-signal.SIGINT])
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    try:
+        with futures.ThreadPoolExecutor(num_workers, initializer=keep_to_cores) as pool:
+            jobs = [pool.submit(work, cell) for cell in cells]
+            try:
+                done = [job.result() for job in jobs]
+            except KeyboardInterrupt:
+                stop.set()
+                sys.exit(STOPPED[-signal.SIGINT])
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return [cell for cell, well in zip(cells, done, strict=True) if not well]
 
 
