@@ -2,7 +2,7 @@
 
     python -m biclip_jax.train
 
-Two minutes on two CPU cores, no download. A model that ignores the sentence
+Three minutes on two CPU cores, no download. A model that ignores the sentence
 stays below 0.6 global Dice; see README.md for the figures.
 """
 

@@ -58,7 +58,7 @@ def trainings(monkeypatch):
         workdir, folder = Path(asked[1]), Path(asked[-1])
         right = json.loads((workdir / "test/results.json").read_text())["conditions"]["right"]
         low = {name: value - 0.2 for name, value in right.items()}
-        found = {"num_images": 8, "conditions": {"right": right}}
+        found = {"num_images": 8, "conditions": {"right": right}, "mirroring": right}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "results.json").write_text(json.dumps(found))
         if "evaluate" in broken:  # not at its beginning
@@ -205,6 +205,9 @@ def test_evaluations_are_asked_of_every_run_once_and_join_its_row(trainings, tmp
     assert degradations["full"]["jpeg"]["4"]["dice_mean"]["mean"] == pytest.approx(0.65)
     assert degradations["full"]["mean"]["dice_global"]["sd"] == pytest.approx(0.0707, abs=1e-4)
     assert rows[0]["asked"]["num_images"] == 8
+    for name in ("dice_global", "dice_mean"):
+        assert rows[0]["asked"]["mirroring"][name]["mean"] == pytest.approx(0.6)
+        assert rows[0]["asked"]["conditions"]["right"][name]["mean"] == pytest.approx(0.6)
     assert "65.00 ± 7.07" in capsys.readouterr().out
 
 

@@ -120,8 +120,8 @@ def test_configurations_that_describe_no_run_end_in_a_sentence(untrained, capsys
 @pytest.mark.parametrize("text", ["²", "1,²", "", "0", "1,,2", "1.5"])
 def test_severities_that_are_none_are_named(text):
     with pytest.raises(UserError, match="--severities"):
-        arguments.severities(text)
-    assert arguments.severities("1,3") == (1, 3)
+        arguments._severities(text)
+    assert arguments._severities("1,3") == (1, 3)
 
 
 def test_surface_scores_are_kept_beside_the_others(untrained, capsys):

@@ -124,11 +124,13 @@ def joined(labelled: Sequence[Record], unlabelled: Sequence[Record]) -> Sequence
     if not unlabelled:
         return labelled
     records = [*labelled, *unlabelled]
-    channels = max(record["image"].shape[-1] for record in records)
+    shapes = {record["image"].shape for record in records}
+    if len(shapes) == 1:
+        return records
+    coloured = max(shapes)
     return [
-        Record({**record, "image": np.broadcast_to(image, (*image.shape[:2], channels))})
+        Record({**record, "image": np.broadcast_to(record["image"], coloured)})
         for record in records
-        for image in (record["image"],)
     ]
 
 

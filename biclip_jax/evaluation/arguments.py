@@ -78,7 +78,7 @@ def parse(argv: list[str], description: str = "") -> argparse.Namespace:
         raise UserError(f"--subset {args.subset}: expected at least 1 picture")
     args.text_conditions, args.argv = _asked(args), argv
     args.degradations = _degradations(args.degradations)
-    args.severities = severities(args.severities)
+    args.severities = _severities(args.severities)
     return args
 
 
@@ -124,11 +124,11 @@ def _degradations(text: str) -> tuple[str, ...]:
     return names
 
 
-def severities(text: str) -> tuple[int, ...]:
+def _severities(text: str) -> tuple[int, ...]:
     try:
-        severities = tuple(int(part) for part in text.split(","))
+        levels = tuple(int(part) for part in text.split(","))
     except ValueError:
-        severities = (0,)
-    if not set(severities) <= set(degrade.SEVERITIES):
+        levels = (0,)
+    if not set(levels) <= set(degrade.SEVERITIES):
         raise UserError(f"--severities {text}: expected some of 1,2,3,4,5")
-    return severities
+    return levels
