@@ -8,8 +8,8 @@ The same shapes and threads, random weights, noise for pictures. Every case has 
 medians of the warm calls, the time of the first call (compilation included), memory after building
 and at its peak, and the ratios; above 1 they are in our favour. The work of a case is counted from
 our program, and set against this machine's own ceiling: the better matrix product of 4096^3, jax's
-or PyTorch's, taken first. Cases that stand in the file already are not run again. Needs the extra
-`parity`; on a GPU, PyTorch for it.
+or PyTorch's, taken first. Cases that stand in the file already are not run again;
+`--retry-failed` does so with those that failed. Needs the extra `parity`; on a GPU, PyTorch for it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=7, help="warm calls of each")
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS)
     parser.add_argument("--output", type=Path, help="file of JSON lines that is added to")
+    parser.add_argument("--retry-failed", action="store_true", help="cases of the file, too")
     parser.add_argument("--table", type=Path, help="prints such a file as tables and runs nothing")
     parser.add_argument("--plot", type=Path, help="draws the ratios of the file to this picture")
     parser.add_argument("--worker", nargs=4, metavar=("IMPLEMENTATION", "CASE", "BATCH", "DTYPE"))
@@ -94,7 +95,7 @@ def main() -> None:
         run(args)
     path = args.table or args.output
     if path:
-        entries = list(harness.lines_of(path))
+        entries = latest(harness.lines_of(path))
         print(table(entries))
         if args.plot:
             plot(entries, args.plot)
@@ -105,7 +106,8 @@ def run(args: argparse.Namespace) -> None:
     cases = chosen(SUITES[args.suite], args.cases, args.batches)
     cases = [case for case in cases if not args.small or case.name in SMALL]
     there = harness.lines_of(args.output) if args.output else ()
-    done = [Case(e["case"], e["batch"], e["dtype"]) for e in there if e["small"] == args.small]
+    there = [entry for entry in latest(there) if entry["small"] == args.small]
+    done = [case_of(entry) for entry in there if not (args.retry_failed and failed(entry))]
     for case in cases:
         if case in done:
             continue
@@ -114,6 +116,21 @@ def run(args: argparse.Namespace) -> None:
         if args.output:
             with args.output.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
+
+
+def case_of(entry: dict[str, Any]) -> Case:
+    """The case of a line."""
+    return Case(entry["case"], entry["batch"], entry["dtype"])
+
+
+def failed(entry: dict[str, Any]) -> bool:
+    """Whether a worker of this line ended before its time."""
+    return any(name.endswith("_error") for name in entry)
+
+
+def latest(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last line of each case, where a failed one was measured again."""
+    return list({(case_of(entry), entry["small"]): entry for entry in entries}.values())
 
 
 def chosen(suite: Sequence[Case], names: Sequence[str] | None, batches: Any) -> list[Case]:
@@ -138,7 +155,7 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """The line of one case."""
     command = [sys.executable, "-m", "benchmarks.bench", *["--small"] * args.small, "--worker"]
     asked = args.implementations or IMPLEMENTATIONS
-    if case.name == CEILING:
+    if case.name == CEILING or case.name.endswith("samples"):  # neither would be compiled
         asked = [name for name in asked if name != "torch_compile"]
     rest = [case.name, str(case.batch), case.dtype]
     repetitions = min(args.repetitions, 3) if case.name.endswith("samples") else args.repetitions

@@ -77,6 +77,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     config = _run_config(workdir, bool(args.source))
     job = _open(args, config)
     extra = _facts(args, config, job)
+    if args.source and not args.output:
+        earlier.check_pictures(job.folder, extra)
     if args.baselines:
         train, val = job.splits["train"], job.splits["val"]
         extra["baselines"] = runner.image_free_results(train, val, job.records)

@@ -91,11 +91,11 @@ class Prediction(NamedTuple):
 
 
 class SampledPrediction(NamedTuple):
-    """`Prediction` of a model that samples, MedCLIPSeg; its probability is the samples' mean.
+    """`Prediction` whose probability is the mean of MedCLIPSeg's samples, or of several views.
 
     Attributes:
-      epistemic: (H, W) float32, the part of `uncertainty` that the samples disagree about, their
-        mutual information; the rest is aleatoric, what each sample by itself is unsure of.
+      epistemic: (H, W) float32, the part of `uncertainty` that samples or views disagree about,
+        their mutual information; the rest is aleatoric, what each by itself is unsure of.
     """
 
     mask: np.ndarray
@@ -113,7 +113,7 @@ class Predictor:
         self._variables = jax.device_put(sentences.without_tower(model, variables))
         self.samples = isinstance(model, medclipseg.MedCLIPSeg)
         step = sample_step if self.samples else predict_step
-        self._predict = jax.jit(partial(step, model=model))
+        self._step = jax.jit(partial(step, model=model))
 
     def predict(self, image: np.ndarray | str | Path, sentence: str = "") -> Prediction:
         """Segments one picture: a uint8 array (H, W), (H, W, 1 or 3), or a file.
@@ -138,14 +138,36 @@ class Predictor:
         """
         if not self.samples:
             raise ValueError("this model draws no samples; use predict")
-        probs, total, epistemic = self._maps(image, sentence)
-        mask = probs >= self.processor.threshold
-        return SampledPrediction(mask, probs, total, epistemic)
+        return self._pooled(self._maps(image, sentence))
 
-    def _maps(self, image, sentence) -> list[np.ndarray]:
+    def predict_views(
+        self, image: np.ndarray | str | Path, sentence: str = ""
+    ) -> SampledPrediction:
+        """`predict`, as the mean over the views of `evaluation.tta`: flip, rotations, contrast.
+
+        Six passes; a flip swaps the sentence's sides, too. Of a model that samples, each view is
+        the samples' mean.
+        """
+        mirrored = self._encode([text_lib.mirror(sentence)])
+        more = {f"{tta.MIRRORED}{name}": values for name, values in mirrored.items()}
+
+        def look(batch):
+            views = list(tta.VIEWS.values())
+            return tta.predict_views(lambda seen: self._answer(seen)[..., :1], batch, views)
+
+        return self._pooled(self._maps(image, sentence, look, **more))
+
+    def _pooled(self, maps: Sequence[np.ndarray]) -> SampledPrediction:
+        probs, total, epistemic = maps
+        return SampledPrediction(probs >= self.processor.threshold, probs, total, epistemic)
+
+    def _answer(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        return np.asarray(self._step(self._variables, batch))
+
+    def _maps(self, image, sentence, look=None, **more) -> list[np.ndarray]:
         pixels = image_io.read_image(image) if isinstance(image, str | Path) else _checked(image)
-        batch = {"image": self.processor.resize([pixels]), **self._encode([sentence])}
-        maps = np.moveaxis(np.asarray(self._predict(self._variables, batch))[0], -1, 0)
+        batch = {"image": self.processor.resize([pixels]), **self._encode([sentence]), **more}
+        maps = np.moveaxis((look or self._answer)(batch)[0], -1, 0)
         size = pixels.shape[:2]
         return [image_io.resize_probability(one, size[0], size[1]) for one in maps]
 

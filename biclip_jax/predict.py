@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from biclip_jax.data.text import unknown_words
 from biclip_jax.errors import BadImageError, UserError
 from biclip_jax.evaluation import plots, reporting
 
+# (picture, sentence) -> mask, probability, uncertainty, and the part of it that is epistemic
+Predict = Callable[[np.ndarray, str], tuple[np.ndarray, ...]]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
@@ -80,12 +82,9 @@ def read_sentences(path: Path, images: Sequence[Path]) -> dict[str, str]:
     return sentences
 
 
-def predict_image(
-    predictor: inference.Predictor, path: Path, sentence: str, output: Path
-) -> dict[str, Any]:
+def predict_image(predict_one: Predict, path: Path, sentence: str, output: Path) -> dict[str, Any]:
     """Writes one picture's mask, probability and overlay; returns its line of predictions.csv."""
     image = image_io.read_image(path)
-    predict_one = predictor.predict_samples if predictor.samples else predictor.predict
     mask, probability, uncertainty, *parts = predict_one(image, sentence)
     stem = output / path.stem
     image_io.write_png(f"{stem}_mask.png", mask.astype(np.uint8) * 255)
@@ -122,6 +121,9 @@ def predict(args: argparse.Namespace) -> int:
             "finds much less without them",
             file=sys.stderr,
         )
+    predict_one = predictor.predict_samples if predictor.samples else predictor.predict
+    if args.tta:
+        predict_one = predictor.predict_views
     output = Path(args.output)
     if output.resolve() == images[0].parent.resolve():
         raise UserError(f"{output}: holds the pictures themselves; give another --output")
@@ -132,7 +134,7 @@ def predict(args: argparse.Namespace) -> int:
     rows, problems = [], []
     for path in images:
         try:
-            rows.append(predict_image(predictor, path, sentences[path.name], output))
+            rows.append(predict_image(predict_one, path, sentences[path.name], output))
         except BadImageError as error:
             problems.append(str(error))
     if rows:
@@ -158,6 +160,9 @@ def _main(argv: list[str]) -> int:
     sentence = parser.add_mutually_exclusive_group()
     sentence.add_argument("--text", default="", help="the sentence, for every picture")
     sentence.add_argument("--texts", help="CSV with the columns image and text")
+    parser.add_argument(
+        "--tta", action="store_true", help="the mean over flips, rotations, contrast: six passes"
+    )
     parser.add_argument("--output", required=True, help="folder, made if missing")
     return predict(parser.parse_args(argv))
 

@@ -95,6 +95,33 @@ def test_the_table_gives_the_share_of_the_better_product_and_a_line_that_was_cut
     assert (tmp_path / "bench.png").stat().st_size > 1000
 
 
+def test_a_case_that_failed_is_measured_again_where_that_is_asked_for(tmp_path, monkeypatch):
+    path, asked = tmp_path / "bench.jsonl", []
+    facts = {"dtype": "float32", "small": False}
+    path.write_text(
+        "".join(
+            json.dumps({"case": name, "batch": 1, **facts, **found}) + "\n"
+            for name, found in (
+                ("matmul_4096", {"jax_ms": 1.0}),
+                ("bert", {"torch_compile_error": "no compiler"}),
+            )
+        )
+    )
+
+    def measure(case, _args):
+        asked.append(case.name)
+        return {"case": case.name, "batch": case.batch, **facts, "jax_ms": 2.0}
+
+    monkeypatch.setattr(bench, "measure", measure)
+    options = ["bench", "--cases", "bert", "--batches", "1", "--output", str(path)]
+    for more, expected in (([], []), (["--retry-failed"], ["bert"]), (["--retry-failed"], [])):
+        asked.clear()
+        monkeypatch.setattr(sys, "argv", [*options, *more])
+        bench.main()
+        assert asked == expected
+    assert [e.get("jax_ms") for e in bench.latest(harness.lines_of(path))] == [1.0, 2.0]
+
+
 @pytest.mark.slow
 def test_the_gpu_s_script_goes_its_whole_way_and_repeats_nothing(tmp_path):
     pytest.importorskip("torch")

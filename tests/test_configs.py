@@ -108,7 +108,7 @@ def test_a_method_comes_before_the_variants_of_its_page():
     turned = cli.load_config("qata:full,small", [])
     assert (turned.name, turned.views) == ("qata_full_small", small.views)
     whole = cli.load_config("qata:full", [])
-    assert (small.views.translation, whole.views.translation) == (0.05, 0)
+    assert (small.views.translation, whole.views.translation) == (0.1, 0)
     assert (whole.optim.warmup_steps, whole.num_epochs) == (1000, 200)
     assert (small.optim.warmup_steps, small.num_epochs) == (100, 200)
 

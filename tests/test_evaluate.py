@@ -256,6 +256,15 @@ def test_another_data_set_needs_its_test_split_alone(trained, tmp_path, capsys):
     assert results["data"] == "other"
     assert results["conditions"]["right"]["num_images"] == 3
     assert "baselines" not in results
+    # Another data set whose folder has the same name does not take the first one's place.
+    shutil.copytree(trained, tmp_path / "run")
+    argv = ("--workdir", str(tmp_path / "run"), "--no-baselines", "--text-conditions", "right")
+    assert run(*argv, "--source", str(source)) == 0
+    shutil.copytree(source, tmp_path / "second/other")
+    (tmp_path / "second/other/annotations.csv").write_text("\n".join(lines[:3]) + "\n")
+    assert run(*argv, "--source", str(tmp_path / "second/other")) == 2
+    assert "give another --output" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run/evaluation/other-test/results.json").read_text())
 
 
 def test_mistakes_end_in_a_sentence(trained, tmp_path, capsys):

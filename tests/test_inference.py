@@ -9,8 +9,9 @@ from PIL import Image
 
 import biclip_jax
 from biclip_jax import inference
-from biclip_jax.data import image_io
+from biclip_jax.data import image_io, text
 from biclip_jax.errors import BadImageError, UserError
+from biclip_jax.evaluation import tta
 
 SENTENCE = "unilateral pulmonary infection, one infected area, lower left lung."
 
@@ -63,6 +64,26 @@ def test_a_model_that_draws_no_samples_says_so(trained, picture):
     assert not predictor.samples
     with pytest.raises(ValueError, match="draws no samples; use predict"):
         predictor.predict_samples(picture, SENTENCE)
+
+
+def test_the_mean_over_views_is_that_of_single_passes_brought_back(trained, picture):
+    predictor = biclip_jax.load(trained)
+    found = predictor.predict_views(picture, SENTENCE)
+    square = predictor.processor.resize([picture])[0]
+    # At the model's own size, where a view of the picture is a picture that predict takes.
+    (whole,) = tta.predict_views(
+        lambda batch: predictor.predict(
+            np.rint(batch["image"][0]).astype(np.uint8), batch["sentence"]
+        ).probability[None, ..., None],
+        {"image": square[None], "sentence": SENTENCE, "mirrored_sentence": text.mirror(SENTENCE)},
+        list(tta.VIEWS.values()),
+    )
+    expected = [image_io.resize_probability(one, 70, 90) for one in np.moveaxis(whole, -1, 0)]
+    np.testing.assert_allclose(found.probability, expected[0], atol=2e-3)
+    np.testing.assert_allclose(found.uncertainty, expected[1], atol=2e-3)
+    np.testing.assert_allclose(found.epistemic, expected[2], atol=2e-3)
+    assert found.epistemic.max() > 0 and (found.epistemic <= found.uncertainty + 1e-6).all()
+    np.testing.assert_array_equal(found.mask, found.probability >= 0.5)
 
 
 def test_files_arrays_grey_and_rgb_give_the_same(trained, picture, tmp_path):

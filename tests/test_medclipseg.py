@@ -192,6 +192,10 @@ def test_predictions_tell_their_uncertainty_and_repeat_to_the_bit(trained, pictu
         plain = predictor.predict(picture, SENTENCE)
         for name in ("mask", "probability", "uncertainty"):
             np.testing.assert_array_equal(getattr(plain, name), getattr(again, name))
+    views = predictor.predict_views(picture, SENTENCE)
+    assert [x.shape for x in views] == [x.shape for x in again]
+    # An untrained model answers much alike to every view, and not the same.
+    assert 0 < np.abs(views.probability - again.probability).mean() < 0.05
 
 
 @pytest.mark.slow

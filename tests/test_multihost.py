@@ -24,6 +24,7 @@ OPTIONS = [
     "--config.final_test=False",
 ]
 MESH = ("--config.parallel.mode=mesh", "--config.parallel.shard=all")
+RESIDENT = ("--config.data.resident=True", "--config.data.resident_steps=2")
 TIMEOUT = 300  # seconds, of a whole run
 
 
@@ -99,10 +100,13 @@ def check_same_lines(ours, theirs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [(), MESH], ids=["pmap", "mesh"])
-def test_two_processes_of_two_devices_give_the_run_of_one_with_four(folder, one, options):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("pmap", ()), ("mesh", MESH), ("resident", RESIDENT), ("resident_mesh", RESIDENT + MESH)],
+)
+def test_two_processes_of_two_devices_give_the_run_of_one_with_four(folder, one, name, options):
     """With SGD, which hides no wrong scale; every picture of seven is validated once."""
-    two = folder / ("two_mesh" if options else "two")
+    two = folder / name
     job = Job(folder, two, options)
     assert job.statuses() == [0, 0], job.text(0)
     assert "on 4 x cpu in 2 processes" in job.text(0)

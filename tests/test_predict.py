@@ -44,6 +44,18 @@ def test_one_picture_gives_mask_probability_and_overlay_at_its_own_size(
     assert Image.open(out / "a_overlay.png").size == (90, 70)
 
 
+def test_several_views_tell_how_much_they_disagree(trained, pictures, tmp_path):
+    out = tmp_path / "out"
+    argv = ("--workdir", trained, "--image", pictures / "b.jpg", "--text", SENTENCE, "--tta")
+    assert run(*argv, "--output", out) == 0
+    expected = biclip_jax.load(trained).predict_views(pictures / "b.jpg", SENTENCE)
+    probability = np.asarray(Image.open(out / "b_probability.png"))
+    np.testing.assert_allclose(probability / 65535, expected.probability, atol=1e-5)
+    with open(out / "predictions.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["mean_epistemic_nats"]) == pytest.approx(expected.epistemic.mean(), rel=1e-4)
+
+
 def test_a_folder_with_a_csv_of_sentences(trained, pictures, tmp_path):
     table = tmp_path / "sentences.csv"
     table.write_text(f'image,text\na.png,"{SENTENCE}"\nb.jpg,\n')

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from biclip_jax.errors import UserError
 from biclip_jax.evaluation import degrade, reporting
 
 # Two evaluations that agree in these are of one model on one list of pictures.
@@ -54,12 +55,30 @@ def read(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
       folder: of the evaluation.
       facts: with all names of `IDENTITY`.
     """
+    found = _found(folder)
+    return found if all(found.get(name) == facts[name] for name in IDENTITY) else {}
+
+
+def check_pictures(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Two data sets may have folders of one name: the second does not take the first one's place.
+
+    Raises:
+      UserError: the folder holds an evaluation of other pictures.
+    """
+    if _found(folder).get("pictures_sha256", facts["pictures_sha256"]) != facts["pictures_sha256"]:
+        raise UserError(
+            f"{folder}: holds an evaluation of other pictures or sentences, whose data set had a "
+            "folder of the same name; give another --output, or remove it"
+        )
+
+
+def _found(folder: Path) -> dict[str, Any]:
+    """What results.json holds; {} where there is none that can be read."""
     try:
         found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    same = isinstance(found, dict) and all(found.get(name) == facts[name] for name in IDENTITY)
-    return found if same else {}
+    return found if isinstance(found, dict) else {}
 
 
 def merged(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

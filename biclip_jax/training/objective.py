@@ -149,12 +149,14 @@ class Example(NamedTuple):
     Attributes:
       image, mask: (B, H, W, 3) and (B, H, W, 1) in [0, 1].
       text: the sentence's fields, see `models.biclip.text_inputs`.
+      whole_text: the same before any was dropped: what the teacher reads.
       labelled: (B,) 1 where the mask counts, else 0.
     """
 
     image: Float[Array, "b h w 3"]
     mask: Float[Array, "b h w 1"]
     text: dict[str, Array]
+    whole_text: dict[str, Array]
     labelled: Float[Array, " b"]
 
 
@@ -232,11 +234,12 @@ def read(batch: Mapping[str, Array], keys: Any, geometry_keys: Any, recipe: Reci
         (image, mask), flipped = views.move(geometry_keys, (image, mask), recipe.geometry)
         image, mask = views.relight(geometry_keys, image, recipe.light), jnp.round(mask)
         text = {name: _choose(flipped, batch[f"mirrored_{name}"], text[name]) for name in text}
+    whole_text = dict(text)
     if recipe.text_dropout:
         text_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, TEXT_STREAM)
         keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - recipe.text_dropout))(text_keys)
         text["has_text"] = text["has_text"] & keep
-    return Example(image, mask, text, labelled)
+    return Example(image, mask, text, whole_text, labelled)
 
 
 def weak_view(
@@ -361,7 +364,7 @@ def teach(
     """
     if recipe.ema_teacher:
         variables = {**variables, "params": {**state.ema["params"], **state.frozen}}
-        fused = model.apply(variables, example.image, **example.text, method=model.fuse)
+        fused = model.apply(variables, example.image, **example.whole_text, method=model.fuse)
         weak, _ = weak_view(example, fused, geometry_keys, recipe)
     (out,), batch_stats = in_turn(model, variables, [weak], recipe)
     return jax.lax.stop_gradient((out, batch_stats))

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from biclip_jax.errors import UserError
 from biclip_jax.evaluation import earlier, reporting
 
 CELL = {"dice_global": 0.1, "dice_mean": 0.2, "iou_global": 0.3, "iou_mean": 0.4, "num_images": 2}
@@ -30,6 +31,16 @@ def test_only_the_same_model_on_the_same_pictures_is_the_same_evaluation(tmp_pat
     for content in (json.dumps(without), "{", "[]", "null", "[" * 100_000):
         path.write_text(content)
         assert earlier.read(tmp_path, FACTS) == {}
+
+
+def test_pictures_of_another_data_set_are_not_lost(tmp_path):
+    earlier.check_pictures(tmp_path, FACTS)
+    for left in ("{", "[]", "{}", json.dumps({**FACTS, "model_sha256": "other"})):
+        (tmp_path / "results.json").write_text(left)
+        earlier.check_pictures(tmp_path, FACTS)
+    (tmp_path / "results.json").write_text(json.dumps({**FACTS, "pictures_sha256": "other"}))
+    with pytest.raises(UserError, match=r"holds an evaluation of other pictures .*--output"):
+        earlier.check_pictures(tmp_path, FACTS)
 
 
 def test_sections_and_conditions_that_are_not_made_now_stay():

@@ -110,6 +110,23 @@ def test_the_teacher_of_one_view_has_no_gradient(ema_teacher):
     assert np.allclose(logits, other) == ema_teacher
 
 
+def test_the_averaged_teacher_reads_sentences_that_the_student_has_lost():
+    state, made = plain_state(), recipe(one_view=True, ema_teacher=True)
+    keys = jax.random.split(jax.random.key(0), NUM)
+    variables = {"params": state.params, "batch_stats": {"seen": jnp.float32(0)}}
+    texts, answers = [], []
+    for dropout in (0.0, 1.0):
+        losing = made._replace(text_dropout=dropout)
+        example = objective.read(plain_batch(), keys, keys, losing)
+        fused = Plain().apply(variables, example.image, **example.text, method=Plain.fuse)
+        weak, _ = objective.weak_view(example, fused, keys, losing)
+        out, _ = objective.teach(Plain(), state, variables, example, weak, keys, losing)
+        texts.append(weak.text)
+        answers.append(out.logits)
+    assert not np.allclose(*texts)
+    np.testing.assert_array_equal(*answers)
+
+
 @pytest.mark.parametrize(("strong_statistics", "expected"), [(True, "shown"), (False, "weak")])
 def test_running_statistics_are_of_the_shown_rows_or_of_the_weak_view(strong_statistics, expected):
     strong = views.Strong(light=False, brightness=0.5)
