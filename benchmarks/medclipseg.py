@@ -171,7 +171,7 @@ def twin(variant: str, work: str, batch: int, compiled: bool) -> Work:
     """One call of a work of `BATCHES`, on as many threads as there are cores."""
     import torch
 
-    from tests import torch_clip, torch_medclipseg
+    from tests import torch_clip, torch_medclipseg, torch_medclipseg_losses
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     given = inputs(variant, batch)
@@ -195,7 +195,7 @@ def twin(variant: str, work: str, batch: int, compiled: bool) -> Work:
         optimizer.zero_grad(set_to_none=True)
         noise = model.draw_noise(ids, generator)
         logits, features, text = passes(image, ids, noise, return_features=True)
-        torch_medclipseg.total(logits, mask, features, text).backward()
+        torch_medclipseg_losses.total(logits, mask, features, text).backward()
         optimizer.step()
 
     call = {"pass": forward, "train": train_step, "samples": samples}[work]

@@ -12,22 +12,7 @@
 # The run goes on from its last checkpoint each time. The cluster gives it up after MAX_RESTARTS
 # failures, and at once when the configuration or the data does not fit (status 2).
 set -u
-
-usage() {
-  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" >&2
-  exit 2
-}
-
-require() {
-  [ -n "${!1:-}" ] ||
-    { echo "$0: $1 is not set; expected $2; put $1=... before the command" >&2; exit 2; }
-}
-
-quoted() {
-  local line
-  line=$(printf '%q ' "$@")
-  echo "${line% }"
-}
+. "$(dirname "$0")/common.sh"
 
 dry_run=
 [ "${1:-}" != --dry-run ] || { dry_run=1 && shift; }

@@ -10,15 +10,15 @@
 # failures, and at once when the configuration or the data does not fit (status 2) or when
 # somebody stopped it (130, 143). A signal to this script goes to the run, which saves and leaves.
 set -u
+. "$(dirname "$0")/common.sh"
 dry_run=
 [ "${1:-}" != --dry-run ] || { dry_run=1 && shift; }
-[ $# -ge 1 ] || { echo "usage: $0 [--dry-run] WORKDIR [options of biclip_jax.train]" >&2; exit 2; }
+[ $# -ge 1 ] || usage
 workdir=$1
 shift
 command=(python -m biclip_jax.train --workdir "$workdir" "$@")
 if [ -n "$dry_run" ]; then
-  line=$(printf '%q ' "${command[@]}")
-  echo "${line% }"
+  quoted "${command[@]}"
   exit 0
 fi
 child=
@@ -27,13 +27,8 @@ for attempt in $(seq 0 "${MAX_RESTARTS:-3}"); do
   [ "$attempt" = 0 ] || echo "restart $attempt" >&2
   "${command[@]}" &
   child=$!
-  wait "$child"
+  wait_for "$child"
   status=$?
-  # A signal ends `wait` early; the run itself is still saving.
-  while kill -0 "$child" 2>/dev/null; do
-    wait "$child"
-    status=$?
-  done
   case $status in 0 | 2 | 130 | 143) exit $status ;; esac
 done
 exit $status

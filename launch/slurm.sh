@@ -13,12 +13,8 @@
 # time limit stopped it. To stop it so that it saves: scancel --batch --signal=TERM JOB.
 set -u
 
-usage() {
-  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" >&2
-  exit 2
-}
-
-# The part that runs on the first node, with the srun command as its arguments.
+# The part that runs on the first node, with the srun command as its arguments. It sources nothing:
+# sbatch copies this file alone.
 run_job() {
   max_restarts=$1
   shift
@@ -48,6 +44,7 @@ if [ "${1:-}" = --job ]; then
   shift
   run_job "$@"
 fi
+. "$(dirname "$0")/common.sh"
 dry_run=
 [ "${1:-}" != --dry-run ] || { dry_run=1 && shift; }
 [ $# -ge 2 ] || usage
@@ -77,9 +74,4 @@ step=(srun "${tasks[@]}" --kill-on-bad-exit=1)
 step+=(python -m biclip_jax.train --workdir "$workdir" "$@")
 
 command=(sbatch "${job[@]}" "$0" --job "${MAX_RESTARTS:-3}" "${step[@]}")
-if [ -n "$dry_run" ]; then
-  line=$(printf '%q ' "${command[@]}")
-  echo "${line% }"
-else
-  exec "${command[@]}"
-fi
+if [ -n "$dry_run" ]; then quoted "${command[@]}"; else exec "${command[@]}"; fi

@@ -16,22 +16,7 @@
 # and at once when the configuration or the data does not fit (status 2) or when somebody stopped
 # it (130, 143). stop, or a signal to this script, ends the run on all hosts after it has saved.
 set -u
-
-usage() {
-  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" >&2
-  exit 2
-}
-
-require() {
-  [ -n "${!1:-}" ] ||
-    { echo "$0: $1 is not set; expected $2; put $1=... before the command" >&2; exit 2; }
-}
-
-quoted() {
-  local line
-  line=$(printf '%q ' "$@")
-  echo "${line% }"
-}
+. "$(dirname "$0")/common.sh"
 
 run() {
   if [ -n "$dry_run" ]; then quoted "$@"; else "$@"; fi
@@ -74,7 +59,7 @@ stop() {
 }
 
 train() {
-  local workdir=$1 command stopped='' attempt child status
+  local workdir=$1 command stopped='' attempt status
   shift
   [[ $workdir = /* ]] || {
     echo "$0: WORKDIR is '$workdir'; expected an absolute path;" \
@@ -99,14 +84,8 @@ train() {
       [ -z "$stopped" ] || return 143
     fi
     on_all_hosts "$command" &
-    child=$!
-    wait "$child"
+    wait_for $!
     status=$?
-    # A signal ends `wait` early; the run itself is still saving.
-    while kill -0 "$child" 2>/dev/null; do
-      wait "$child"
-      status=$?
-    done
     case $status in 0 | 2 | 130 | 143) return "$status" ;; esac
     [ -z "$stopped" ] || return "$status"
   done

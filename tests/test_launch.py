@@ -47,7 +47,7 @@ def test_a_dry_run_prints_the_command():
 def test_without_a_work_directory_it_says_how():
     done = subprocess.run([SCRIPT], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "usage" in done.stderr
+    assert "launch/local.sh [--dry-run] WORKDIR" in done.stderr
 
 
 def test_a_signal_reaches_the_run_and_waits_for_it(tmp_path):

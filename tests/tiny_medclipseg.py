@@ -10,6 +10,8 @@ from tests.models.by_hand import noise
 IMAGE_SIZE, PATCH_SIZE, NUM_BLOCKS, EMBEDDING = 32, 8, 3, 12
 MAX_LENGTH, VOCAB_SIZE, ADAPTER_WIDTH = 6, 16, 8
 IMAGE_WIDTH, TEXT_WIDTH, NUM_HEADS = 16, 24, 2
+# What a config.json beside a checkpoint says, and its arrays do not.
+HEADS = {f"{part}_config": {"num_attention_heads": NUM_HEADS} for part in ("vision", "text")}
 NUM_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2 + 1
 
 

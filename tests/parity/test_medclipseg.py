@@ -23,12 +23,12 @@ from tests import tiny_medclipseg as tiny
 
 torch = pytest.importorskip("torch")
 from tests import torch_clip, torch_medclipseg  # noqa: E402
+from tests import torch_medclipseg_losses as torch_losses  # noqa: E402
 
 VARIANTS = (
     "clip",
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("unimedclip", "biomedclip")),
 )
-HEADS = {f"{part}_config": {"num_attention_heads": tiny.NUM_HEADS} for part in ("vision", "text")}
 SIZE, TOLERANCE = 2, 5e-5  # pictures; of logits in float32
 
 
@@ -36,25 +36,6 @@ SIZE, TOLERANCE = 2, 5e-5  # pictures; of logits in float32
 def precise():
     with jax.default_matmul_precision("highest"):
         yield
-
-
-def make_twin(variant):
-    """Four blocks, two adapters."""
-    model = torch_medclipseg.MedCLIPSeg(
-        variant,
-        image_size=tiny.IMAGE_SIZE,
-        patch=tiny.PATCH_SIZE,
-        width=tiny.IMAGE_WIDTH,
-        heads=tiny.NUM_HEADS,
-        layers=4,
-        embed=tiny.EMBEDDING,
-        adapter_dim=tiny.ADAPTER_WIDTH,
-        text_width=tiny.TEXT_WIDTH,
-        text_heads=tiny.NUM_HEADS,
-        text_positions=tiny.MAX_LENGTH,
-        vocab=tiny.VOCAB_SIZE,
-    )
-    return torch_clip.randomize_(model, 0)
 
 
 def converted(tensors, hf_config=None):
@@ -71,8 +52,8 @@ def converted(tensors, hf_config=None):
 @pytest.fixture(scope="module", params=VARIANTS)
 def both(request):
     """(twin, model, variables) of a variant, and a function of a dtype to the same model."""
-    twin = make_twin(request.param)
-    config, variables = converted(torch_medclipseg.state_dict_with_aliases(twin), HEADS)
+    twin = torch_medclipseg.tiny_twin(request.param, num_layers=4)
+    config, variables = converted(torch_medclipseg.state_dict_with_aliases(twin), tiny.HEADS)
 
     def build(dtype):
         return medclipseg.build({**config, "dtype": dtype})
@@ -160,7 +141,10 @@ def check_gradients(twin, model, variables):
     variables = variables | {"batch_stats": {}}
     state = train_state.create(variables, optax.sgd(1.0), medclipseg.FROZEN)
     recipe = objective.Recipe(
-        torch_medclipseg.LOSS_WEIGHTS, "rows", "released", geometry=views.Geometry(0.0, 0.0, 0.0)
+        torch_losses.LOSS_WEIGHTS,
+        "rows",
+        "released",
+        geometry=views.Geometry(0.0, 0.0, 0.0),
     )
 
     class Given:
@@ -179,7 +163,7 @@ def check_gradients(twin, model, variables):
     theirs = twin(
         pixels, tokens, [torch.tensor(np.array(part)) for part in noise], return_features=True
     )
-    expected = torch_medclipseg.total(theirs[0], torch.tensor(mask[..., 0]), *theirs[1:])
+    expected = torch_losses.total(theirs[0], torch.tensor(mask[..., 0]), *theirs[1:])
     expected.backward()
     assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-6)
     # The twin's gradients under our names: as if they were its parameters.
@@ -187,7 +171,7 @@ def check_gradients(twin, model, variables):
         name: value.grad.float() if value.grad is not None else torch.zeros_like(value).float()
         for name, value in twin.named_parameters()
     }
-    _, wanted = converted(wanted, HEADS)
+    _, wanted = converted(wanted, tiny.HEADS)
     found, wanted = (flatten_dict(tree, sep="/") for tree in (grads, wanted["params"]))
     compared = 0
     for name, value in found.items():

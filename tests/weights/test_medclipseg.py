@@ -25,11 +25,10 @@ from biclip_jax.weights.medclipseg import convert_medclipseg
 from tests import tiny_medclipseg as tiny
 
 torch = pytest.importorskip("torch")
-from tests import torch_clip, torch_medclipseg  # noqa: E402
+from tests import torch_medclipseg  # noqa: E402
 
 CXR_BERT = Path(__file__).parent.parent / "fixtures/towers/cxr_bert"
 VARIANTS = ("clip", "unimedclip", "biomedclip")
-HEADS = {f"{part}_config": {"num_attention_heads": tiny.NUM_HEADS} for part in ("vision", "text")}
 # all values, those that are trained, entries of the file: as published
 PUBLISHED = {
     "clip": (166_987_285, 17_366_548, 919),
@@ -38,24 +37,7 @@ PUBLISHED = {
 }
 
 
-@functools.cache
-def twin(variant):
-    """The network in PyTorch, at tiny size."""
-    model = torch_medclipseg.MedCLIPSeg(
-        variant,
-        image_size=tiny.IMAGE_SIZE,
-        patch=tiny.PATCH_SIZE,
-        width=tiny.IMAGE_WIDTH,
-        heads=tiny.NUM_HEADS,
-        layers=tiny.NUM_BLOCKS,
-        embed=tiny.EMBEDDING,
-        adapter_dim=tiny.ADAPTER_WIDTH,
-        text_width=tiny.TEXT_WIDTH,
-        text_heads=tiny.NUM_HEADS,
-        text_positions=tiny.MAX_LENGTH,
-        vocab=tiny.VOCAB_SIZE,
-    )
-    return torch_clip.randomize_(model, 0)
+twin = functools.cache(torch_medclipseg.tiny_twin)
 
 
 def save_checkpoint(folder, variant):
@@ -64,7 +46,7 @@ def save_checkpoint(folder, variant):
     state = torch_medclipseg.state_dict_with_aliases(twin(variant))
     rest = {"epoch": 100, "optimizer": {"state": {}}, "scheduler": {"T_max": 100}, "best_loss": 0.3}
     torch.save({"model": state, **rest}, folder / "latest.pth")
-    (folder / "config.json").write_text(json.dumps(HEADS))
+    (folder / "config.json").write_text(json.dumps(tiny.HEADS))
     return folder / "latest.pth"
 
 
@@ -217,7 +199,7 @@ def test_a_missing_array_is_named(variant, lost):
     del tensors[lost]
     name = re.sub(r"^(clip|text|vision)_model\.", "", lost)
     with pytest.raises(UserError, match=rf"latest\.pth: .*{re.escape(name)} is missing"):
-        convert_medclipseg(opened(tensors), HEADS)
+        convert_medclipseg(opened(tensors), tiny.HEADS)
 
 
 @pytest.mark.parametrize(
@@ -228,23 +210,23 @@ def test_an_array_too_many_is_named(added):
     tensors = {**arrays("unimedclip"), added: np.zeros(3, np.float32)}
     name = added.removeprefix("text_model.")
     with pytest.raises(UserError, match=rf"{name} is of no use in this model"):
-        convert_medclipseg(opened(tensors), HEADS)
+        convert_medclipseg(opened(tensors), tiny.HEADS)
 
 
 def test_an_array_of_another_shape_is_named():
     tensors = arrays("clip")
     tensors["mask_head.2.weight"] = np.zeros((12, 13), np.float32)
     with pytest.raises(UserError, match=r"mask_head\.2\.weight has shape \(12, 13\)"):
-        convert_medclipseg(opened(tensors), HEADS)
+        convert_medclipseg(opened(tensors), tiny.HEADS)
     tensors = {k: v for k, v in arrays("clip").items() if not k.startswith("pvl_adapters.")}
     with pytest.raises(UserError, match="there are 0 adapters"):
-        convert_medclipseg(opened(tensors), HEADS)
+        convert_medclipseg(opened(tensors), tiny.HEADS)
 
 
 def test_towers_alone_are_no_medclipseg():
     tensors = {k: v for k, v in arrays("clip").items() if k.startswith("vision_model")}
     with pytest.raises(UserError, match=r"no MedCLIPSeg: none of its arrays begins with pvl_adap"):
-        convert_medclipseg(opened(tensors), HEADS)
+        convert_medclipseg(opened(tensors), tiny.HEADS)
 
 
 def test_heads_that_are_not_64_wide_must_be_told():
@@ -343,7 +325,7 @@ def tower_folders(tmp_path_factory):
         source.mkdir(parents=True)
         kept = {k: np.array(v, order="C") for k, v in tensors().items()}
         save_file(kept, source / "model.safetensors")
-        (source / "config.json").write_text(json.dumps(HEADS))
+        (source / "config.json").write_text(json.dumps(tiny.HEADS))
         place = words if variant == "clip" else CXR_BERT
         made[name] = base / name / "out"
         assert run("clip", source, made[name], "--tokenizer", place) == 0
@@ -417,8 +399,8 @@ def test_a_folder_without_a_clip_is_refused(folders, tmp_path):
 
 def test_open_clip_s_towers_are_built_with_their_activation(tmp_path):
     """timm's ViT has the exact GELU whatever the file says, and a BERT its own."""
-    config = {"vision_config": {**HEADS["vision_config"], "hidden_act": "quick_gelu"}}
-    config["text_config"] = {**HEADS["text_config"], "hidden_act": "quick_gelu"}
+    config = {"vision_config": {**tiny.HEADS["vision_config"], "hidden_act": "quick_gelu"}}
+    config["text_config"] = {**tiny.HEADS["text_config"], "hidden_act": "quick_gelu"}
     found = architectures.convert_clip(opened(FILES["biomedclip"][1]()), config).config
     assert found["image"]["activation"] == "gelu"
     assert found["text"]["activation"] == "gelu"

@@ -16,32 +16,11 @@ from biclip_jax.errors import UserError
 from biclip_jax.weights import readers
 from biclip_jax.weights.readers import FOLDER_ORDER, open_checkpoint
 from tests.weights import payloads
+from tests.weights.files import assert_same, refused, write
 
 ARRAYS = {
     name: np.arange(6).reshape(2, 3).astype(dtype) for name, dtype in readers.DTYPES.items()
 } | {"empty": np.zeros((0, 5), np.float32), "scalar": np.array(3.0, np.float32)}
-
-
-def refused(path):
-    with pytest.raises(UserError) as caught:
-        open_checkpoint(path)
-    message = str(caught.value)
-    assert message.startswith(str(path))
-    return message
-
-
-def write(path, data):
-    path.write_bytes(data)
-    return path
-
-
-def assert_same(tensors, expected):
-    assert sorted(tensors) == sorted(expected)
-    for name, array in expected.items():
-        read = tensors[name].read()
-        assert tensors[name].shape == read.shape == array.shape, name
-        assert tensors[name].dtype == read.dtype == array.dtype, name
-        assert read.tobytes() == array.tobytes(), name
 
 
 def safetensors_file(header, data=b""):

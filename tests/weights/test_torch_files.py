@@ -20,6 +20,7 @@ from biclip_jax.errors import UserError
 from biclip_jax.weights import pickles, torch_files
 from biclip_jax.weights.readers import open_checkpoint
 from tests.weights import payloads
+from tests.weights.files import assert_same, refused, write
 from tests.weights.payloads import CONTAINERS, SUFFIXES, call, in_zip, named, pickled, text
 
 FIXTURES = Path(__file__).parent.parent / "fixtures/torch_files"
@@ -50,15 +51,6 @@ def expected_state():
     }
 
 
-def assert_same(tensors, expected):
-    assert list(tensors) == list(expected)
-    for name, array in expected.items():
-        read = tensors[name].read()
-        assert tensors[name].shape == read.shape == array.shape, name
-        assert tensors[name].dtype == read.dtype == array.dtype, name
-        assert read.tobytes() == array.tobytes(), name
-
-
 @pytest.fixture
 def marker(tmp_path):
     script = tmp_path / "payload_script.py"
@@ -68,19 +60,6 @@ def marker(tmp_path):
 
 def payload_of(name, marker):
     return payloads.payloads(marker, marker.parent / "payload_script.py")[name]
-
-
-def refused(path):
-    with pytest.raises(UserError) as caught:
-        open_checkpoint(path)
-    message = str(caught.value)
-    assert message.startswith(str(path))
-    return message
-
-
-def write(path, data):
-    path.write_bytes(data)
-    return path
 
 
 @pytest.mark.parametrize("name", ["zip.bin", "legacy.bin", "lightning.ckpt"])
