@@ -48,14 +48,14 @@ def inputs(variant: str, batch: int) -> Inputs:
     return Inputs(image, mask, ids)
 
 
-def build_ours(variant: str):
-    """The model of the published sizes and fresh variables."""
-    import jax
-
+def model_ours(variant: str):
+    """The model of the published sizes, without dropout, as the twin and as training's default."""
     from biclip_jax.models import medclipseg
 
+    towers = medclipseg.TOWERS[variant]
     config = {
-        **medclipseg.TOWERS[variant],
+        "image": towers["image"],
+        "text": {n: 0.0 if n == "dropout" else value for n, value in towers["text"].items()},
         "adapter_width": 256,
         "beta": medclipseg.BETA,
         "gate_init": 0.0,
@@ -66,7 +66,16 @@ def build_ours(variant: str):
         "num_samples": NUM_SAMPLES,
         "dtype": "float32",
     }
-    model = medclipseg.build(config)
+    return medclipseg.build(config)
+
+
+def build_ours(variant: str):
+    """`model_ours` and fresh variables."""
+    import jax
+
+    from biclip_jax.models import medclipseg
+
+    model = model_ours(variant)
     return model, medclipseg.init(model, jax.random.key(0), LENGTHS[variant])
 
 

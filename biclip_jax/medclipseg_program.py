@@ -11,8 +11,6 @@ from ml_collections import ConfigDict
 
 from biclip_jax import parallel, sentences
 from biclip_jax.assembly import Assembly, member_keys
-from biclip_jax.data import pipeline
-from biclip_jax.data import text as text_lib
 from biclip_jax.errors import UserError
 from biclip_jax.medclipseg_towers import TOWERS, Towers, open_folder, place
 from biclip_jax.models import medclipseg
@@ -71,15 +69,7 @@ def read_sentences(
       towers: for the tokenizer.
       folder, log: not needed: nothing is computed ahead where both towers work together.
     """
-    train = texts["train"]
-    words = [*train, *(text_lib.mirror(sentence) for sentence in train)]
-    tokenizer = towers.tokenizer or text_lib.build_tokenizer(words)
-    max_length = text_length(config, towers)
-    distinct = {sentence for split in texts.values() for sentence in split}
-    text_lib.warn_of_cut(tokenizer, sorted(distinct), max_length)
-    encode = partial(text_lib.encode_fields, tokenizer, max_length=max_length)
-    fields = {split: pipeline.sentence_fields(encode, texts[split]) for split in texts}
-    return sentences.Sentences(tokenizer, fields, towers.identity)
+    return sentences.as_ids(texts, text_length(config, towers), towers.tokenizer, towers.identity)
 
 
 def text_length(config: ConfigDict, towers: Towers) -> int:

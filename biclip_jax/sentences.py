@@ -161,23 +161,51 @@ def read(
       folder: where those vectors are kept, see `weights.text_features`.
       log: takes a line on what the tower is given.
     """
-    if tower:
-        check_tower(tower, config)
-    train = texts["train"]
-    # Mirrored ones, too: few sentences may name one side alone, and a flip names the other.
-    words = [*train, *(text_lib.mirror(sentence) for sentence in train)]
-    tokenizer = tower.tokenizer if tower else text_lib.build_tokenizer(words)
     max_length = config["max_length"]
+    if tower is None:
+        return as_ids(texts, max_length)
+    check_tower(tower, config)
+    if config["trainable"]:
+        return as_ids(texts, max_length, tower.tokenizer, tower.identity)
+    distinct = _distinct(tower.tokenizer, texts, max_length)
+    log(f"{tower.folder}: {len(distinct)} distinct sentences, mirrored ones included")
+    features = tower_features(tower, config, distinct, folder)
+    encode: Encode = partial(text_lib.feature_fields, features)
+    fields = {split: pipeline.sentence_fields(encode, texts[split]) for split in texts}
+    return Sentences(tower.tokenizer, fields, tower.identity)
+
+
+def as_ids(
+    texts: Mapping[str, Sequence[str]],
+    max_length: int,
+    tokenizer: Tokenizer | None = None,
+    tower: str = "",
+) -> Sentences:
+    """Token ids of a run's sentences and of their mirror images, padded to one length.
+
+    Args:
+      texts: {split: sentences}.
+      max_length: tokens of each, padding included.
+      tokenizer: of a tower; None: a word for each word of "train".
+      tower: its identity.
+    """
+    if tokenizer is None:
+        train = texts["train"]
+        # Mirrored ones, too: few sentences may name one side alone, and a flip names the other.
+        mirrored = (text_lib.mirror(sentence) for sentence in train)
+        tokenizer = text_lib.build_tokenizer([*train, *mirrored])
+    _distinct(tokenizer, texts, max_length)
+    encode: Encode = partial(text_lib.encode_fields, tokenizer, max_length=max_length)
+    fields = {split: pipeline.sentence_fields(encode, texts[split]) for split in texts}
+    return Sentences(tokenizer, fields, tower)
+
+
+def _distinct(tokenizer, texts, max_length):
+    """The distinct sentences, mirrored ones included; warns of those that are cut."""
     distinct = {sentence for split in texts.values() for sentence in split}
     distinct |= {text_lib.mirror(sentence) for sentence in distinct}
     text_lib.warn_of_cut(tokenizer, sorted(distinct), max_length)
-    encode: Encode = partial(text_lib.encode_fields, tokenizer, max_length=max_length)
-    if tower and not config["trainable"]:
-        log(f"{tower.folder}: {len(distinct)} distinct sentences, mirrored ones included")
-        features = tower_features(tower, config, sorted(distinct), folder)
-        encode = partial(text_lib.feature_fields, features)
-    fields = {split: pipeline.sentence_fields(encode, texts[split]) for split in texts}
-    return Sentences(tokenizer, fields, tower.identity if tower else "")
+    return sorted(distinct)
 
 
 def tower_features(

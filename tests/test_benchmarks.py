@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench, harness
+from benchmarks import bench, harness, medclipseg
 
 ROOT = Path(__file__).parent.parent
 WORKER = """
@@ -51,6 +51,11 @@ def test_ratios_are_of_medians_and_above_one_where_ours_is_faster():
     assert (entry["jax_images_per_s"], entry["jax_gflop_per_s"]) == (8.0, 4.0)
     assert (entry["speed_over_torch"], entry["speed_over_torch_compile"]) == (2.0, 0.5)
     assert entry["speed_over_best"] == 0.5
+
+
+def test_neither_side_of_medclipseg_has_dropout():
+    assert medclipseg.model_ours("unimedclip").text_tower.dropout == 0
+    assert medclipseg.model_ours("clip").num_samples == 30
 
 
 def test_an_implementation_that_failed_is_named_and_not_compared():

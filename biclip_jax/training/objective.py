@@ -226,20 +226,35 @@ def objective(
 
 def read(batch: Mapping[str, Array], keys: Any, geometry_keys: Any, recipe: Recipe) -> Example:
     """The batch as float pictures; moved already, sentence and all, where geometry comes first."""
-    image, mask = to_unit_rgb(batch["image"]), batch["mask"].astype(jnp.float32)
-    text, labelled = text_inputs(batch), jnp.ones(len(mask))
+    if recipe.geometry_first:
+        image, mask, text = move(batch, geometry_keys, recipe.geometry)
+        image = views.relight(geometry_keys, image, recipe.light)
+    else:
+        image, mask, text = floats(batch)
+    labelled = jnp.ones(len(mask))
     if recipe.labelled < 1:
         labelled = batch["labelled"].astype(jnp.float32)
-    if recipe.geometry_first:
-        (image, mask), flipped = views.move(geometry_keys, (image, mask), recipe.geometry)
-        image, mask = views.relight(geometry_keys, image, recipe.light), jnp.round(mask)
-        text = {name: _choose(flipped, batch[f"mirrored_{name}"], text[name]) for name in text}
     whole_text = dict(text)
     if recipe.text_dropout:
         text_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, TEXT_STREAM)
         keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - recipe.text_dropout))(text_keys)
         text["has_text"] = text["has_text"] & keep
     return Example(image, mask, text, whole_text, labelled)
+
+
+def floats(batch: Mapping[str, Array]) -> tuple[Array, Array, dict[str, Array]]:
+    """Pictures (B, H, W, 3) and masks (B, H, W, 1) in [0, 1], and the sentences' fields."""
+    return to_unit_rgb(batch["image"]), batch["mask"].astype(jnp.float32), text_inputs(batch)
+
+
+def move(
+    batch: Mapping[str, Array], geometry_keys: Any, geometry: views.Geometry
+) -> tuple[Array, Array, dict[str, Array]]:
+    """`floats`, moved; the sentence of a picture that is flipped is its mirror image."""
+    image, mask, text = floats(batch)
+    (image, mask), flipped = views.move(geometry_keys, (image, mask), geometry)
+    text = {name: _choose(flipped, batch[f"mirrored_{name}"], text[name]) for name in text}
+    return image, jnp.round(mask), text
 
 
 def weak_view(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 from biclip_jax.models.medclipseg import MedCLIPSeg
 from biclip_jax.models.transformer import fold_keys
 from biclip_jax.training import losses, views
-from biclip_jax.training import objective as biclip_objective
+from biclip_jax.training.objective import move
 from biclip_jax.training.state import TrainState
 
 DICE = {"image": losses.soft_dice_loss, "rows": losses.row_dice_loss}
@@ -82,18 +82,17 @@ def objective(
     Returns:
       The loss, and (no batch statistics, {name: (B,) values}).
     """
-    moves = biclip_objective.Recipe({}, geometry=recipe.geometry, geometry_first=True)
-    example = biclip_objective.read(batch, keys, fold_keys(keys, GEOMETRY), moves)
+    image, mask, text = move(batch, fold_keys(keys, GEOMETRY), recipe.geometry)
     logits, aux = model.apply(
         {"params": {**params, **state.frozen}},
-        example.image,
-        **example.text,
+        image,
+        **text,
         noise=fold_keys(keys, NOISE),
         dropout_keys=fold_keys(keys, DROPOUT),
     )
     parts = {
-        "dice": DICE[recipe.dice](logits, example.mask),
-        "bce": losses.binary_cross_entropy(logits, example.mask),
+        "dice": DICE[recipe.dice](logits, mask),
+        "bce": losses.binary_cross_entropy(logits, mask),
     }
     if recipe.on("contrastive"):
         parts["contrastive"] = contrastive(aux["features"], aux["text"], recipe, axis_name)
