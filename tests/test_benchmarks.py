@@ -53,9 +53,8 @@ def test_ratios_are_of_medians_and_above_one_where_ours_is_faster():
     assert entry["speed_over_best"] == 0.5
 
 
-def test_neither_side_of_medclipseg_has_dropout():
+def test_our_side_of_medclipseg_has_no_dropout_as_the_twin():
     assert medclipseg.model_ours("unimedclip").text_tower.dropout == 0
-    assert medclipseg.model_ours("clip").num_samples == 30
 
 
 def test_an_implementation_that_failed_is_named_and_not_compared():
