@@ -11,7 +11,7 @@ from biclip_jax.configs import common
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    """Variants: none (`published`, 224 px), those of configs/variants.py, `smoke`."""
+    """Variants: none (`published`, 224 px), `small` (a CPU), `smoke`, configs/variants.py's."""
     config = common.base()
     config.name = "clinicdb"
     config.data.name = "clinicdb"

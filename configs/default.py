@@ -3,7 +3,7 @@
     python -m biclip_jax.train
 
 Three minutes on two CPU cores, no download. A model that ignores the sentence
-stays below 0.6 global Dice; see README.md for the figures.
+stays below 0.6 global Dice; see docs/results.md for the figures.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from biclip_jax.configs import common
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    """Variants: those of configs/variants.py, `smoke`, `no_text`."""
+    """Variants: those of configs/variants.py, `small` (112 px), `smoke`, `no_text`."""
     config = common.base()
     config.name = "demo"
     config.data.name = "synthetic"

@@ -1,6 +1,6 @@
 """MedCLIPSeg (arXiv 2602.20423): adapters between the frozen towers of a CLIP.
 
-python -m biclip_jax.convert clip SOURCE weights/unimedclip
+python -m biclip_jax.convert clip SOURCE weights/unimedclip --tokenizer FOLDER_OF_BIOMEDBERT
 python -m biclip_jax.train --config medclipseg --config.data.source=DIR \
     --config.model.towers.weights=weights/unimedclip
 """
@@ -123,7 +123,7 @@ def eus(config: ConfigDict) -> None:
 
 
 def tiny(config: ConfigDict) -> None:
-    """Random towers of 6 blocks at 112 px: shows the way of the data, not the published Dice."""
+    """Random towers of 6 blocks at 112 px: runs the pipeline, not the published Dice."""
     config.model.image_size, config.model.max_length = 112, 48
     config.model.adapter_width, config.model.num_layers = 64, 4
     config.model.num_samples = 10

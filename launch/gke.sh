@@ -3,7 +3,8 @@
 #
 #   launch/gke.sh [--dry-run] CLUSTER IMAGE TPU_TYPE NUM_SLICES -- options of biclip_jax.train
 #   WORKLOAD=qata PROJECT=mine ZONE=us-west4-a launch/gke.sh tpus gcr.io/mine/biclip_jax:1 \
-#     v5litepod-16 2 -- --workdir /shared/runs/qata --config qata
+#     v5litepod-16 2 -- --workdir /shared/runs/qata --config qata \
+#     --config.data.source=/shared/qata
 #
 # --workdir is among the options: a folder that all pods mount. From the environment: WORKLOAD (the
 # name of the job, lower case), PROJECT, ZONE; MAX_RESTARTS (3). --dry-run prints the command and

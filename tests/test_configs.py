@@ -113,6 +113,13 @@ def test_a_method_comes_before_the_variants_of_its_page():
     assert (small.optim.warmup_steps, small.num_epochs) == (100, 200)
 
 
+@pytest.mark.parametrize(("page", "flip"), [("folder", 0.5), ("kvasir", 0.5), ("qata", 0.0)])
+def test_every_page_has_a_size_for_a_cpu(page, flip):
+    small = cli.load_config(f"{page}:small", [])
+    assert (small.model.image_size, small.model.width, small.num_steps) == (112, 16, 2500)
+    assert small.views.vertical_flip == flip
+
+
 def test_two_methods_at_once_are_refused():
     with pytest.raises(UserError, match="ef_unet, full are whole methods; name one"):
         cli.load_config("default:ef_unet,smoke,full", [])
