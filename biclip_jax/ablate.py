@@ -74,8 +74,13 @@ def compare(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any
         for variant in args.variants
     ]
     commands = {cell: command_of(cell, args.config, overrides) for cell in cells}
-    for cell, command in commands.items():  # every mistake before the first hour
-        check(cell, command)
+    for cell, command in list(commands.items()):  # every mistake before the first hour
+        if not check(cell, command):
+            print(f"{cell.workdir}: left out, all pictures have labels")
+            cells.remove(cell)
+            del commands[cell]
+    if not cells:
+        raise UserError("nothing to run; give --label-fractions below 1, or other --variants")
     root.mkdir(parents=True, exist_ok=True)
 
     running: set[subprocess.Popen] = set()
@@ -118,19 +123,20 @@ def command_of(cell: Cell, config: str, overrides: Sequence[str]) -> list[str]:
     ]
 
 
-def check(cell: Cell, command: Sequence[str]) -> None:
-    """Raises UserError where a run cannot be, or where another one lies in its place."""
+def check(cell: Cell, command: Sequence[str]) -> bool:
+    """Whether there is anything to run: not where all labels leave no picture without.
+
+    Raises:
+      UserError: a run cannot be, or another one lies in its place.
+    """
     config = cli.load_config(command[1], list(command[2:-2]))
     if not config.final_test:
         raise UserError("--config.final_test: the table is made of the test results; leave it on")
     if config.data.unlabelled == "rest" and cell.fraction == 1:
-        raise UserError(
-            f"--label-fractions 1.0: {cell.variant} learns from the rest of the pictures, and this "
-            "leaves no training picture; give shares below 1, or --config.data.unlabelled=DIR"
-        )
+        return False
     path = cell.workdir / "config.json"
     if not path.exists():
-        return
+        return True
     # Written by the run, not configured.
     towers = ("model.text.tower", "model.image.tower", "model.towers.tower")
     changed = cli.changed_fields(path, json.loads(config.to_json()), towers)
@@ -139,6 +145,7 @@ def check(cell: Cell, command: Sequence[str]) -> None:
             f"{path}: a run with another configuration lies there: {cli.listed(changed)}; "
             "give another --workdir, or the same fields"
         )
+    return True
 
 
 def failures(

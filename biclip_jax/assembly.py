@@ -21,6 +21,7 @@ class Assembly(NamedTuple):
       frozen: names at the top of the parameters' tree that are never trained.
       linked: those of them that a model folder holds in a folder of their own.
       described: the model folder's config.json, but for the step.
+      average_statistics: see `training.steps.train_step`.
     """
 
     model: nn.Module
@@ -29,6 +30,7 @@ class Assembly(NamedTuple):
     frozen: Collection[str]
     linked: Collection[str]
     described: dict[str, Any]
+    average_statistics: bool = True
 
 
 def stream(config: ConfigDict, name: str) -> jax.Array:

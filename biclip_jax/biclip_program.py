@@ -83,6 +83,7 @@ def assemble(
         frozen=frozen,
         linked=(),
         described=describe(config, spoken, towers.image),
+        average_statistics=not recipe.has_statistics_of_average,
     )
 
 

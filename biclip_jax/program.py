@@ -66,6 +66,7 @@ def build(
     num_labelled: int,
     spoken: sentences.Sentences,
     towers: Any = None,
+    num_val: int = 0,
 ) -> Program:
     """Model, optimiser and steps, and the state they begin with.
 
@@ -74,6 +75,8 @@ def build(
       num_labelled: pictures with masks; they make an epoch.
       spoken: the sentences.
       towers: pretrained, what the family's `open_towers` gave; None: those of the configuration.
+      num_val: pictures of the validation split, for which `eval_every` makes room where it is 0:
+        few labels make short epochs, and most of the time would go to validation.
 
     Raises:
       UserError: fields that do not go together.
@@ -99,6 +102,7 @@ def build(
         optimizer=optimizer,
         accumulate=config.optim.accumulate,
         ema_decay=config.optim.ema_decay,
+        average_statistics=built.average_statistics,
         axis_name=axis_name,
         shares=parallel.shares_of(config.parallel.mode),
     )
@@ -117,7 +121,7 @@ def build(
         schedule=schedule,
         num_steps=num_steps,
         steps_at_once=at_once,
-        eval_every=config.eval_every or steps_per_epoch,
+        eval_every=config.eval_every or max(steps_per_epoch, num_val // config.batch_size),
         num_members=config.ensemble,
         num_labelled=num_labelled,
         labelled_rows=rows,

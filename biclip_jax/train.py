@@ -54,13 +54,13 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         family.link_towers(towers, workdir / "model")
         prepared = pipeline.prepare(data, config.model.image_size)
         splits = pipeline.open_splits(prepared, data)
-        runner.write_json(workdir / "labels.json", subsets.report(r["id"] for r in splits["train"]))
+        claim_pictures(subsets.report(r["id"] for r in splits["train"]), workdir)
         num_labelled = len(splits["train"])
         unlabelled = pipeline.open_unlabelled(prepared, data, config.model.image_size)
         splits["train"] = pipeline.joined(splits["train"], unlabelled)
         texts = {split: [record["text"] for record in splits[split]] for split in ("train", "val")}
         spoken = family.read_sentences(config, texts, towers, prepared, print)
-        program = build(config, num_labelled, spoken, towers)
+        program = build(config, num_labelled, spoken, towers, len(splits["val"]))
         state, progress = restore_or_init(workdir, program)
         state = loop(config, workdir, program, splits, spoken, state, progress)
         reporting.plot_curves(
@@ -101,6 +101,28 @@ def claim(config: ConfigDict, workdir: Path, towers: Mapping[str, str]) -> None:
             "give another --workdir, or the same fields"
         )
     runner.write_json(path, resolved)
+
+
+def claim_pictures(labels: Mapping[str, Any], workdir: Path) -> None:
+    """Writes labels.json, after a check that a run there began with the same pictures.
+
+    Raises:
+      UserError: it began with others, or the file is damaged.
+    """
+    path = workdir / "labels.json"
+    if path.exists() and checkpoint.steps(workdir / "checkpoints/last"):
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))["ids"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: damaged ({error!r}); give another --workdir") from error
+        if before != labels["ids"]:
+            common = len(set(before) & set(labels["ids"]))
+            raise UserError(
+                f"{path}: this run began with {len(before)} labelled pictures; the data now has "
+                f"{len(labels['ids'])}, of which {common} are the same; give another --workdir, "
+                "or the same data"
+            )
+    runner.write_json(path, labels)
 
 
 def _weights_there(path: Path, name: str) -> str:

@@ -23,7 +23,7 @@ def base() -> ConfigDict:
     config.optim = _optim()
     config.parallel = _parallel()
     config.log_every = 50  # steps
-    config.eval_every = 0  # steps; 0: once an epoch
+    config.eval_every = 0  # steps; 0: once an epoch, or as many as validation has batches
     config.patience = 0  # evaluations without a better validation Dice; 0: no early stop
     config.final_test = True  # evaluate the best checkpoint on the test split at the end
     return config
@@ -172,6 +172,7 @@ def small(config: ConfigDict) -> None:
     config.num_steps = 2500
     config.optim.learning_rate = 1e-3
     config.optim.warmup_steps = 100
+    config.views.vertical_flip = 0.0  # no sentence follows it
     config.views.affine = 1.0
     config.views.rotation, config.views.translation = 20.0, 0.1
     config.views.scale_low, config.views.scale_high = 0.8, 1.2

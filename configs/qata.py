@@ -17,7 +17,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config = common.base()
     config.name = "qata"
     config.data.name = "qata_cov19"
-    return common.finish(config, variant, {"cxr_bert": _cxr_bert, "small": _small})
+    return common.finish(config, variant, {"cxr_bert": _cxr_bert})
 
 
 def _cxr_bert(config: ConfigDict) -> None:
@@ -27,9 +27,3 @@ def _cxr_bert(config: ConfigDict) -> None:
     """
     config.model.text.encoder = "bert"
     config.model.text.weights = "weights/cxr_bert"
-
-
-def _small(config: ConfigDict) -> None:
-    common.small(config)
-    # A chest X-ray is never upside down; a short run has no time to learn it.
-    config.views.vertical_flip = 0.0

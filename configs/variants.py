@@ -28,8 +28,7 @@ def full(config: ConfigDict) -> None:
     config.views.strong.contrast = 0.3
     config.views.strong.elastic = 0.01
     config.views.strong.cutmix = 0.5
-    config.optim.warmup_steps = config.optim.warmup_steps or 1000  # a page's own stands
-    config.num_epochs = 200
+    _schedule(config)
 
 
 def semi(config: ConfigDict) -> None:
@@ -96,6 +95,13 @@ def _plain(config: ConfigDict) -> None:
     config.model.bmf.levels = ""
     config.loss.gen = config.loss.iac = config.loss.cycle = 0.0
     _weak_views(config)
+    _schedule(config)
+
+
+def _schedule(config: ConfigDict) -> None:
+    """The same for `full` and its rivals, so that they take the same number of steps."""
+    config.optim.warmup_steps = config.optim.warmup_steps or 1000  # a page's own stands
+    config.num_epochs = 200
 
 
 def _weak_views(config: ConfigDict) -> None:

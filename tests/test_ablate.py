@@ -168,7 +168,7 @@ def test_other_fields_than_those_of_the_runs_that_lie_there_are_refused(
         (["--evaluate", "--out y"], "unrecognized arguments: --out"),
         (["--evaluate", "--degradations jpg"], "'jpg'; expected all, or some of"),
         (["--at-once", "0"], "at least 1 run"),
-        (["--variants", "unet,semi"], "leaves no training picture"),
+        (["--variants", "semi"], "nothing to run"),
         (["--evaluate", "'"], "expected arguments as in a shell"),
     ],
 )
@@ -191,6 +191,20 @@ def test_shares_of_labels_are_rows_of_their_own(trainings, tmp_path):
         (1.0, "full"),
     ]
     assert "--config.data.label_fraction=0.01" in commands[0]
+
+
+def test_what_learns_from_unlabelled_pictures_is_left_out_where_there_are_none(
+    trainings, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(SCORES, "semi", {0: 0.6})
+    start(tmp_path, "--variants", "unet,semi", "--label-fractions", "0.01,1")
+    assert "semi/labels_1.0/seed_0: left out" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]
+    assert [(row["label_fraction"], row["variant"]) for row in rows] == [
+        (0.01, "unet"),
+        (0.01, "semi"),
+        (1.0, "unet"),
+    ]
 
 
 def test_evaluations_are_asked_of_every_run_once_and_join_its_row(trainings, tmp_path, capsys):

@@ -15,10 +15,10 @@ def configured(variant="smoke", *overrides):
     return cli.load_config(f"default:{variant}", [f"--config.{field}" for field in overrides])
 
 
-def build(config, num_labelled=32):
+def build(config, num_labelled=32, num_val=0):
     texts = {"train": ["lower left lung"]}
     spoken = sentences.read(config.model.text.to_dict(), texts, None)
-    return program.build(config, num_labelled, spoken)
+    return program.build(config, num_labelled, spoken, num_val=num_val)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +114,9 @@ def test_a_run_s_length_is_counted_in_labelled_pictures(monkeypatch):
     assert (half.num_steps, half.eval_every, half.labelled_rows) == (24, 8, 4)
     few = build(configured("smoke,semi", *fields), 3)
     assert (few.num_steps, few.eval_every) == (3, 1)
+    # Validation takes a pass a batch: it is not to take more of the time than training does.
+    assert build(configured("smoke,semi", *fields), 3, num_val=160).eval_every == 20
+    assert build(configured("smoke,full", *fields), 33, num_val=16).eval_every == 4
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,20 @@ def test_another_configuration_may_not_go_on_in_the_same_place(smoke_config, tmp
         train.claim(smoke_config, tmp_path, {})
 
 
+def test_other_pictures_may_not_go_on_in_the_same_place(tmp_path):
+    train.claim_pictures({"ids": ["a", "b"]}, tmp_path)
+    train.claim_pictures({"ids": ["a", "c"]}, tmp_path)  # nothing was trained yet
+    (tmp_path / "checkpoints/last/4").mkdir(parents=True)
+    (tmp_path / "checkpoints/last/4.sha256.json").write_text("{}")
+    train.claim_pictures({"ids": ["a", "c"]}, tmp_path)
+    with pytest.raises(UserError, match=r"began with 2 labelled pictures; .* has 3, of which 1"):
+        train.claim_pictures({"ids": ["a", "d", "e"]}, tmp_path)
+    assert json.loads((tmp_path / "labels.json").read_text()) == {"ids": ["a", "c"]}
+    (tmp_path / "labels.json").write_text("{}")
+    with pytest.raises(UserError, match=r"labels.json: damaged \(KeyError\('ids'\)\)"):
+        train.claim_pictures({"ids": ["a", "c"]}, tmp_path)
+
+
 @pytest.mark.slow
 def test_a_start_that_failed_does_not_hold_its_place(smoke_config, tmp_path):
     with smoke_config.unlocked():

@@ -69,12 +69,17 @@ class Recipe(NamedTuple):
         return self.segment_strong or self.on("iac") or self.learns_from_teacher
 
     @property
-    def needs_teacher(self) -> bool:
-        """Whether the weak view is passed once more, or only here, without gradient."""
+    def needs_weak_pass(self) -> bool:
+        """Whether the weak view is passed without gradient, to teach or for its statistics."""
         if self.one_view:
             asked = self.on("iac") or self.learns_from_teacher
             return asked or not self.strong_statistics
         return self.ema_teacher and self.learns_from_teacher
+
+    @property
+    def has_statistics_of_average(self) -> bool:
+        """Whether the running statistics are of passes with the averaged parameters."""
+        return self.one_view and self.ema_teacher and not self.strong_statistics
 
     def on(self, name: str) -> bool:
         """Whether a part of the loss has a weight."""
@@ -149,7 +154,7 @@ class Example(NamedTuple):
     Attributes:
       image, mask: (B, H, W, 3) and (B, H, W, 1) in [0, 1].
       text: the sentence's fields, see `models.biclip.text_inputs`.
-      whole_text: the same before any was dropped: what the teacher reads.
+      whole_text: the same before any was dropped: what a pass without gradient reads.
       labelled: (B,) 1 where the mask counts, else 0.
     """
 
@@ -200,11 +205,12 @@ def objective(
     passes, masks = zip(*shown, strict=True)
     out, batch_stats = in_turn(model, variables, passes, recipe)
     weak_out = teacher = out[0]
-    if recipe.needs_teacher:
-        teacher, weak_stats = teach(model, state, variables, example, weak, geometry_keys, recipe)
-        if recipe.one_view:
-            weak_out = teacher
-            batch_stats = batch_stats if recipe.strong_statistics else weak_stats
+    if recipe.needs_weak_pass:
+        teacher, weak_stats = teach(model, state, variables, example, geometry_keys, recipe)
+        # One view: what has a gradient is a mixture of both, so that this is the weak view's pass.
+        weak_out = teacher if recipe.one_view else weak_out
+        if recipe.one_view and not recipe.strong_statistics:
+            batch_stats = weak_stats
     parts = {"seg": segmentation(out, masks, example.labelled, recipe)}
     parts |= fusion_parts(example, fused, recipe)
     if recipe.on("iac"):
@@ -288,10 +294,10 @@ def strong_view(
 def in_turn(
     model: BiCLIP, variables: Mapping[str, Any], passes: Sequence[View], recipe: Recipe
 ) -> tuple[list[Segmented], Any]:
-    """The weak pass and the strong one, each by its own batch's statistics.
+    """The passes of a step, each by its own batch's statistics.
 
     Returns:
-      What they give, and BatchNorm's running statistics after the weak view or after both.
+      What they give, and BatchNorm's running statistics after the first or after all.
     """
     out, batch_stats = [], variables["batch_stats"]
     for number, view in enumerate(passes):
@@ -368,19 +374,20 @@ def teach(
     state: TrainState,
     variables: Mapping[str, Any],
     example: Example,
-    weak: View,
     geometry_keys: Any,
     recipe: Recipe,
 ) -> tuple[Segmented, Any]:
     """The weak view's answer, without gradient: the averaged model's, or that of the model itself.
+
+    Every sentence is read, those that the learning passes have lost, too.
 
     Returns:
       What it gives by the batch's own statistics, and the running statistics after it.
     """
     if recipe.ema_teacher:
         variables = {**variables, "params": {**state.ema["params"], **state.frozen}}
-        fused = model.apply(variables, example.image, **example.whole_text, method=model.fuse)
-        weak, _ = weak_view(example, fused, geometry_keys, recipe)
+    fused = model.apply(variables, example.image, **example.whole_text, method=model.fuse)
+    weak, _ = weak_view(example, fused, geometry_keys, recipe)
     (out,), batch_stats = in_turn(model, variables, [weak], recipe)
     return jax.lax.stop_gradient((out, batch_stats))
 

@@ -15,15 +15,15 @@ def make_schedule(
     """Linear warm-up over `warmup_steps`, then one cosine to `final_learning_rate`.
 
     Args:
-      config: fields learning_rate, final_learning_rate, warmup_steps, and rate_moves: "step", or
-        "epoch", where an epoch's steps all have the rate of its first.
+      config: fields learning_rate, final_learning_rate, warmup_steps (cut to a quarter of the run),
+        and rate_moves: "step", or "epoch", where an epoch's steps all have the rate of its first.
       num_steps: length of the run, where the cosine ends.
       steps_per_epoch: for rate_moves "epoch".
 
     Returns:
       step -> learning rate.
     """
-    warmup = min(config["warmup_steps"], max(num_steps - 1, 0))
+    warmup = min(config["warmup_steps"], num_steps // 4)
     rate, final = config["learning_rate"], config["final_learning_rate"]
     floor = final / rate if rate else 0.0
     schedule = optax.cosine_decay_schedule(rate, max(num_steps - warmup, 1), floor)

@@ -33,6 +33,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     accumulate: int = 1,
     ema_decay: float = 0.0,
+    average_statistics: bool = True,
     axis_name: str | None = None,
     shares: int = 1,
 ) -> tuple[TrainState, dict[str, tuple[Array, Array]]]:
@@ -50,6 +51,8 @@ def train_step(
       accumulate: the gradient is the mean over this many parts taken in turn.
       ema_decay: of the moving averages, where the state keeps them; the first steps
         average over fewer, min(decay, (1 + step) / (10 + step)).
+      average_statistics: false where the objective's batch statistics are those of the averaged
+        parameters already.
       axis_name: device axis; None runs the global batch under plain jit.
       shares: devices whose rows lie in the batch one after the other: a part has some of each,
         the rows that it would have with an axis name.
@@ -73,7 +76,7 @@ def train_step(
         opt_state=opt_state,
     )
     if state.ema is not None:
-        moved = dataclasses.replace(moved, ema=_average(moved, ema_decay))
+        moved = dataclasses.replace(moved, ema=_average(moved, ema_decay, average_statistics))
     new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
     new_state = dataclasses.replace(
         new_state, step=state.step + 1, skipped=state.skipped + (1 - finite.astype(jnp.int32))
@@ -164,12 +167,13 @@ def mean_metrics(
     return {**means, "skipped": len(window) - len(taken)}
 
 
-def _average(state, decay):
+def _average(state, decay, statistics):
     """The averages after a step; BatchNorm's statistics are averaged like the parameters."""
     step = state.step.astype(jnp.float32)
     decay = jnp.minimum(decay, (1 + step) / (10 + step))
     latest = {"params": state.params, "batch_stats": state.batch_stats}
-    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, latest)
+    averaged = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, latest)
+    return averaged if statistics else {**averaged, "batch_stats": state.batch_stats}
 
 
 def _gradient(state, batch, keys, objective, accumulate, shares):

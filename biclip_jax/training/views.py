@@ -18,9 +18,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 BLUR_TAPS = 5
 ELASTIC_GRID = 7  # control points of the elastic deformation, each way
-BOX_STREAM, ELASTIC_STREAM, VALUES_STREAM = 1, 2, 3  # of a strong view's key; itself: the light
-DRAW_STREAM = 5  # of a strong view's key, too
-LIGHT_STREAM = 4  # of the geometry's key
+# Numbers of random streams; those under 16 are taken by `split`, whose keys are folded in likewise.
+BOX_STREAM, ELASTIC_STREAM, VALUES_STREAM, DRAW_STREAM = range(16, 20)  # of a strong view's key
+LIGHT_STREAM = 16  # of the geometry's key
 CUTMIX_AREA = (0.1, 0.5)  # of the picture: a larger box is the partner's smaller one
 
 

@@ -26,9 +26,10 @@ def test_warmup_rises_linearly_then_the_cosine_takes_the_rest():
     assert float(schedule(110)) == pytest.approx(0, abs=1e-7)
 
 
-def test_a_warmup_longer_than_the_run_is_cut():
-    schedule = optim.make_schedule({**SCHEDULE, "learning_rate": 1.0, "warmup_steps": 100}, 4)
-    assert float(schedule(3)) == pytest.approx(1.0)
+def test_a_warmup_takes_a_quarter_of_the_run_at_most():
+    schedule = optim.make_schedule({**SCHEDULE, "learning_rate": 1.0, "warmup_steps": 100}, 40)
+    assert [float(schedule(s)) for s in (0, 5, 10)] == pytest.approx([0, 0.5, 1])
+    assert float(schedule(25)) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 37, 99])

@@ -21,7 +21,7 @@ def quadratic(params, state, batch, keys):
     return value.mean(), ({"seen": state.batch_stats["seen"] + batch["x"].sum()}, {"loss": value})
 
 
-def run(values, decay):
+def run(values, decay, **options):
     """The states after each step of SGD with rate 0.5: w becomes the batch's mean."""
     sgd = optax.sgd(0.5)
     state = train_state.create(variables(), sgd, ["tower"], average=decay > 0)
@@ -29,7 +29,13 @@ def run(values, decay):
     for x in values:
         batch = {"x": jnp.array([x, x]), "row": jnp.arange(2, dtype=jnp.int32)}
         state, _ = steps.train_step(
-            state, batch, jax.random.key(0), objective=quadratic, optimizer=sgd, ema_decay=decay
+            state,
+            batch,
+            jax.random.key(0),
+            objective=quadratic,
+            optimizer=sgd,
+            ema_decay=decay,
+            **options,
         )
         states.append(state)
     return states
@@ -46,6 +52,13 @@ def test_averages_are_the_formula_over_three_steps():
     assert float(last.ema["params"]["w"]) == pytest.approx(w, rel=1e-6)
     assert float(last.ema["batch_stats"]["seen"]) == pytest.approx(seen, rel=1e-6)
     assert "tower" not in last.ema["params"]
+
+
+def test_statistics_that_are_the_average_s_own_are_not_averaged_again():
+    states = run([2.0, 3.0], 0.2, average_statistics=False)
+    assert float(states[-1].ema["batch_stats"]["seen"]) == 10.0
+    averaged = run([2.0, 3.0], 0.2)[-1]
+    assert float(states[-1].ema["params"]["w"]) == float(averaged.ema["params"]["w"])
 
 
 def test_a_skipped_step_leaves_the_averages():
