@@ -82,12 +82,13 @@ def open_splits(
     Raises:
       DataError: a split is missing.
     """
-    opened: dict[str, Sequence[Record]] = {
-        split: builders.open_split(prepared, split) for split in names
-    }
-    if "train" in opened and config["label_fraction"] != 1:
-        rows, _ = _shares(opened["train"], config)
-        opened["train"] = [opened["train"][row] for row in rows]
+    opened: dict[str, Sequence[Record]] = {}
+    for split in names:
+        records = builders.open_split(prepared, split)
+        opened[split] = records
+        if split == "train" and config["label_fraction"] != 1:
+            labelled, _ = _shares(records.ids(), config)
+            opened[split] = [records[row] for row in labelled]
     return {split: _as_configured(records, config) for split, records in opened.items()}
 
 
@@ -110,7 +111,7 @@ def open_unlabelled(prepared: Path, config: Mapping[str, Any], image_size: int) 
         records = builders.open_split(prepare(other, image_size, labelled=False), "train")
         return _as_configured(records, config)
     train = builders.open_split(prepared, "train")
-    _, rest = _shares(train, config)
+    _, rest = _shares(train.ids(), config)
     if not rest:
         raise UserError(
             f"--config.data.unlabelled: 'rest', but data.label_fraction "
@@ -134,9 +135,8 @@ def joined(labelled: Sequence[Record], unlabelled: Sequence[Record]) -> Sequence
     ]
 
 
-def _shares(train: Sequence[Record], config: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+def _shares(ids: Sequence[str], config: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     """Rows with labels and rows without."""
-    ids = [record["id"] for record in train]
     rows = subsets.labelled(ids, config["label_fraction"], config["label_seed"])
     return rows, sorted(set(range(len(ids))) - set(rows))
 

@@ -63,6 +63,10 @@ class PreparedSplit(Sequence[Record]):
             raise IndexError(f"index {index} of a split of {len(self)}")
         return records.decode(self.source[index % len(self)])
 
+    def ids(self) -> list[str]:
+        """All ids; no picture is decoded."""
+        return [self.source[index]["id"].decode() for index in range(len(self))]
+
 
 def open_split(path: str | os.PathLike[str], split: Split) -> PreparedSplit:
     """Opens a split of a folder that `prepare` returned, or of one file; the source is not needed.
