@@ -158,6 +158,7 @@ AT_LEAST = {
     "views.brightness": 0,
     "views.contrast": 0,
     "data.resident_steps": 1,
+    "data.composed": 0,
     "data.unlabelled_ratio": 0,
     "model.num_levels": 1,
     "model.num_layers": 1,

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from biclip_jax import cli, feeding, inference, parallel, sentences
 from biclip_jax.assembly import stream
-from biclip_jax.data import pipeline, subsets
+from biclip_jax.data import halves, pipeline, subsets
 from biclip_jax.errors import UserError
 from biclip_jax.evaluation import reporting, runner
 from biclip_jax.models import ensemble
@@ -55,6 +55,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         prepared = pipeline.prepare(data, config.model.image_size)
         splits = pipeline.open_splits(prepared, data)
         claim_pictures(subsets.report(r["id"] for r in splits["train"]), workdir)
+        splits["train"] = halves.with_composed(splits["train"], data["composed"], config.seed)
         num_labelled = len(splits["train"])
         unlabelled = pipeline.open_unlabelled(prepared, data, config.model.image_size)
         splits["train"] = pipeline.joined(splits["train"], unlabelled)

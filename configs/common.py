@@ -45,6 +45,7 @@ def _data() -> ConfigDict:
     data.sentences = "right"  # "missing" trains and evaluates with empty sentences
     data.label_fraction = 1.0  # share of the training pictures, in whole patients
     data.label_seed = 0  # of the order in which patients join the share
+    data.composed = 0  # pictures of two halves for each labelled one, see data/halves.py
     data.unlabelled = ""  # trained on without masks: rest (of the pictures), or a folder
     data.unlabelled_ratio = 1.0  # unlabelled pictures for each labelled one of a batch
     data.num_examples = ConfigDict({"train": 0, "val": 0, "test": 0})  # synthetic only
