@@ -79,9 +79,12 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     extra = _facts(args, config, job)
     if args.source and not args.output:
         earlier.check_pictures(job.folder, extra)
+    trained = None
     if args.baselines:
         train, val = job.splits["train"], job.splits["val"]
         extra["baselines"] = runner.image_free_results(train, val, job.records)
+        # Another data set's training pictures are not what the model was trained on.
+        trained = None if args.source else {one["text"] for one in conditions.spoken(train)}
     columns: dict[str, list[float]] = {}
     if args.surface:
         columns = surface.per_image(job.predict, job.encode, job.records, args.batch_size)
@@ -97,6 +100,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         before=earlier.read(job.folder, extra),
         split=job.splits[args.split],
         columns=columns,
+        trained=trained,
     )
     if job.members:
         outcome |= runner.evaluate_members(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,7 @@ def evaluate(
     before: Mapping[str, Any] | None = None,
     split: Sequence[Record] | None = None,
     columns: Mapping[str, Sequence[float]] | None = None,
+    trained: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Evaluates a split; writes results.json, per_image.csv, overlays.png and uncertainty.png.
 
@@ -95,6 +96,7 @@ def evaluate(
       before: what `earlier.read` found; what it has and this call does not make stays.
       split: the whole one, where `records` are a subset of it.
       columns: more for per_image.csv, a value a picture.
+      trained: the sentences of the training, see `results`; None: not known.
 
     Returns:
       What results.json holds; "left_out" names conditions that the split has not.
@@ -104,7 +106,7 @@ def evaluate(
         predict, encode, records, batch_size=batch_size, conditions=conditions, split=split
     )
     left_out = [name for name in conditions if name not in found]
-    outcome = {**(extra or {}), **results(found, records), "left_out": left_out}
+    outcome = {**(extra or {}), **results(found, records, trained), "left_out": left_out}
     lines = per_image_rows(found, records)
     for name, values in (columns or {}).items():
         lines = [{**line, name: value} for line, value in zip(lines, values, strict=True)]
@@ -322,12 +324,17 @@ def degradation_results(
     return {**scores, "mean": {key: float(np.mean([cell[key] for cell in flat])) for key in keys}}
 
 
-def results(found: Mapping[str, metrics.Overlap], records: Sequence[Record]) -> dict[str, Any]:
+def results(
+    found: Mapping[str, metrics.Overlap],
+    records: Sequence[Record],
+    trained: Collection[str] | None = None,
+) -> dict[str, Any]:
     """Scores and intervals of each condition, as results.json holds them.
 
     `mirrored_changed` and `right_where_mirrored_changes` are the images whose
     sentence mirroring changes: the symmetric ones cannot tell anything. Where
-    only some images have a condition, `right_where_NAME` is of these.
+    only some images have a condition, `right_where_NAME` is of these, and
+    `right_where_sentence_is_new` of those whose sentence is not among the `trained` ones.
     """
     found = dict(found)
     spoken = text_conditions.spoken(records)
@@ -339,6 +346,10 @@ def results(found: Mapping[str, metrics.Overlap], records: Sequence[Record]) -> 
     if "mirrored" in found and changed.any():
         found["mirrored_changed"] = metrics.take(found["mirrored"], changed)
         found["right_where_mirrored_changes"] = metrics.take(found["right"], changed)
+    if trained is not None:
+        new = np.array([one["text"] not in trained for one in spoken])
+        if new.any():
+            found["right_where_sentence_is_new"] = metrics.take(found["right"], new)
     scores = {name: _with_intervals(counts) for name, counts in found.items()}
     return {
         "size": "each mask's own size, probabilities resized bilinearly",

@@ -191,6 +191,22 @@ def test_results_report_mirrored_images_that_change_apart():
     assert low <= scores["right"]["dice_mean"] <= high
 
 
+def test_pictures_whose_sentence_was_not_trained_on_are_scored_apart():
+    counts = runner.evaluate_conditions(
+        predict, encode, RECORDS, batch_size=4, conditions=["right"]
+    )
+    trained = {LEFT}
+    new = np.array([record["text"] not in trained for record in RECORDS])
+    assert 0 < new.sum() < len(new)
+    found = runner.results(counts, RECORDS, trained)["conditions"]["right_where_sentence_is_new"]
+    assert found["num_images"] == new.sum()
+    own = metrics.summarize(metrics.take(counts["right"], new))
+    assert found["dice_global"] == own["dice_global"]
+    every = {record["text"] for record in RECORDS}
+    for known in (None, every):
+        assert list(runner.results(counts, RECORDS, known)["conditions"]) == ["right"]
+
+
 def test_evaluate_writes_numbers_lines_and_pictures_that_agree(tmp_path):
     outcome = runner.evaluate(
         predict,
