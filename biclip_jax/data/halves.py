@@ -65,13 +65,10 @@ def sentence_of(left: Half | None, right: Half | None) -> str:
 def with_composed(records: Sequence[Record], times: int, seed: int) -> Sequence[Record]:
     """The records `times` over, and as many composed ones of each: half of what training meets.
 
-    Halves are of the pictures or of their mirror images, by chance, so that what was seen on one
-    side is met on the other.
-
     Args:
       records: labelled.
       times: 0 changes nothing.
-      seed: of partners and mirror images, drawn anew each time.
+      seed: of the partners, drawn anew each time.
 
     Raises:
       UserError: not even two sentences are of the wording.
@@ -86,26 +83,13 @@ def with_composed(records: Sequence[Record], times: int, seed: int) -> Sequence[
             "'Bilateral pulmonary infection, two infected areas, lower left lung and upper right "
             "lung.', and two make a picture; set it to 0"
         )
-    mirrored = [(_mirror(one), (right, left)) for one, (left, right) in known]
     rng, made = np.random.default_rng(seed), []
     for _ in range(times):
         for i, j in enumerate(rng.permutation(len(known))):
-            first, (left, _) = (known, mirrored)[rng.integers(2)][i]
-            second, (_, right) = (known, mirrored)[rng.integers(2)][j]
+            (first, (left, _)), (second, (_, right)) = known[i], known[j]
             if i != j and (left or right):
                 made.append(_beside(first, second, sentence_of(left, right)))
     return records * times + made
-
-
-def _mirror(record: Record) -> Record:
-    image, mask = record["image"][:, ::-1], record["mask"][:, ::-1]
-    return Record(
-        id=f"~{record['id']}",  # as long as it is half of a composed one
-        image=image,
-        mask=mask,
-        full_mask=mask,
-        text=record["text"],
-    )
 
 
 def _beside(first: Record, second: Record, text: str) -> Record:
