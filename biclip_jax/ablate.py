@@ -74,11 +74,9 @@ def compare(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any
         for variant in args.variants
     ]
     commands = {cell: command_of(cell, args.config, overrides) for cell in cells}
-    for cell, command in list(commands.items()):  # every mistake before the first hour
-        if not check(cell, command):
-            print(f"{cell.workdir}: left out, all pictures have labels")
-            cells.remove(cell)
-            del commands[cell]
+    # Every mistake before the first hour.
+    commands = {cell: command for cell, command in commands.items() if check(cell, command)}
+    cells = list(commands)
     if not cells:
         raise UserError("nothing to run; give --label-fractions below 1, or other --variants")
     root.mkdir(parents=True, exist_ok=True)
@@ -124,7 +122,7 @@ def command_of(cell: Cell, config: str, overrides: Sequence[str]) -> list[str]:
 
 
 def check(cell: Cell, command: Sequence[str]) -> bool:
-    """Whether there is anything to run: not where all labels leave no picture without.
+    """Whether there is anything to run; says so where all labels leave no picture without.
 
     Raises:
       UserError: a run cannot be, or another one lies in its place.
@@ -133,6 +131,7 @@ def check(cell: Cell, command: Sequence[str]) -> bool:
     if not config.final_test:
         raise UserError("--config.final_test: the table is made of the test results; leave it on")
     if config.data.unlabelled == "rest" and cell.fraction == 1:
+        print(f"{cell.workdir}: left out, all pictures have labels")
         return False
     path = cell.workdir / "config.json"
     if not path.exists():
