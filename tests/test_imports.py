@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "biclip_jax"
 CONFIGS = PACKAGE.parent / "configs"
-DOORS = {"train", "evaluate", "predict", "convert", "prepare", "ablate", "report"}
+DOORS = {"train", "evaluate", "predict", "convert", "prepare", "ablate", "report", "generalization"}
 SHARED = {"biclip_jax.errors", "biclip_jax.places"}
 MODELS, DATA, TRAINING = "biclip_jax.models", "biclip_jax.data", "biclip_jax.training"
 EVALUATION, WEIGHTS = "biclip_jax.evaluation", "biclip_jax.weights"

@@ -1,0 +1,143 @@
+"""Tells how runs do on data they were not trained on: in domain, out of domain, and both.
+
+    python -m biclip_jax.evaluate --workdir runs/busi --split test --surface
+    python -m biclip_jax.evaluate --workdir runs/busi --source DIR_OF_BUSUC --surface --no-baselines
+    python -m biclip_jax.generalization runs/busi runs/kvasir --output generalization.json
+
+Reads what `evaluate` left in each run's folder `evaluation`: `test` is in domain (ID), every
+`NAME-test` that `--source` made is out of domain (OOD). Prints one row for each, the means over the
+ID and the OOD rows, and the harmonic mean (HM) of these two, as MedCLIPSeg reports them
+(arXiv 2602.20423).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from biclip_jax import cli
+from biclip_jax.errors import UserError
+from biclip_jax.evaluation import reporting
+
+ID, OOD, HM = "ID", "OOD", "HM"
+# The last two are there where every evaluation had --surface.
+METRICS = ("dice_global", "dice_mean", "dsc", "nsd_2d")
+
+
+def compare(workdirs: Sequence[Path]) -> dict[str, Any]:
+    """The rows of all runs, and their means.
+
+    Args:
+      workdirs: of training runs, each a source of its own.
+
+    Returns:
+      rows: {workdir, trained_on, tested_on, domain, num_images, and each of `METRICS` that all
+      rows have, 0 to 1}; mean: {ID, OOD, HM: {metric: value}}.
+
+    Raises:
+      UserError: a run without a score of its own test split, no score of another data set, or a
+        file that cannot be read.
+    """
+    rows = [row for workdir in workdirs for row in _rows(workdir)]
+    if all(row["domain"] == ID for row in rows):
+        raise UserError(
+            f"{', '.join(map(str, workdirs))}: no scores of other data sets; make them with "
+            f"python -m biclip_jax.evaluate --workdir {workdirs[0]} --source DIR --no-baselines"
+        )
+    metrics = [name for name in METRICS if all(name in row for row in rows)]
+    facts = ("workdir", "trained_on", "tested_on", "domain", "num_images")
+    rows = [{name: row[name] for name in (*facts, *metrics)} for row in rows]
+    return {"rows": rows, "mean": means(rows, metrics)}
+
+
+def means(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The mean over each domain's rows, and the harmonic mean of both.
+
+    Args:
+      rows: of both domains.
+      metrics: that every row has.
+    """
+    mean = {
+        domain: {
+            name: statistics.fmean(row[name] for row in rows if row["domain"] == domain)
+            for name in metrics
+        }
+        for domain in (ID, OOD)
+    }
+    both = {name: statistics.harmonic_mean([mean[ID][name], mean[OOD][name]]) for name in metrics}
+    return {**mean, HM: both}
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The console's table, in percent."""
+    metrics = list(found["mean"][ID])
+
+    def percent(scores: Mapping[str, float]) -> dict[str, str]:
+        return {name: f"{100 * scores[name]:.2f}" for name in metrics}
+
+    lines = [
+        {**{name: str(value) for name, value in row.items()}, **percent(row)}
+        for row in found["rows"]
+    ]
+    for domain, scores in found["mean"].items():
+        summary = "harmonic mean of both" if domain == HM else f"mean, {domain}"
+        lines.append(dict.fromkeys(lines[0], "") | {"trained_on": summary, **percent(scores)})
+    columns = ("trained_on", "tested_on", "domain", "num_images", *metrics)
+    return reporting.format_table(lines, columns)
+
+
+def _rows(workdir: Path) -> list[dict[str, Any]]:
+    folder = workdir / "evaluation"
+    own = folder / "test" / "results.json"
+    if not own.is_file():
+        raise UserError(
+            f"{own}: missing; score the run's own test split first: "
+            f"python -m biclip_jax.evaluate --workdir {workdir} --split test"
+        )
+    trained_on, scores = _read(own)
+    rows = [{"tested_on": trained_on, "domain": ID, **scores}]
+    for path in sorted(folder.glob("*-test/results.json")):
+        tested_on, scores = _read(path)
+        rows.append({"tested_on": tested_on, "domain": OOD, **scores})
+    return [{"workdir": str(workdir), "trained_on": trained_on, **row} for row in rows]
+
+
+def _read(path: Path) -> tuple[str, dict[str, float]]:
+    """The data set's name, and the number of pictures and the scores of the right sentences."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        data, right = results["data"], results["conditions"]["right"]
+        scores = {**right, **results.get("surface", {})}
+        if data == "folder":
+            data = Path(results["config"]["data"]["source"]).name
+        return data, {name: scores[name] for name in ("num_images", *METRICS) if name in scores}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not what evaluate writes ({error}); evaluate again") from error
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    cli.run(_main, argv)
+
+
+def _main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("workdirs", nargs="+", type=Path, help="of training runs, one a source")
+    parser.add_argument("--output", type=Path, help="a JSON file for rows and means")
+    args = parser.parse_args(argv)
+    found = compare(args.workdirs)
+    print(table(found))
+    if args.output:
+        with reporting.written_whole(args.output) as part:
+            part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
