@@ -172,8 +172,10 @@ def work(implementation: str, case: Case, small: bool) -> None:
     if implementation == "jax":
         cli.set_xla_flags()
         cli.keep_memory()
+    # As training does after its first step.
+    settle = cli.give_back_memory if implementation == "jax" else lambda: None
     make = partial(MAKERS[case.name], case, small, implementation)
-    harness.answer(make, partial(peak_mib, implementation))
+    harness.answer(make, partial(peak_mib, implementation), settle)
 
 
 def peak_mib(implementation: str) -> int:

@@ -33,11 +33,14 @@ class Work(NamedTuple):
     flops: float | None = None
 
 
-def answer(make: Callable[[], Work], peak_mib: Callable[[], int]) -> None:
-    """A worker's whole life: builds, makes a first call, then one for each line it is sent."""
+def answer(
+    make: Callable[[], Work], peak_mib: Callable[[], int], settle: Callable[[], None]
+) -> None:
+    """A worker's life: builds, makes a first call, settles, then a call for each line it is sent."""
     work = make()
     built_mib, load = resident_mib(), round(os.getloadavg()[0], 2)
     first_s = seconds_of(work.repeat)
+    settle()
     _say({"first_s": first_s, "built_mib": built_mib, "load": load, "flops": work.flops})
     for _ in sys.stdin:
         _say({"s": seconds_of(work.repeat)})

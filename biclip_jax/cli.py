@@ -25,9 +25,10 @@ from biclip_jax.configs import common
 from biclip_jax.errors import UserError
 
 ACCELERATORS = ("nvidia[0-9]*", "accel*", "kfd", "vfio/[0-9]*")  # under /dev: GPUs, TPUs
-# mallopt's M_ARENA_MAX: one arena; M_MMAP_MAX: no block of its own; M_TRIM_THRESHOLD: give
-# nothing back; M_TOP_PAD: bytes more than are asked for.
-MALLOC_OPTIONS = {-8: 1, -4: 0, -1: 2**31 - 1, -2: 2**26}
+# mallopt's M_ARENA_MAX: one arena; M_MMAP_MAX: no block of its own; M_TRIM_THRESHOLD: -1, give
+# nothing back (the largest integer would be a threshold of 2 GiB); M_TOP_PAD: bytes more than are
+# asked for.
+MALLOC_OPTIONS = {-8: 1, -4: 0, -1: -1, -2: 2**26}
 CACHE_BYTES = 2**30  # of compiled programs; those unused for longest go first
 CPU_CONVOLUTION_FLAG = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
 
@@ -61,19 +62,37 @@ def set_xla_flags() -> None:
 
 
 def keep_memory() -> None:
-    """Has the C library keep freed memory on hosts without an accelerator: a fifth of a train step.
+    """Has the C library keep freed memory on hosts without an accelerator: a third of a train step.
 
     XLA asks for the memory of a step anew at every step: given back to the system in between, all
     its pages come as faults. glibc alone; elsewhere nothing happens.
     """
+    library = _glibc()
+    if library is not None:
+        for option, value in MALLOC_OPTIONS.items():
+            library.mallopt(option, value)
+
+
+def give_back_memory() -> None:
+    """Gives back what `keep_memory` keeps, once; the next step takes its memory anew.
+
+    Between two steps something small may take a place in the memory that was the last one's; the
+    next does not fit there any more, and what is left of it would be kept in vain.
+    """
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+def _glibc() -> Any | None:
+    """The C library, where it is glibc and the host has no accelerator."""
     if any(any(Path("/dev").glob(name)) for name in ACCELERATORS):
-        return
+        return None
     try:
-        set_option = ctypes.CDLL("libc.so.6").mallopt
+        library = ctypes.CDLL("libc.so.6")
+        return library if library.mallopt and library.malloc_trim else None
     except (OSError, AttributeError):
-        return
-    for option, value in MALLOC_OPTIONS.items():
-        set_option(option, value)
+        return None
 
 
 def keep_compiled_programs() -> None:

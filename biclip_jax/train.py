@@ -177,6 +177,8 @@ def loop(
             # One step stays in flight: the device is never idle, the bar and a signal never late.
             jax.block_until_ready(window[max(len(window) - 2, 0)])
             writer.advance(step)
+            if len(window) == 1:  # what compiling, validating and saving left between the steps'
+                cli.give_back_memory()
             logs = step % config.log_every == 0 or step == program.num_steps
             if logs:
                 seconds = time.perf_counter() - since

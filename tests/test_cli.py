@@ -1,6 +1,9 @@
 """Configurations by name, overrides with the nearest name, errors as one sentence."""
 
 import json
+import platform
+import subprocess
+import sys
 
 import pytest
 
@@ -147,22 +150,54 @@ def test_compiled_programs_are_kept_unless_a_folder_is_named(monkeypatch, tmp_pa
             jax.config.update(name, value)
 
 
-def test_memory_is_kept_on_hosts_without_an_accelerator_alone(monkeypatch, tmp_path):
+def test_memory_is_kept_on_hosts_without_an_accelerator_alone(monkeypatch):
     asked = []
 
     class Library:
-        @staticmethod
-        def mallopt(option, value):
-            asked.append((option, value))
+        mallopt = staticmethod(lambda option, value: asked.append((option, value)))
+        malloc_trim = staticmethod(lambda pad: asked.append(("trim", pad)))
 
     monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: Library)
     found = [True]
     monkeypatch.setattr(cli.Path, "glob", lambda *_: found)
     cli.keep_memory()
+    cli.give_back_memory()
     assert asked == []
     monkeypatch.setattr(cli.Path, "glob", lambda *_: [])
     cli.keep_memory()
     assert dict(asked) == cli.MALLOC_OPTIONS
+    cli.give_back_memory()
+    assert asked[-1] == ("trim", 0)
+
+
+KEEPS = """
+import ctypes, resource
+from biclip_jax import cli
+cli.ACCELERATORS = ()
+cli.keep_memory()
+libc = ctypes.CDLL("libc.so.6")
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+size = 5 * 2**29  # above 2 GiB
+def touch():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(size)
+    libc.memset(block, 1, size)
+    libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+first, second = touch(), touch()
+cli.give_back_memory()
+print(first, second, touch())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone")
+def test_memory_of_more_than_two_gibibytes_is_kept_too():
+    said = subprocess.run([sys.executable, "-c", KEEPS], capture_output=True, text=True, check=True)
+    first, kept, given_back = map(int, said.stdout.split())
+    assert kept < first / 100
+    assert given_back > first / 2
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
