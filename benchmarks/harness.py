@@ -36,7 +36,7 @@ class Work(NamedTuple):
 def answer(
     make: Callable[[], Work], peak_mib: Callable[[], int], settle: Callable[[], None]
 ) -> None:
-    """A worker's life: builds, makes a first call, settles, then a call for each line it is sent."""
+    """A worker's life: builds, calls, settles, then one call for each line it is sent."""
     work = make()
     built_mib, load = resident_mib(), round(os.getloadavg()[0], 2)
     first_s = seconds_of(work.repeat)
