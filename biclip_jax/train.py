@@ -159,13 +159,13 @@ def loop(
 ) -> train_state.TrainState:
     """Steps, logs, evaluates and saves until the end, a signal, or no more improvement."""
     key = parallel.replicate(stream(config, "augment"))
-    step = train_state.step_of(state)
+    begun = step = train_state.step_of(state)
     fields = spoken.fields["train"]
-    advance = feeding.open_feed(config.to_dict(), program, splits["train"], fields, step)
+    advance = feeding.open_feed(config.to_dict(), program, splits["train"], fields, begun)
     window: list[Any] = []
     with (
         checkpoint.StopSignal() as stop,
-        writers.Writer(workdir, program.num_steps, step) as writer,
+        writers.Writer(workdir, program.num_steps, begun) as writer,
     ):
         announce(config, program)
         since = time.perf_counter()
@@ -177,8 +177,6 @@ def loop(
             # One step stays in flight: the device is never idle, the bar and a signal never late.
             jax.block_until_ready(window[max(len(window) - 2, 0)])
             writer.advance(step)
-            if len(window) == 1:  # what compiling, validating and saving left between the steps'
-                cli.give_back_memory()
             logs = step % config.log_every == 0 or step == program.num_steps
             if logs:
                 seconds = time.perf_counter() - since
@@ -198,6 +196,8 @@ def loop(
                 host_state = parallel.to_host(train_state.without_frozen(state))
                 if parallel.leads():
                     checkpoint.save(workdir / "checkpoints/last", host_state, progress)
+            if due or step == begun + len(metrics):
+                cli.give_back_memory()  # compiling, validating, saving left holes in the steps'
             since += time.perf_counter() - paused
             if signalled is not None:
                 parallel.meet()
