@@ -92,7 +92,7 @@ def _loss() -> ConfigDict:
     loss.iac = 0.05  # weight of the consistency between views
     loss.cycle = 0.07  # weight of the cycle
     loss.double_sigmoid = False  # true: repeats a slip of the published training code
-    loss.views = "weak"  # that L_seg is taken on: weak, both, or one of both, drawn: less work
+    loss.views = "weak"  # that learn from masks: weak, both; one: strong where there is no mask
     loss.iac_learner = "weak"  # view that gets the gradient of L_IAC: weak, strong, both
     loss.iac_blocks = "decoder_0"  # U-Net blocks compared: decoder_0,decoder_1 ...; decoder
     loss.cycle_distance = "l1"  # l1 or l2

@@ -30,7 +30,7 @@ class Recipe(NamedTuple):
       strong_statistics: whether BatchNorm's running statistics take the strong view, too
         (`published`), or those of pictures as they will be met (`full`).
       segment_strong: whether L_seg is the mean over both views, or the weak view's.
-      one_view: whether each row shows one of both views, drawn, see `draw`.
+      one_view: whether each row shows one of both views, see `show_one`.
       double_sigmoid: see `losses.segmentation_loss`.
       iac_learner: see `losses.consistency_loss`.
       cycle_distance: see `losses.cycle_loss`.
@@ -66,7 +66,8 @@ class Recipe(NamedTuple):
     @property
     def needs_strong_view(self) -> bool:
         """Whether anything is asked of the second pass."""
-        return self.segment_strong or self.on("iac") or self.learns_from_teacher
+        asked = self.on("iac") or self.learns_from_teacher
+        return self.segment_strong or self.one_view or asked
 
     @property
     def needs_weak_pass(self) -> bool:
@@ -110,7 +111,7 @@ def make_recipe(config: Mapping[str, Any], labelled: float = 1.0) -> Recipe:
         light=light,
         strong=strong,
         strong_statistics=strong_statistics,
-        segment_strong=loss["views"] in ("both", "one"),
+        segment_strong=loss["views"] == "both",
         one_view=loss["views"] == "one",
         double_sigmoid=loss["double_sigmoid"],
         iac_learner=loss["iac_learner"],
@@ -134,6 +135,11 @@ def _check(config: Mapping[str, Any], labelled: float) -> None:
         raise ValueError(
             "loss.gen and loss.cycle look at the pseudo-image, and model.pseudo_image is false; "
             "set both to 0"
+        )
+    if loss["views"] == "one" and labelled == 1:
+        raise ValueError(
+            "loss.views=one shows the strong view of unlabelled pictures, and there are none; "
+            "set data.unlabelled, or loss.views to both"
         )
     if loss["views"] == "one" and loss["iac"] > 0 and loss["iac_learner"] != "strong":
         raise ValueError(
@@ -199,9 +205,9 @@ def objective(
     shown = [(weak, mask)]
     if recipe.needs_strong_view:
         shown.append(strong_view(weak, mask, strong_keys, deformation, recipe))
-    share = jnp.ones_like(example.labelled)
+    unlabelled = (1 - example.labelled) / (1 - recipe.labelled) if recipe.labelled < 1 else 0.0
     if recipe.one_view:
-        shown, share = draw(shown, strong_keys, example.labelled)
+        shown = [show_one(shown[0], shown[1], example.labelled)]
     passes, masks = zip(*shown, strict=True)
     out, batch_stats = in_turn(model, variables, passes, recipe)
     weak_out = teacher = out[0]
@@ -214,10 +220,10 @@ def objective(
     parts = {"seg": segmentation(out, masks, example.labelled, recipe)}
     parts |= fusion_parts(example, fused, recipe)
     if recipe.on("iac"):
-        parts["iac"] = share * consistency(weak_out, out[-1], deformation, recipe)
+        part = consistency(weak_out, out[-1], deformation, recipe)
+        parts["iac"] = unlabelled * part if recipe.one_view else part
     if recipe.learns_from_teacher:
         found = teacher_parts(out[-1].logits, teacher.logits, deformation, recipe)
-        unlabelled = (1 - example.labelled) / (1 - recipe.labelled)
         parts |= {name: unlabelled * part for name, part in found.items()}
     ramp = jnp.minimum(state.step / recipe.ramp_steps, 1.0) if recipe.ramp_steps else 1.0
     scale = {"pseudo_labels": ramp, "mean_teacher": ramp}
@@ -348,25 +354,18 @@ def consistency(
     return sum(loss[1:], loss[0]) / len(loss)
 
 
-def draw(
-    shown: Sequence[tuple[View, Array]], strong_keys: Any, labelled: Float[Array, " b"]
-) -> tuple[list[tuple[View, Array]], Float[Array, " b"]]:
-    """One view of each row, half of the work of both.
+def show_one(
+    weak: tuple[View, Array], strong: tuple[View, Array], labelled: Float[Array, " b"]
+) -> tuple[View, Array]:
+    """The weak view of labelled rows and the strong one of the others, half of the work of both.
 
-    Labelled rows show either view by chance, a pair the same one; the others have nothing to learn
-    from but the strong one.
+    As FixMatch has it (arXiv 2001.07685).
 
     Args:
-      shown: the weak and the strong view, with their masks.
-
-    Returns:
-      That view alone, and (B,) what the losses of strong views are multiplied with, so that their
-      expectation is that of both views: 0 for a weak one, else the inverse of its probability.
+      weak, strong: the views, with their masks.
+      labelled: (B,) 1 or 0.
     """
-    is_strong = views.draw_pairs(strong_keys) | (labelled == 0)
-    weak, strong = shown
-    one = jax.tree.map(partial(_choose, is_strong), strong, weak)
-    return [one], is_strong * (1 + labelled)
+    return jax.tree.map(partial(_choose, labelled == 1), weak, strong)
 
 
 def teach(

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 BLUR_TAPS = 5
 ELASTIC_GRID = 7  # control points of the elastic deformation, each way
 # Numbers of random streams; those under 16 are taken by `split`, whose keys are folded in likewise.
-BOX_STREAM, ELASTIC_STREAM, VALUES_STREAM, DRAW_STREAM = range(16, 20)  # of a strong view's key
+BOX_STREAM, ELASTIC_STREAM, VALUES_STREAM = range(16, 19)  # of a strong view's key
 LIGHT_STREAM = 16  # of the geometry's key
 CUTMIX_AREA = (0.1, 0.5)  # of the picture: a larger box is the partner's smaller one
 
@@ -130,12 +130,6 @@ def relight(
         return jnp.clip(changed, 0.0, 1.0)
 
     return jax.vmap(one)(keys, images)
-
-
-def draw_pairs(keys: Key[Array, " b"]) -> Bool[Array, " b"]:
-    """True or false with the same probability, for each pair of rows alike."""
-    firsts = jax.vmap(jax.random.fold_in, (0, None))(keys[::2], DRAW_STREAM)
-    return jnp.repeat(jax.vmap(jax.random.bernoulli)(firsts), 2)[: len(keys)]
 
 
 def random_deformation(

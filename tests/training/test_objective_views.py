@@ -1,4 +1,4 @@
-"""What the objective's views are: the light of both, and one of them drawn for each row."""
+"""What the objective's views are: the light of both, and one of them for each row."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ from tests.training.plain import (
     plain_batch,
     plain_state,
     recipe,
-    strong_keys,
     values_of,
 )
 
@@ -37,37 +36,25 @@ def test_the_light_changes_before_the_fusion_where_geometry_does_and_after_it_ot
 
 
 def test_of_one_view_each_row_has_what_that_view_has_with_both():
-    both, weak = values_of(recipe(PARTS)), values_of(recipe(segment_strong=False))
-    one = values_of(recipe(PARTS, one_view=True))
-    strong_seg = 2 * both["loss_seg"] - weak["loss_seg"]
-    drawn = np.asarray(views.draw_pairs(strong_keys()))
-    shown = np.where(drawn, strong_seg, weak["loss_seg"])
-    np.testing.assert_allclose(one["loss_seg"], shown, rtol=1e-5, atol=1e-6)
-    # Of a labelled row's strong view, which is there half of the time, the losses count twice.
-    share = np.where(LABELLED, 2 * drawn, 1)
+    both = values_of(recipe(PARTS))
+    weak = values_of(recipe(PARTS, segment_strong=False))
+    one = values_of(recipe(PARTS, segment_strong=False, one_view=True))
+    np.testing.assert_allclose(one["loss_seg"], weak["loss_seg"], rtol=1e-5, atol=1e-6)
+    # The consistency is meaned over the half that shows the strong view.
+    share = np.where(LABELLED, 0, 2)
     np.testing.assert_allclose(one["loss_iac"], share * both["loss_iac"], rtol=1e-4, atol=1e-7)
     for name in ("loss_pseudo_labels", "loss_mean_teacher", "loss_gen", "loss_cycle"):
         np.testing.assert_allclose(one[name], both[name], rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("drawn", [False, True])
-def test_labelled_rows_show_what_is_drawn_and_unlabelled_ones_the_strong_view(monkeypatch, drawn):
-    monkeypatch.setattr(views, "draw_pairs", lambda keys: jnp.full(len(keys), drawn))
+def test_labelled_rows_show_the_weak_view_and_unlabelled_ones_the_strong_view():
     pair = [(View(jnp.full((NUM, 1), x), None, jnp.full((NUM, 2), x)), x) for x in (3.0, 4.0)]
     pair = [(view, jnp.full((NUM, 1), mask)) for view, mask in pair]
-    ((view, mask),), share = objective.draw(pair, strong_keys(), jnp.asarray(LABELLED, jnp.float32))
-    expected = np.where(LABELLED & ~np.array(drawn), 3.0, 4.0)
+    view, mask = objective.show_one(*pair, jnp.asarray(LABELLED, jnp.float32))
+    expected = np.where(LABELLED, 3.0, 4.0)
     for found in (view.image[:, 0], view.text[:, 1], mask[:, 0]):
         np.testing.assert_array_equal(found, expected)
     assert view.pseudo_image is None
-    np.testing.assert_array_equal(share, np.where(LABELLED, 2 * drawn, 1))
-
-
-def test_pairs_are_drawn_together_and_half_of_them():
-    drawn = np.asarray(views.draw_pairs(jax.random.split(jax.random.key(0), 2001)))
-    assert drawn.shape == (2001,)
-    np.testing.assert_array_equal(drawn[:-1:2], drawn[1::2])
-    assert drawn.mean() == pytest.approx(0.5, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -139,11 +126,13 @@ def test_running_statistics_are_of_the_shown_rows_or_of_the_weak_view(strong_sta
     assert (float(stats["seen"]) == pytest.approx(weak, rel=1e-6)) == (expected == "weak")
 
 
-def test_one_view_wants_the_strong_one_to_learn():
+def test_one_view_wants_unlabelled_pictures_and_the_strong_one_to_learn():
     field = "--config.loss.views=one"
     config = cli.load_config("default:smoke,full", [field]).to_dict()
-    made = objective.make_recipe(config)
-    assert made.one_view and made.segment_strong and made.needs_weak_pass
+    made = objective.make_recipe(config, labelled=0.5)
+    assert made.one_view and not made.segment_strong and made.needs_weak_pass
+    with pytest.raises(ValueError, match=r"set data\.unlabelled, or loss\.views to both"):
+        objective.make_recipe(config)
     config["loss"]["iac_learner"] = "both"
     with pytest.raises(ValueError, match=r"set loss\.iac_learner to strong"):
-        objective.make_recipe(config)
+        objective.make_recipe(config, labelled=0.5)
