@@ -276,7 +276,12 @@ def _built(config: Mapping[str, Any], tower: sentences.TextTower | None) -> nn.M
 
 
 def load(path: str | Path) -> Predictor:
-    """A `Predictor` from a run's work directory or a model folder; errors as `load_model`.
+    """A `Predictor` from a run's work directory or a model folder; errors as `load_segmenter`."""
+    return Predictor(*load_segmenter(path))
+
+
+def load_segmenter(path: str | Path) -> tuple[nn.Module, dict[str, Any], Processor]:
+    """`load_model` of a run's work directory or a model folder alone.
 
     Raises:
       UserError: also for a converted tower, which does not segment.
@@ -287,7 +292,7 @@ def load(path: str | Path) -> Predictor:
             f"{path}: holds {type(model).__name__}, which does not segment pictures; give the "
             "workdir of a run, or open it with biclip_jax.load_model"
         )
-    return Predictor(model, variables, processor)
+    return model, variables, processor
 
 
 def model_path(path: str | Path) -> Path:

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from biclip_jax import cli, feeding, inference, parallel, sentences
+from biclip_jax import cli, feeding, inference, parallel, sentences, teaching
 from biclip_jax.assembly import stream
 from biclip_jax.data import halves, pipeline, subsets
 from biclip_jax.errors import UserError
@@ -58,6 +58,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         splits["train"] = halves.with_composed(splits["train"], data["composed"], config.seed)
         num_labelled = len(splits["train"])
         unlabelled = pipeline.open_unlabelled(prepared, data, config.model.image_size)
+        unlabelled = teaching.with_masks(unlabelled, config, workdir)
         splits["train"] = pipeline.joined(splits["train"], unlabelled)
         texts = {split: [record["text"] for record in splits[split]] for split in ("train", "val")}
         spoken = family.read_sentences(config, texts, towers, prepared, print)

@@ -45,6 +45,7 @@ ALLOWED = {
         "biclip_jax.medclipseg_towers",
     },
     "program.py": {TRAINING, EVALUATION, MODELS, PARALLEL, SENTENCES, *PROGRAMS},
+    "teaching.py": {*(TRAINING, DATA, EVALUATION, PARALLEL, SENTENCES), "biclip_jax.inference"},
     "feeding.py": {DATA, PARALLEL, "biclip_jax.program"},
     "parallel.py": set(),
     "errors.py": set(),

@@ -93,7 +93,7 @@ def open_splits(
 
 
 def open_unlabelled(prepared: Path, config: Mapping[str, Any], image_size: int) -> Sequence[Record]:
-    """The pictures that are trained on without their masks; see `data.unlabelled`.
+    """The pictures that are trained on without their masks, which are empty; `data.unlabelled`.
 
     Args:
       prepared, image_size: what `prepare` returned and was given.
@@ -109,7 +109,7 @@ def open_unlabelled(prepared: Path, config: Mapping[str, Any], image_size: int) 
         other = {**config, "name": "folder", "source": config["unlabelled"], "layout": ""}
         other |= {"prompt": "", "percent": 100, "num_examples": {}}
         records = builders.open_split(prepare(other, image_size, labelled=False), "train")
-        return _as_configured(records, config)
+        return _as_configured([_without_mask(record) for record in records], config)
     train = builders.open_split(prepared, "train")
     _, rest = _shares(train.ids(), config)
     if not rest:
@@ -117,7 +117,12 @@ def open_unlabelled(prepared: Path, config: Mapping[str, Any], image_size: int) 
             f"--config.data.unlabelled: 'rest', but data.label_fraction "
             f"{config['label_fraction']} leaves no training picture; lower it"
         )
-    return _as_configured([train[row] for row in rest], config)
+    return _as_configured([_without_mask(train[row]) for row in rest], config)
+
+
+def _without_mask(record: Record) -> Record:
+    empty = {name: np.zeros_like(record[name]) for name in ("mask", "full_mask")}
+    return Record({**record, **empty})
 
 
 def joined(labelled: Sequence[Record], unlabelled: Sequence[Record]) -> Sequence[Record]:
@@ -210,7 +215,7 @@ def train_batches(
     rows: Callable[[int], dict[str, np.ndarray]],
     start: int = 0,
 ) -> Iterator[Batch]:
-    """An endless iterator of `Batch`es, read ahead. Of unlabelled records the masks are left out.
+    """An endless iterator of `Batch`es, read ahead.
 
     Args:
       records: of the split.
@@ -222,8 +227,7 @@ def train_batches(
 
     def read(picked: Mapping[str, np.ndarray]) -> Batch:
         batch = _stack(records, texts, picked["index"], picked["row"])
-        mask = batch["mask"] * picked["labelled"][:, None, None, None]
-        return {**batch, "mask": mask, "labelled": picked["labelled"]}
+        return {**batch, "labelled": picked["labelled"]}
 
     def batch_of(step: int) -> Any:
         picked = rows(step)

@@ -58,7 +58,7 @@ class Batch(TypedDict, total=False):
       has_text: (B,) bool, false where the sentence is empty.
       mirrored_text_ids, mirrored_text_mask, mirrored_text_features, mirrored_has_text:
         the mirrored sentence, likewise.
-      labelled: (B,) bool, false where the mask is not known and therefore empty.
+      labelled: (B,) bool, false where the mask is not known: empty, or the teachers'.
       row: (B,) int32, the row in the global batch; random keys fold it in.
       index: (B,) int32, the row in the split.
       image_hash: (B,) uint32, of the picture's id; damage and samples are drawn from it.

@@ -36,6 +36,7 @@ class Recipe(NamedTuple):
       cycle_distance: see `losses.cycle_loss`.
       text_dropout: probability that an example loses its sentence.
       labelled: share of a batch that has masks.
+      given_masks: whether pseudo-labels are the batch's masks (`data.teachers`), or the teacher's.
       confidence: see `losses.pseudo_label_loss`.
       ramp_steps: until the unlabelled losses have their full weight.
       ema_teacher: whether their targets come from the average of the parameters.
@@ -54,6 +55,7 @@ class Recipe(NamedTuple):
     cycle_distance: str = "l1"
     text_dropout: float = 0.0
     labelled: float = 1.0
+    given_masks: bool = False
     confidence: float = 0.95
     ramp_steps: int = 0
     ema_teacher: bool = False
@@ -61,12 +63,18 @@ class Recipe(NamedTuple):
     @property
     def learns_from_teacher(self) -> bool:
         """Whether the teacher's masks are a target."""
+        pseudo_labels = self.on("pseudo_labels") and not self.given_masks
+        return pseudo_labels or self.on("mean_teacher")
+
+    @property
+    def learns_unlabelled(self) -> bool:
+        """Whether unlabelled pictures have a target, the teacher's masks or the given ones."""
         return self.on("pseudo_labels") or self.on("mean_teacher")
 
     @property
     def needs_strong_view(self) -> bool:
         """Whether anything is asked of the second pass."""
-        asked = self.on("iac") or self.learns_from_teacher
+        asked = self.on("iac") or self.learns_unlabelled
         return self.segment_strong or self.one_view or asked
 
     @property
@@ -91,7 +99,7 @@ def make_recipe(config: Mapping[str, Any], labelled: float = 1.0) -> Recipe:
     """The recipe of a resolved configuration.
 
     Args:
-      config: with the fields loss, views, model.text.dropout and optim.ema_decay.
+      config: with the fields loss, views, data.teachers, model.text.dropout and optim.ema_decay.
       labelled: share of a batch that has masks.
 
     Raises:
@@ -118,6 +126,7 @@ def make_recipe(config: Mapping[str, Any], labelled: float = 1.0) -> Recipe:
         cycle_distance=loss["cycle_distance"],
         text_dropout=config["model"]["text"]["dropout"],
         labelled=labelled,
+        given_masks=bool(config["data"]["teachers"]),
         confidence=loss["confidence"],
         ramp_steps=loss["ramp_steps"],
         ema_teacher=config["optim"]["ema_decay"] > 0,
@@ -222,8 +231,9 @@ def objective(
     if recipe.on("iac"):
         part = consistency(weak_out, out[-1], deformation, recipe)
         parts["iac"] = unlabelled * part if recipe.one_view else part
-    if recipe.learns_from_teacher:
-        found = teacher_parts(out[-1].logits, teacher.logits, deformation, recipe)
+    if recipe.learns_unlabelled:
+        probs = taught(teacher.logits, deformation)
+        found = unlabelled_parts(out[-1].logits, masks[-1], probs, recipe)
         parts |= {name: unlabelled * part for name, part in found.items()}
     ramp = jnp.minimum(state.step / recipe.ramp_steps, 1.0) if recipe.ramp_steps else 1.0
     scale = {"pseudo_labels": ramp, "mean_teacher": ramp}
@@ -391,18 +401,30 @@ def teach(
     return jax.lax.stop_gradient((out, batch_stats))
 
 
-def teacher_parts(
+def taught(
+    logits: Float[Array, "b h w 1"], deformation: views.Deformation
+) -> Float[Array, "b h w 1"]:
+    """The teacher's probabilities of the weak view, moved like the strong one; no gradient."""
+    (probs,) = views.deform([jax.lax.stop_gradient(jax.nn.sigmoid(logits))], deformation)
+    return probs
+
+
+def unlabelled_parts(
     logits: Float[Array, "b h w 1"],
-    target_logits: Float[Array, "b h w 1"],
-    deformation: views.Deformation,
+    mask: Float[Array, "b h w 1"],
+    probs: Float[Array, "b h w 1"],
     recipe: Recipe,
 ) -> dict[str, Array]:
-    """The strong view against the teacher's masks of the weak one, moved alike."""
-    probs = jax.lax.stop_gradient(jax.nn.sigmoid(target_logits))
-    (probs,) = views.deform([probs], deformation)
+    """The strong view against the masks it was given, or the teacher's probabilities.
+
+    Args:
+      logits, mask: of the strong view.
+      probs: of the teacher, see `taught`.
+    """
     parts = {}
     if recipe.on("pseudo_labels"):
-        parts["pseudo_labels"] = losses.pseudo_label_loss(logits, probs, recipe.confidence)
+        labels = mask if recipe.given_masks else probs
+        parts["pseudo_labels"] = losses.pseudo_label_loss(logits, labels, recipe.confidence)
     if recipe.on("mean_teacher"):
         parts["mean_teacher"] = losses.squared_error(logits, probs)
     return parts

@@ -105,15 +105,14 @@ def in_turn(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def pick(data: Mapping[str, Array], rows: Mapping[str, Array]) -> dict[str, Array]:
-    """The batch of some rows out of a whole split; masks of unlabelled rows are left out.
+    """The batch of some rows out of a whole split.
 
     Args:
       data: image, mask and sentences of all records, (N, ...) each.
       rows: index, row and labelled, (B,) each, or (K, B) for K members.
     """
     batch = {name: values[rows["index"]] for name, values in data.items()}
-    mask = batch["mask"] * rows["labelled"][..., None, None, None].astype(batch["mask"].dtype)
-    return {**batch, "mask": mask, "row": rows["row"], "labelled": rows["labelled"]}
+    return {**batch, "row": rows["row"], "labelled": rows["labelled"]}
 
 
 def several(step: Callable[..., Any], length: int) -> Callable[..., Any]:

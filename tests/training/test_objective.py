@@ -166,6 +166,24 @@ def strong_logits(params, box):
     return p["image"] * both + p["level"] * text.sum(-1)[:, None, None, None]
 
 
+def test_given_masks_teach_the_unlabelled_rows_in_the_teacher_s_place():
+    """They are moved like the strong view, and nobody passes the weak view to make them."""
+    state, batch, box = plain_state(), plain_batch(NUM), np.asarray(boxes().box)
+    batch = {**batch, "labelled": jnp.arange(NUM) < NUM // 2}
+    made = recipe({"pseudo_labels": 1.0}, ema_teacher=True, given_masks=True)
+    model = Plain()
+    _, values, _ = run(made, state, batch, model)
+    mask = np.asarray(batch["mask"], np.float32)
+    mask = np.where(box, mask[[1, 0, 3, 2]], mask)
+    assert 0 < mask[2:].mean() < 1
+    labels = losses.segmentation_loss(
+        jnp.asarray(strong_logits(state.params, box)), jnp.asarray(mask)
+    )
+    np.testing.assert_allclose(values["loss_pseudo_labels"][2:], 2 * labels[2:], rtol=1e-4)
+    assert not values["loss_pseudo_labels"][:2].any()
+    assert model.num_passes == 2
+
+
 def test_no_gradient_enters_the_teacher():
     """The gradient is that with the teacher's masks as constants: here by finite differences."""
     state, box = plain_state(), np.asarray(boxes().box)

@@ -165,12 +165,12 @@ def test_bfloat16_computes_narrow_and_keeps_parameters_and_statistics_wide():
     assert 0 < np.abs(narrow - wide).max() < 0.1 * float(wide.std()) + 0.05
 
 
-def test_a_batch_is_picked_by_record_and_unlabelled_masks_are_left_out():
-    data = {"image": jnp.arange(6.0), "mask": jnp.ones((6, 1, 1, 1), jnp.uint8)}
+def test_a_batch_is_picked_by_record():
+    data = {"image": jnp.arange(6.0), "mask": jnp.arange(1, 7, dtype=jnp.uint8).reshape(6, 1, 1, 1)}
     rows = {"index": jnp.array([4, 0]), "row": jnp.array([0, 1]), "labelled": jnp.array([1, 0])}
     batch = steps.pick(data, rows)
     assert batch["image"].tolist() == [4.0, 0.0]
-    assert batch["mask"].ravel().tolist() == [1, 0] and batch["mask"].dtype == jnp.uint8
+    assert batch["mask"].ravel().tolist() == [5, 1] and batch["mask"].dtype == jnp.uint8
     assert batch["row"].tolist() == [0, 1] and batch["labelled"].tolist() == [1, 0]
     # Members of an ensemble come first.
     stacked = steps.pick(data, {name: jnp.stack([x, x[::-1]]) for name, x in rows.items()})
