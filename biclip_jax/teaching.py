@@ -58,11 +58,11 @@ def with_masks(records: Sequence[Record], config: ConfigDict, workdir: Path) -> 
 def _kept_or_asked(records, folders, config, path) -> np.ndarray:
     if checkpoint.steps(path.parent / "checkpoints/last"):
         return _read(path, records, config.model.image_size)
-    total = np.float32(0)
+    total = np.zeros((), np.float32)
     for folder in folders:
         print(f"{folder}: answers {len(records)} unlabelled pictures", flush=True)
         total = total + probabilities(Path(folder), records, config)
-    masks = (total / len(folders) >= metrics.THRESHOLD).astype(np.uint8)
+    masks = np.asarray(total / len(folders) >= metrics.THRESHOLD, np.uint8)
     _write(path, records, masks)
     return masks
 

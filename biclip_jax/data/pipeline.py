@@ -121,8 +121,8 @@ def open_unlabelled(prepared: Path, config: Mapping[str, Any], image_size: int) 
 
 
 def _without_mask(record: Record) -> Record:
-    empty = {name: np.zeros_like(record[name]) for name in ("mask", "full_mask")}
-    return Record({**record, **empty})
+    mask, full_mask = np.zeros_like(record["mask"]), np.zeros_like(record["full_mask"])
+    return Record({**record, "mask": mask, "full_mask": full_mask})
 
 
 def joined(labelled: Sequence[Record], unlabelled: Sequence[Record]) -> Sequence[Record]:
