@@ -31,7 +31,7 @@ from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from biclip_jax import cli
+from biclip_jax import cli, places
 from biclip_jax.errors import UserError
 from biclip_jax.evaluation import arguments, reporting, runner
 
@@ -98,7 +98,8 @@ def compare(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any
         },
     }
     runner.write_json(root / "ablation.json", outcome)
-    (root / "ablation.md").write_text(markdown(rows), encoding="utf-8")
+    with places.written_whole(root / "ablation.md") as part:
+        part.write_text(markdown(rows), encoding="utf-8")
     print(table(rows))
     print(f"table  {root / 'ablation.md'}\njson   {root / 'ablation.json'}")
     if failed:

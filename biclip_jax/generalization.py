@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from biclip_jax import cli
+from biclip_jax import cli, places
 from biclip_jax.errors import UserError
 from biclip_jax.evaluation import reporting
 
@@ -135,7 +135,7 @@ def _main(argv: list[str]) -> None:
     found = compare(args.workdirs)
     print(table(found))
     if args.output:
-        with reporting.written_whole(args.output) as part:
+        with places.written_whole(args.output) as part:
             part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,10 +1,13 @@
-"""Where on this machine things are kept from run to run."""
+"""Where on this machine things are kept from run to run, and how files come there whole."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -16,6 +19,23 @@ def cache_dir() -> Path:
 def programs_dir() -> Path:
     """Compiled programs, a folder for each kind of processor: home folders travel."""
     return cache_dir() / "programs" / f"{platform.machine()}-{_instructions()}"
+
+
+@contextlib.contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a place beside `path` to write to, and moves it there where that succeeds.
+
+    Readers see the old file or the whole new one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because a rename is atomic within one file system only.
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _instructions() -> str:

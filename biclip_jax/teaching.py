@@ -6,7 +6,6 @@ the pictures as they are, on views that the teachers never saw.
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from biclip_jax import inference, parallel, sentences
+from biclip_jax import inference, parallel, places, sentences
 from biclip_jax.data import pipeline
 from biclip_jax.data.schema import Record
 from biclip_jax.errors import UserError
@@ -96,9 +95,8 @@ def probabilities(folder: Path, records: Sequence[Record], config: ConfigDict) -
 
 def _write(path: Path, records: Sequence[Record], masks: np.ndarray) -> None:
     ids = np.array([record["id"] for record in records])
-    temporary = path.with_name(f"tmp_{path.name}")
-    np.savez_compressed(temporary, ids=ids, masks=masks)
-    os.replace(temporary, path)
+    with places.written_whole(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, ids=ids, masks=masks)
 
 
 def _read(path: Path, records: Sequence[Record], size: int) -> np.ndarray:

@@ -1,6 +1,8 @@
-"""Folders of the user's cache."""
+"""Folders of the user's cache; files that come to their place whole."""
 
 from pathlib import Path
+
+import pytest
 
 from biclip_jax import places
 
@@ -28,3 +30,16 @@ def test_a_system_that_tells_no_instructions_has_a_folder_too(monkeypatch):
 
     monkeypatch.setattr(Path, "read_text", missing)
     assert places.programs_dir().name.endswith("-unknown")
+
+
+def test_a_file_comes_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new/file.txt"
+    with places.written_whole(path) as part:
+        part.write_text("first")
+        assert not path.exists()
+    assert path.read_text() == "first"
+    with pytest.raises(OSError, match="full"), places.written_whole(path) as part:
+        part.write_text("half")
+        raise OSError("full")
+    assert path.read_text() == "first"
+    assert list(path.parent.iterdir()) == [path]

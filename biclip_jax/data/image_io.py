@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import os
-import secrets
 import struct
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from biclip_jax import places
 from biclip_jax.data import opencv
 from biclip_jax.errors import BadImageError
 
@@ -174,15 +173,9 @@ def decode_png(data: bytes) -> np.ndarray:
 
 def write_png(path: str | os.PathLike[str], array: np.ndarray) -> None:
     """Writes an array that `encode_png` takes; readers see the old file or the whole new one."""
-    path = Path(path)
     data = encode_png(array)
-    # In the same folder, because a rename is atomic within one file system only.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with places.written_whole(path) as part:
+        part.write_bytes(data)
 
 
 def _decode(path: str | os.PathLike[str]) -> tuple[np.ndarray, str]:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from biclip_jax import places
 from biclip_jax.errors import UserError
 from biclip_jax.evaluation import published, reporting
 
@@ -39,7 +40,7 @@ def write_report(workdir: Path, path: Path, version: str) -> Path:
       UserError: no work directory of a run, or a damaged file, named.
     """
     page = render({**contents(workdir), "version": version})
-    with reporting.written_whole(path) as part:
+    with places.written_whole(path) as part:
         part.write_text(page, encoding="utf-8")
     return path
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from biclip_jax.evaluation.calibration import ECE_BINS
-from biclip_jax.evaluation.reporting import written_whole
+from biclip_jax.places import written_whole
 
 BEFORE, AFTER = "#0072B2", "#D55E00"  # Okabe and Ito's
 

@@ -7,16 +7,16 @@ Every file is written beside its place and moved there whole.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from biclip_jax import places
 
 MASK_COLOR = (0, 158, 115)
 PRED_COLOR = (230, 159, 0)
@@ -24,19 +24,6 @@ BANDS = ("best", "median", "worst")
 CASES = 3  # in each band
 COLUMNS, PICTURE, GAP = 3, 256, 14  # cells a line; pixels
 CELL = 2 * PICTURE + GAP
-
-
-@contextlib.contextmanager
-def written_whole(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a place beside `path` to write to, and moves it there where that succeeds."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _outline(region: np.ndarray, thickness: int) -> np.ndarray:
@@ -119,7 +106,7 @@ def overlay_page(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, tit
         for start in range(0, len(cells), COLUMNS):
             blocks.append(_stack(cells[start : start + COLUMNS], 2 * GAP, across=True))
     page = ImageOps.expand(_stack(blocks, 20), 2 * GAP, "white")
-    with written_whole(path) as part:
+    with places.written_whole(path) as part:
         page.save(part, format="PNG")
 
 
@@ -142,7 +129,7 @@ def uncertainty_page(
         label = f"{row['band'].capitalize()} | Dice {_dice(row)} | {row['id']}"
         blocks += [_stack(_tiles(row), GAP, across=True), _text_block(label, width, size=16)]
     page = ImageOps.expand(_stack(blocks, 8), 2 * GAP, "white")
-    with written_whole(path) as part:
+    with places.written_whole(path) as part:
         page.save(part, format="PNG")
 
 
@@ -249,7 +236,7 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike) -
     _plot_scores(scores, [line for line in metrics if line.get("split") == "val"])
     _finish_panel(losses, "Training loss", legend_columns=3)
     _finish_panel(scores, "Validation Dice", legend_columns=1)
-    with written_whole(path) as part:
+    with places.written_whole(path) as part:
         figure.savefig(part, format="png")
 
 
@@ -323,7 +310,7 @@ def plot_degradations(
         axes.grid(alpha=0.3)
         axes.set_title({"dice_global": "Global Dice", "dice_mean": "Mean Dice"}[kind])
     axes.legend(fontsize="small", loc="lower left")
-    with written_whole(path) as part:
+    with places.written_whole(path) as part:
         figure.savefig(part, format="png")
 
 
@@ -350,7 +337,7 @@ def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> Non
       rows: string, number, bool or None per column; numpy scalars are fine.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with written_whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with places.written_whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows([_csv_cell(row.get(key)) for key in columns] for row in rows)

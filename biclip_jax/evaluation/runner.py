@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from biclip_jax import parallel
+from biclip_jax import parallel, places
 from biclip_jax.data import pipeline
 from biclip_jax.data import text as text_lib
 from biclip_jax.data.image_io import resize_probability
@@ -433,9 +432,8 @@ def _page_row(band, predict, encode, record, score, batch_size) -> dict[str, Any
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with places.written_whole(path) as part:
+        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def table_of(scores: Mapping[str, Mapping[str, Any]]) -> str:

@@ -29,6 +29,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from biclip_jax import places
 from biclip_jax.errors import UserError
 from biclip_jax.training.state import TrainState, step_of
 
@@ -240,6 +241,5 @@ def _discard(step: Path) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value))
-    os.replace(temporary, path)
+    with places.written_whole(path) as part:
+        part.write_text(json.dumps(value))

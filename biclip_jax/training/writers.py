@@ -9,6 +9,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from biclip_jax import places
+
 
 class Writer:
     """Writes each measurement once, wherever it is wanted.
@@ -77,7 +79,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _trimmed(path: Path, first_step: int) -> Path:
     """Drops what was written after the checkpoint that the run goes on from."""
     kept = [row for row in read_metrics(path) if row["step"] <= first_step]
-    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    with places.written_whole(path) as part:
+        part.write_text("".join(json.dumps(row) + "\n" for row in kept))
     return path
 
 

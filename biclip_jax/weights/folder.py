@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from biclip_jax import places
 from biclip_jax.errors import UserError
 from biclip_jax.weights import readers
 
@@ -76,18 +77,15 @@ def write_tensors(
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-        save_file(dict(tensors), temporary, dict(metadata or {}))
-        os.chmod(temporary, mode)  # the library makes files that only their owner can read
-        digest = _sha256(temporary)
-        os.replace(temporary, path)
+        with places.written_whole(path) as part:
+            with open(part, "wb") as file:
+                mode = os.fstat(file.fileno()).st_mode
+            save_file(dict(tensors), part, dict(metadata or {}))
+            os.chmod(part, mode)  # the library makes files that only their owner can read
+            digest = _sha256(part)
     except SafetensorError as error:
         raise UserError(f"{path}: cannot be written ({error}); make room on the disk") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return digest
 
 
@@ -246,9 +244,5 @@ def _json(value: Mapping[str, Any]) -> bytes:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with places.written_whole(path) as part:
+        part.write_bytes(data)

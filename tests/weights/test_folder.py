@@ -50,7 +50,7 @@ def test_the_card_names_scores_and_limits(written):
     assert "validation dice_global: 0.8750" in card
     assert "Not a medical device" in card
     assert json.loads((written / "metrics.json").read_text())["validation"]["num_images"] == 4
-    assert not list(written.rglob("*.tmp"))
+    assert not list(written.rglob("*.part"))
 
 
 def test_the_config_names_both_hashes_and_the_identity_is_over_both(written):

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from biclip_jax import places
 from biclip_jax.data.schema import SPLITS, Split
 from biclip_jax.errors import DataError
 
@@ -45,10 +46,8 @@ def write(
             arrays[f"{split}/{field}"] = np.frombuffer(b"".join(parts), np.uint8)
             lengths = [len(part) for part in parts]
             arrays[f"{split}/{field}_ends"] = np.cumsum(lengths, dtype=np.int64)
-    unfinished = path.with_name(path.name + ".incomplete")
-    with open(unfinished, "wb") as file:
+    with places.written_whole(path) as part, part.open("wb") as file:
         np.savez(file, **arrays)
-    os.replace(unfinished, path)
 
 
 def check(path: Path, expected: Mapping[str, Any]) -> None:
