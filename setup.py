@@ -40,6 +40,7 @@ setup(
         "pillow>=11,<14",
         "matplotlib>=3.9,<4",
         "openpyxl>=3.1,<4",
+        "pydicom>=3.0.1,<4",
         "scipy>=1.15,<2",
         "jinja2>=3.1,<4",
         "rich>=14,<16",
@@ -47,6 +48,7 @@ setup(
     extras_require={
         "gpu": ["jax[cuda12]>=0.10.2,<0.13"],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+        "dicom": ["python-gdcm>=3.0.24,<4"],  # JPEG lossless, JPEG-LS
         "tensorboard": ["tensorboardX>=2.6,<3"],
         "test": [
             "pytest>=8,<10",
@@ -56,6 +58,7 @@ setup(
             "beartype>=0.21,<1",
             "build>=1.2,<2",
             "tensorboardX>=2.6,<3",
+            "python-gdcm>=3.0.24,<4",
         ],
         "parity": ["torch==2.13.0", "opencv-python-headless>=4.10,<6"],
     },

@@ -5,15 +5,17 @@
     python -m biclip_jax.predict --workdir runs/qata --image FOLDER --texts sentences.csv \\
         --output out
 
-For every picture NAME: NAME_mask.png (0 or 255), NAME_probability.png (16 bit,
-65535 = 1) and NAME_overlay.png at the picture's own size, NAME_uncertainty.png
-with its scale, and one line in predictions.csv.
+Pictures are PNG, JPEG, BMP, TIFF, WebP or DICOM files; DICOM files are known by what is in them
+and shown by the window that they name. For every picture NAME: NAME_mask.png (0 or 255),
+NAME_probability.png (16 bit, 65535 = 1) and NAME_overlay.png at the picture's own size,
+NAME_uncertainty.png with its scale, and one line in predictions.csv.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,14 +24,13 @@ from typing import Any
 import numpy as np
 
 from biclip_jax import cli, inference
-from biclip_jax.data import image_io
+from biclip_jax.data import dicom, image_io
 from biclip_jax.data.text import unknown_words
 from biclip_jax.errors import BadImageError, UserError
 from biclip_jax.evaluation import plots, reporting
 
 # (picture, sentence) -> mask, probability, uncertainty, and the part of it that is epistemic
 Predict = Callable[[np.ndarray, str], tuple[np.ndarray, ...]]
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def find_images(path: Path) -> list[Path]:
@@ -42,18 +43,42 @@ def find_images(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder; give --image a picture or a folder")
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+    found = sorted(p for p in path.iterdir() if _is_picture(p))
     if not found:
-        raise UserError(f"{path}: no picture in this folder; expected {', '.join(SUFFIXES)}")
+        suffixes = ", ".join(image_io.SUFFIXES)
+        raise UserError(f"{path}: no picture in this folder; expected {suffixes}, or DICOM files")
     seen: dict[str, Path] = {}
     for image in found:
-        if image.stem in seen:
+        before = seen.setdefault(image_io.bare_name(image), image)
+        if before != image:
             raise UserError(
-                f"{image}: its outputs would overwrite those of {seen[image.stem].name}; "
-                "rename one of them"
+                f"{image}: its outputs would overwrite those of {before.name}; rename one of them"
             )
-        seen[image.stem] = image
     return found
+
+
+def _is_picture(path: Path) -> bool:
+    # Archives name DICOM files as they like, often by numbers with dots.
+    return image_io.is_picture_name(path) or (path.name != "DICOMDIR" and dicom.is_dicom(path))
+
+
+def read_window(text: str, images: Sequence[Path]) -> dicom.Window | None:
+    """The window of --window, None for an empty text.
+
+    Raises:
+      UserError: no two numbers, a width below 1, or no DICOM file among the pictures.
+    """
+    if not text:
+        return None
+    try:
+        center, width = map(float, text.split(","))
+    except ValueError:
+        center = width = math.nan
+    if not (math.isfinite(center) and 1 <= width < math.inf):
+        raise UserError(f"--window {text}: expected CENTER,WIDTH, such as 40,400; width from 1")
+    if not any(map(dicom.is_dicom, images)):
+        raise UserError("--window: of DICOM files alone, and there is none; leave it out")
+    return dicom.Window(center, width)
 
 
 def read_sentences(path: Path, images: Sequence[Path]) -> dict[str, str]:
@@ -82,11 +107,12 @@ def read_sentences(path: Path, images: Sequence[Path]) -> dict[str, str]:
     return sentences
 
 
-def predict_image(predict_one: Predict, path: Path, sentence: str, output: Path) -> dict[str, Any]:
+def predict_image(
+    predict_one: Predict, path: Path, image: np.ndarray, sentence: str, output: Path
+) -> dict[str, Any]:
     """Writes one picture's mask, probability and overlay; returns its line of predictions.csv."""
-    image = image_io.read_image(path)
     mask, probability, uncertainty, *parts = predict_one(image, sentence)
-    stem = output / path.stem
+    stem = output / image_io.bare_name(path)
     image_io.write_png(f"{stem}_mask.png", mask.astype(np.uint8) * 255)
     scaled = np.rint(probability.clip(0, 1) * 65535).astype(np.uint16)
     image_io.write_png(f"{stem}_probability.png", scaled)
@@ -108,6 +134,7 @@ def predict_image(predict_one: Predict, path: Path, sentence: str, output: Path)
 def predict(args: argparse.Namespace) -> int:
     """Runs what the command line describes; returns 1 where pictures were left out, else 0."""
     images = find_images(Path(args.image))
+    window = read_window(args.window, images)
     sentences: Mapping[str, str] = {image.name: args.text for image in images}
     if args.texts:
         sentences = read_sentences(Path(args.texts), images)
@@ -134,9 +161,11 @@ def predict(args: argparse.Namespace) -> int:
     rows, problems = [], []
     for path in images:
         try:
-            rows.append(predict_image(predict_one, path, sentences[path.name], output))
+            image = image_io.read_image(path, window)
         except BadImageError as error:
             problems.append(str(error))
+            continue
+        rows.append(predict_image(predict_one, path, image, sentences[path.name], output))
     if rows:
         reporting.write_csv(output / "predictions.csv", rows)
         print(reporting.format_table(rows, list(rows[0])))
@@ -162,6 +191,9 @@ def _main(argv: list[str]) -> int:
     sentence.add_argument("--texts", help="CSV with the columns image and text")
     parser.add_argument(
         "--tta", action="store_true", help="the mean over flips, rotations, contrast: six passes"
+    )
+    parser.add_argument(
+        "--window", default="", metavar="CENTER,WIDTH", help="of DICOM files, instead of their own"
     )
     parser.add_argument("--output", required=True, help="folder, made if missing")
     return predict(parser.parse_args(argv))

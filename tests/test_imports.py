@@ -72,6 +72,7 @@ OWNERS = {
     "grain": {"data/"},
     "tensorflow_datasets": {"data/"},
     "tensorboardX": {"training/writers.py"},
+    "pydicom": {"data/dicom.py"},
     "jinja2": {"evaluation/html.py"},
     "scipy": {"evaluation/calibration.py", "evaluation/surface.py"},
 }

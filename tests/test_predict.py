@@ -8,6 +8,8 @@ from PIL import Image
 
 import biclip_jax
 from biclip_jax import predict
+from biclip_jax.data import dicom
+from tests.data.fixtures import CT, dicom_file
 
 SENTENCE = "unilateral pulmonary infection, one infected area, lower left lung."
 
@@ -110,3 +112,46 @@ def test_nothing_to_segment_and_clashing_names_are_errors(trained, pictures, tmp
     Image.new("L", (4, 4)).save(pictures / "a.bmp")
     assert run(*argv, pictures) == 2
     assert "overwrite" in capsys.readouterr().err
+
+
+def test_a_folder_of_dicom_files(trained, tmp_path, capsys):
+    folder, out = tmp_path / "study", tmp_path / "out"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in ("1.2.840.1", "1.2.840.2", "scan.dcm"):
+        pixels = rng.integers(0, 4096, (40, 30)).astype(np.uint16)
+        dicom_file(folder / name, pixels, **CT, WindowCenter=40, WindowWidth=400)
+    dicom_file(folder / "report", pixels, PixelData=None)
+    (folder / "DICOMDIR").write_bytes((folder / "scan.dcm").read_bytes())
+    (folder / "notes").write_text("no picture")
+    argv = ("--workdir", trained, "--image", folder, "--text", SENTENCE, "--output", out)
+    assert run(*argv, "--window", "500,1500") == 1
+    captured = capsys.readouterr()
+    assert "3 of 4 pictures segmented" in captured.out
+    assert "report: found a DICOM file without pixels (CT Image Storage)" in captured.err
+    for name in ("1.2.840.1", "1.2.840.2", "scan"):
+        assert Image.open(out / f"{name}_mask.png").size == (30, 40)
+        assert Image.open(out / f"{name}_uncertainty.png").size
+    # The windows are not the same, and the one that was asked for is what the model saw.
+    seen = dicom.read(folder / "scan.dcm", dicom.Window(500, 1500))
+    assert (seen != dicom.read(folder / "scan.dcm")).any()
+    expected = biclip_jax.load(trained).predict(seen, SENTENCE).probability
+    probability = np.asarray(Image.open(out / "scan_probability.png"))
+    np.testing.assert_allclose(probability / 65535, expected, atol=1e-5)
+    for file in out.iterdir():
+        assert b"Name^Of^Patient" not in file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("window", "said"),
+    [
+        ("40", "expected CENTER,WIDTH"),
+        ("40,0", "width from 1"),
+        ("nan,400", "expected CENTER,WIDTH"),
+        ("40,400", "of DICOM files alone, and there is none"),
+    ],
+)
+def test_windows_that_cannot_be(trained, pictures, tmp_path, capsys, window, said):
+    argv = ("--workdir", trained, "--image", pictures, "--output", tmp_path / "out")
+    assert run(*argv, "--window", window) == 2
+    assert said in capsys.readouterr().err

@@ -6,13 +6,13 @@ import itertools
 import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import NamedTuple
 
+from biclip_jax.data.image_io import bare_name, is_picture_name
 from biclip_jax.data.schema import Split
 from biclip_jax.errors import DataError
 
-PICTURE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"))
 MAX_LISTED = 20
 # Other published sentences of the same pictures, by what was done to them.
 VARIANTS = ("contradictory", "missing_location", "overdescriptive", "underdescriptive")
@@ -101,16 +101,14 @@ def collected(source: str, problems: list[str]) -> DataError:
 def list_pictures(path: Path) -> Folder:
     """Lists a folder's pictures, none where it is missing."""
     files = sorted(os.listdir(path)) if path.is_dir() else []
-    pictures = [name for name in files if PurePath(name).suffix.lower() in PICTURE_SUFFIXES]
-    return Folder(path, {PurePath(n).stem: n for n in pictures} | {n: n for n in pictures})
+    pictures = [name for name in files if is_picture_name(name)]
+    return Folder(path, {bare_name(n): n for n in pictures} | {n: n for n in pictures})
 
 
 def pick(folder: Folder, *names: str) -> Path:
     """The first of `names` that the folder holds, with its own suffix or another; else names[0]."""
     for name in names:
-        is_picture = PurePath(name).suffix.lower() in PICTURE_SUFFIXES
-        stem = PurePath(name).stem if is_picture else name
-        if file := folder.names.get(name) or folder.names.get(stem):
+        if file := folder.names.get(name) or folder.names.get(bare_name(name)):
             return folder.path / file
     return folder.path / names[0]
 
@@ -145,11 +143,11 @@ def without_repeats(rows: list[Row]) -> tuple[list[Row], list[str], list[str]]:
       The rows; the ids of pictures that have several rows; the ids that several splits name.
     """
     counts = Counter(row.image for row in rows)
-    places = Counter(name for _, name in {(row.split, row.image.stem) for row in rows})
+    places = Counter(name for _, name in {(row.split, bare_name(row.image)) for row in rows})
     first = {row.image: row for row in reversed(rows)}
     return (
         [row for row in rows if first[row.image] is row],
-        sorted(image.stem for image, count in counts.items() if count > 1),
+        sorted(bare_name(image) for image, count in counts.items() if count > 1),
         sorted(name for name, count in places.items() if count > 1),
     )
 
@@ -157,7 +155,7 @@ def without_repeats(rows: list[Row]) -> tuple[list[Row], list[str], list[str]]:
 def _shared_ids(rows: list[Row], in_splits: bool) -> list[str]:
     by_id = defaultdict(list)
     for row in rows:
-        by_id[row.image.stem, row.split if in_splits else ""].append(row)
+        by_id[bare_name(row.image), row.split if in_splits else ""].append(row)
     return [
         f"{again.image}: found id {name!r} a second time in {again.where} ({again.split}), first "
         f"in {first.where} ({first.split}); expected each once; rename or delete one."

@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 import os
 import struct
+from pathlib import PurePath
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from biclip_jax import places
-from biclip_jax.data import opencv
+from biclip_jax.data import dicom, opencv
 from biclip_jax.errors import BadImageError
 
-MAX_PIXELS = 64 * 2**20
+MAX_PIXELS = dicom.MAX_PIXELS
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".dcm")
 
 # Naming the formats keeps pillow's other decoders (EPS, PSD, FITS, ...) away from foreign files.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
@@ -41,14 +43,16 @@ _DECODER_ERRORS = (
 )
 
 
-def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+def read_image(path: str | os.PathLike[str], window: dicom.Window | None = None) -> np.ndarray:
     """Reads a picture as 8-bit grey or RGB, upright as its EXIF orientation says.
 
     16-bit grey is divided by 257; palette, CMYK and other colour spaces become RGB; an alpha
-    channel is dropped, not blended. A grey picture stored as RGB stays RGB.
+    channel is dropped, not blended. A grey picture stored as RGB stays RGB. DICOM: see
+    `dicom.read`.
 
     Args:
-      path: a PNG, JPEG, BMP, TIFF or WebP file holding one picture.
+      path: a PNG, JPEG, BMP, TIFF, WebP or DICOM file holding one picture.
+      window: of a DICOM file's grey values, instead of its own.
 
     Returns:
       (H, W, C) uint8, C = 1 (grey) or 3 (RGB).
@@ -56,10 +60,20 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
       BadImageError: the file is missing, damaged, too large, or of another kind.
     """
-    pixels, _ = _decode(path)
+    pixels = dicom.read(path, window) if dicom.is_dicom(path) else _decode(path)[0]
     if pixels.dtype == np.uint16:
         pixels = _to_8_bit(pixels)
     return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def is_picture_name(path: str | os.PathLike[str]) -> bool:
+    """Whether a file's suffix is one of a picture."""
+    return PurePath(path).suffix.lower() in SUFFIXES
+
+
+def bare_name(path: str | os.PathLike[str]) -> str:
+    """A file's name without a picture's suffix; the numbers and dots of a DICOM archive stay."""
+    return PurePath(path).stem if is_picture_name(path) else PurePath(path).name
 
 
 def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
@@ -192,7 +206,7 @@ def _decode(path: str | os.PathLike[str]) -> tuple[np.ndarray, str]:
         raise _bad(
             path,
             f"a file that cannot be decoded ({type(error).__name__}: {error})",
-            "a whole PNG, JPEG, BMP, TIFF or WebP picture",
+            "a whole PNG, JPEG, BMP, TIFF, WebP or DICOM picture",
             "export or copy the file again",
         ) from error
     return pixels, file_format

@@ -26,6 +26,7 @@ from biclip_jax.data.annotations import (
     variants_by_id,
     without_repeats,
 )
+from biclip_jax.data.image_io import bare_name
 from biclip_jax.data.schema import SPLITS, Example, Split
 from biclip_jax.data.tables import has_column, read_prompts, read_table, refuse_unsafe
 from biclip_jax.errors import DataError
@@ -105,7 +106,8 @@ def read_layout(
     if not rows:
         raise DataError(f"{root}: found no annotated picture; expected at least one; add rows.")
     return [
-        Example(row.image.stem, row.split, str(row.image), str(row.mask), row.text) for row in rows
+        Example(bare_name(row.image), row.split, str(row.image), str(row.mask), row.text)
+        for row in rows
     ]
 
 
@@ -141,7 +143,7 @@ def _without_masks(root: Path, table: Path) -> list[Example]:
     ]
     if problems := problems_of(Found(rows, problems, [])):
         raise collected(f"{root}, as pictures without masks", problems)
-    return [Example(row.image.stem, row.split, str(row.image), "", row.text) for row in rows]
+    return [Example(bare_name(row.image), row.split, str(row.image), "", row.text) for row in rows]
 
 
 def _once_a_split(root: Path, found: Found) -> Found:
@@ -282,7 +284,7 @@ def _medclipseg_variants(root: Path) -> list[Variant]:
             table = root / "Prompts_Folder" / f"{split.title()}_text_{name}.xlsx"
             lines = read_table(table, ("Image", "Description")) if table.is_file() else []
             found += [
-                Variant(name, pick(images, line["Image"]).stem, line["Description"], where)
+                Variant(name, bare_name(pick(images, line["Image"])), line["Description"], where)
                 for where, line in lines
             ]
     return found
@@ -334,7 +336,7 @@ def _csv(root: Path) -> Found:
 def _csv_variants(root: Path) -> list[Variant]:
     table = _csv_path(root) or root / "annotations.csv"
     return [
-        Variant(name, Path(line["image"]).stem, line[name], where)
+        Variant(name, bare_name(line["image"]), line[name], where)
         for where, line in read_table(table, ("image",), VARIANTS)
         for name in VARIANTS
         if name in line

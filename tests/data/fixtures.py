@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 import openpyxl
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RLELossless
 
 from biclip_jax.data.image_io import write_png
 
@@ -144,3 +146,31 @@ def medclipseg_subset(root: Path, made: list[Sample], percent: int) -> Path:
         book = root / f"Prompts_Folder/{FOLDERS[split]}_text_{percent}.xlsx"
         workbook(book, ("Image", "Description", "Ground Truth"), rows)
     return root
+
+
+CT = {"RescaleSlope": 1, "RescaleIntercept": -1024, "BitsStored": 12, "HighBit": 11}
+
+
+def dicom_file(path, pixels, compressed=False, **fields):
+    """A DICOM file of (H, W) or (H, W, 3) pixels; fields by their DICOM keywords."""
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = CTImageStorage
+    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    dataset.PatientName = "Name^Of^Patient"
+    dataset.Rows, dataset.Columns = pixels.shape[:2]
+    dataset.SamplesPerPixel = 3 if pixels.ndim == 3 else 1
+    dataset.PhotometricInterpretation = "RGB" if pixels.ndim == 3 else "MONOCHROME2"
+    if pixels.ndim == 3:
+        dataset.PlanarConfiguration = 0
+    bits = 8 * pixels.itemsize
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = bits, bits, bits - 1
+    dataset.PixelRepresentation = int(pixels.dtype.kind == "i")
+    dataset.PixelData = pixels.tobytes()
+    for name, value in fields.items():
+        setattr(dataset, name, value)
+    if compressed:
+        dataset.compress(RLELossless)
+    dataset.save_as(path, enforce_file_format=True)
+    return path

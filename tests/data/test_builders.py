@@ -139,6 +139,24 @@ def test_one_channel_only_where_every_picture_is_grey(tmp_path, colour_at, chann
     np.testing.assert_array_equal(first[..., -1:], resize_image(made[0].image, 16))
 
 
+def test_dicom_pictures_are_read_and_known_by_their_whole_names(tmp_path):
+    made = fixtures.samples()
+    source = fixtures.plain_csv(tmp_path / "source", made)
+    rows = []
+    for number, sample in enumerate(made):
+        name = f"1.2.840.{number}"
+        fixtures.dicom_file(source / "images" / name, sample.image[..., 0])
+        rows.append((sample.split, name, f"mask_{sample.name}.png", sample.text))
+    fixtures.table(source / "annotations.csv", ("split", "image", "mask", "text"), rows)
+    path = prepare("folder", data_dir=tmp_path, image_size=16, source_dir=source)
+    records = [record for split in SPLITS for record in open_split(path, split)]
+    assert sorted(r["id"] for r in records) == [f"1.2.840.{i}" for i in range(len(made))]
+    for record in records:
+        sample = made[int(record["id"].split(".")[-1])]
+        np.testing.assert_array_equal(record["image"], resize_image(sample.image, 16))
+        assert record["text"] == sample.text
+
+
 def test_bad_pictures_are_all_named_and_nothing_is_written(tmp_path):
     source = fixtures.plain_csv(tmp_path / "source", fixtures.samples())
     (source / "images/case_1.png").write_bytes(b"\x89PNG")
