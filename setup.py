@@ -48,7 +48,7 @@ setup(
     extras_require={
         "gpu": ["jax[cuda12]>=0.10.2,<0.13"],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
-        "dicom": ["python-gdcm>=3.0.24,<4"],  # JPEG lossless, JPEG-LS
+        "medical": ["python-gdcm>=3.0.24,<4"],  # JPEG lossless, JPEG-LS
         "tensorboard": ["tensorboardX>=2.6,<3"],
         "test": [
             "pytest>=8,<10",

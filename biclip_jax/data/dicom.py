@@ -134,7 +134,7 @@ def _undecodable(path: str | os.PathLike[str], error: Exception) -> BadImageErro
     reason = " ".join(str(error).split())[:300]
     mend = "copy the file again, or export it as PNG"
     if "missing dependencies" in reason:
-        mend = "pip install 'biclip_jax[dicom]', which reads more kinds of compression"
+        mend = "pip install 'biclip_jax[medical]', which reads more kinds of compression"
     found = f"a DICOM file that cannot be decoded ({type(error).__name__}: {reason})"
     return _bad(path, found, "one whole picture", mend)
 

@@ -135,7 +135,7 @@ def test_the_mend_of_a_compression_that_nothing_here_reads(tmp_path, monkeypatch
         raise RuntimeError("Unable to decompress:\n all plugins are missing dependencies")
 
     monkeypatch.setattr(pydicom.pixels, "pixel_array", refuse)
-    with pytest.raises(BadImageError, match=r"pip install 'biclip_jax\[dicom\]'"):
+    with pytest.raises(BadImageError, match=r"pip install 'biclip_jax\[medical\]'"):
         dicom.read(path)
 
 
