@@ -48,7 +48,7 @@ setup(
     extras_require={
         "gpu": ["jax[cuda12]>=0.10.2,<0.13"],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
-        "medical": ["python-gdcm>=3.0.24,<4"],  # JPEG lossless, JPEG-LS
+        "medical": ["pyjpegls>=1.2,<2"],  # JPEG-LS in DICOM files
         "tensorboard": ["tensorboardX>=2.6,<3"],
         "test": [
             "pytest>=8,<10",
@@ -58,7 +58,7 @@ setup(
             "beartype>=0.21,<1",
             "build>=1.2,<2",
             "tensorboardX>=2.6,<3",
-            "python-gdcm>=3.0.24,<4",
+            "pyjpegls>=1.2,<2",
         ],
         "parity": ["torch==2.13.0", "opencv-python-headless>=4.10,<6"],
     },

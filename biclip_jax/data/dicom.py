@@ -16,8 +16,10 @@ from biclip_jax.errors import BadImageError
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-MAX_PIXELS = 64 * 2**20
+MAX_PIXELS = 32 * 2**20  # a mammogram has 20; values are floats of 64 bits on their way
 GREY = ("MONOCHROME1", "MONOCHROME2")
+# pydicom's decoders that bear damaged files; gdcm ends the process.
+PLUGINS = ("pydicom", "pillow", "pyjpegls", "pylibjpeg")
 FAR = 1e12  # beyond every grey value
 
 
@@ -61,7 +63,7 @@ def read(path: str | os.PathLike[str], window: Window | None = None) -> np.ndarr
             warnings.simplefilter("ignore")  # they quote the file, which may name a patient
             dataset = pydicom.dcmread(path)
             _check(path, dataset)
-            stored = pydicom.pixels.pixel_array(dataset)
+            stored = pydicom.pixels.pixel_array(dataset, decoding_plugin=_plugin(dataset))
             if dataset.PhotometricInterpretation in GREY:
                 return _grey(stored, dataset, window)
             return _colour(stored, dataset)
@@ -83,6 +85,20 @@ def _check(path: str | os.PathLike[str], dataset: Dataset) -> None:
     frames = int(dataset.get("NumberOfFrames") or 1)
     if frames != 1:
         raise _bad(path, f"{frames} frames", "one picture", "export each as a file")
+
+
+def _plugin(dataset: Dataset) -> str:
+    """The decoder of compressed pixels, empty for others."""
+    from pydicom.pixels import get_decoder
+
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if not syntax.is_compressed:
+        return ""
+    there = get_decoder(syntax).available_plugins
+    found = next((name for name in PLUGINS if name in there), None)
+    if found is None:
+        raise NotImplementedError(f"compressed as {syntax.name}")
+    return found
 
 
 def _grey(stored: np.ndarray, dataset: Dataset, window: Window | None) -> np.ndarray:
@@ -133,8 +149,11 @@ def _colour(stored: np.ndarray, dataset: Dataset) -> np.ndarray:
 def _undecodable(path: str | os.PathLike[str], error: Exception) -> BadImageError:
     reason = " ".join(str(error).split())[:300]
     mend = "copy the file again, or export it as PNG"
-    if "missing dependencies" in reason:
-        mend = "pip install 'biclip_jax[medical]', which reads more kinds of compression"
+    if isinstance(error, NotImplementedError):
+        mend = (
+            "for JPEG-LS pip install 'biclip_jax[medical]', for lossless JPEG "
+            "pylibjpeg-libjpeg, or export it as PNG"
+        )
     found = f"a DICOM file that cannot be decoded ({type(error).__name__}: {reason})"
     return _bad(path, found, "one whole picture", mend)
 

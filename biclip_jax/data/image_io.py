@@ -14,7 +14,7 @@ from biclip_jax import places
 from biclip_jax.data import dicom, opencv
 from biclip_jax.errors import BadImageError
 
-MAX_PIXELS = dicom.MAX_PIXELS
+MAX_PIXELS = 64 * 2**20
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".dcm")
 
 # Naming the formats keeps pillow's other decoders (EPS, PSD, FITS, ...) away from foreign files.
