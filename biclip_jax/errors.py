@@ -1,5 +1,9 @@
 """The errors a user can mend; everything else is a bug and keeps its trace."""
 
+from __future__ import annotations
+
+import os
+
 
 class UserError(Exception):
     """Input, configuration or environment that the user can mend.
@@ -12,6 +16,11 @@ class UserError(Exception):
 
 class BadImageError(UserError):
     """A picture that cannot be read; the message begins with its path."""
+
+
+def bad_image(path: str | os.PathLike[str], found: str, expected: str, mend: str) -> BadImageError:
+    """The error that names the file, what was found, what was expected, and the mend."""
+    return BadImageError(f"{os.fspath(path)}: found {found}; expected {expected}; {mend}.")
 
 
 class DataError(UserError):

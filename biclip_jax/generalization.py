@@ -50,6 +50,9 @@ def compare(workdirs: Sequence[Path]) -> dict[str, Any]:
             f"python -m biclip_jax.evaluate --workdir {workdirs[0]} --source DIR --no-baselines"
         )
     metrics = [name for name in METRICS if all(name in row for row in rows)]
+    if not metrics:
+        tested = ", ".join(f"{row['workdir']} on {row['tested_on']}" for row in rows)
+        raise UserError(f"{tested}: no metric that all have; evaluate them again")
     facts = ("workdir", "trained_on", "tested_on", "domain", "num_images")
     rows = [{name: row[name] for name in (*facts, *metrics)} for row in rows]
     return {"rows": rows, "mean": means(rows, metrics)}
@@ -115,8 +118,9 @@ def _read(path: Path) -> tuple[str, dict[str, float]]:
         scores = {**right, **results.get("surface", {})}
         if data == "folder":
             data = Path(results["config"]["data"]["source"]).name
-        return data, {name: scores[name] for name in ("num_images", *METRICS) if name in scores}
-    except (OSError, ValueError, KeyError) as error:
+        found = {name: float(scores[name]) for name in METRICS if name in scores}
+        return data, {"num_images": int(right["num_images"]), **found}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not what evaluate writes ({error}); evaluate again") from error
 
 

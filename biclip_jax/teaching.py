@@ -6,21 +6,21 @@ the pictures as they are, on views that the teachers never saw.
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from biclip_jax import inference, parallel, places, sentences
-from biclip_jax.data import pipeline
+from biclip_jax.data import pipeline, subsets
 from biclip_jax.data.schema import Record
 from biclip_jax.errors import UserError
 from biclip_jax.evaluation import metrics, runner
 from biclip_jax.training import checkpoint
 
 FILE = "teacher_masks.npz"
+Teacher = Callable[[Sequence[Record]], np.ndarray]
 
 
 def with_masks(records: Sequence[Record], config: ConfigDict, workdir: Path) -> Sequence[Record]:
@@ -38,8 +38,7 @@ def with_masks(records: Sequence[Record], config: ConfigDict, workdir: Path) -> 
       UserError: nothing would look at the masks, a teacher does not fit, or the kept masks are
         damaged or of other pictures.
     """
-    folders = [folder for folder in config.data.teachers.split(",") if folder]
-    if not folders:
+    if not config.data.teachers:
         return records
     if not records or not config.loss.get("pseudo_labels"):
         raise UserError(
@@ -48,35 +47,55 @@ def with_masks(records: Sequence[Record], config: ConfigDict, workdir: Path) -> 
         )
     size = config.model.image_size
     masks = np.zeros((len(records), size, size, 1), np.uint8)
+    parallel.meet()  # others wait long for the first, but not for its first message
     if parallel.leads():
-        masks = _kept_or_asked(records, folders, config, workdir / FILE)
+        masks = _kept_or_asked(records, config, workdir / FILE)
     masks, _ = parallel.of_first(masks, {})
     return [Record({**r, "mask": mask}) for r, mask in zip(records, masks, strict=True)]
 
 
-def _kept_or_asked(records, folders, config, path) -> np.ndarray:
+def _kept_or_asked(records: Sequence[Record], config: ConfigDict, path: Path) -> np.ndarray:
     if checkpoint.steps(path.parent / "checkpoints/last"):
         return _read(path, records, config.model.image_size)
+    teachers = {folder: open_teacher(folder, records, config) for folder in folders_of(config)}
     total = np.zeros((), np.float32)
-    for folder in folders:
+    for folder, teacher in teachers.items():
         print(f"{folder}: answers {len(records)} unlabelled pictures", flush=True)
-        total = total + probabilities(Path(folder), records, config)
-    masks = np.asarray(total / len(folders) >= metrics.THRESHOLD, np.uint8)
+        total = total + teacher(records)
+    masks = np.asarray(total / len(teachers) >= metrics.THRESHOLD, np.uint8)
     _write(path, records, masks)
     return masks
 
 
-def probabilities(folder: Path, records: Sequence[Record], config: ConfigDict) -> np.ndarray:
-    """(N, S, S, 1) float32: what one trained model answers to every record and its sentence.
+def folders_of(config: ConfigDict) -> list[str]:
+    """The teachers' folders.
+
+    Raises:
+      UserError: an empty name, or one twice.
+    """
+    folders = [folder.strip() for folder in config.data.teachers.split(",")]
+    if not all(folders) or len(set(folders)) < len(folders):
+        raise UserError(
+            f"--config.data.teachers={config.data.teachers}: expected work directories with commas "
+            "between them, each once"
+        )
+    return folders
+
+
+def open_teacher(folder: str, records: Sequence[Record], config: ConfigDict) -> Teacher:
+    """One trained model as a function: records -> probabilities (N, S, S, 1) float32.
 
     Args:
       folder: a run's work directory or a model folder.
-      records: at S pixels.
+      records: unlabelled, at S pixels.
       config: of the run that learns from it.
 
     Raises:
-      UserError: no model that segments pictures, or one of another size or resizing.
+      UserError: no model that segments pictures, one of another size or resizing, or one that has
+        learned the masks of these pictures.
     """
+    if not Path(folder).is_dir():
+        raise UserError(f"--config.data.teachers: {folder}: no such folder; give work directories")
     model, variables, processor = inference.load_segmenter(folder)
     teacher = (processor.image_size, processor.resizing)
     student = (config.model.image_size, config.data.resize)
@@ -86,11 +105,30 @@ def probabilities(folder: Path, records: Sequence[Record], config: ConfigDict) -
             f"{teacher[1]}, and this run has {student[0]} px, {student[1]}; give teachers of the "
             "same size"
         )
+    if config.data.unlabelled == "rest":
+        _check_labels(Path(folder) / "labels.json", records)
     predict = runner.make_predict(model, sentences.without_tower(model, variables))
     encode = sentences.encoder(model, variables, processor)
-    texts = encode([record["text"] for record in records])
-    batches = pipeline.eval_batches(records, texts, batch_size=config.batch_size)
-    return np.concatenate([predict(batch)[batch["valid"]] for batch in batches])
+
+    def answer(records: Sequence[Record]) -> np.ndarray:
+        texts = encode([record["text"] for record in records])
+        batches = pipeline.eval_batches(records, texts, batch_size=config.batch_size)
+        return np.concatenate([predict(batch)[batch["valid"]] for batch in batches])
+
+    return answer
+
+
+def _check_labels(path: Path, records: Sequence[Record]) -> None:
+    """Raises UserError where a run's labelled pictures are among these."""
+    if not path.exists():  # a model folder, which does not say
+        return
+    learned = set(subsets.read_ids(path)) & {record["id"] for record in records}
+    if learned:
+        raise UserError(
+            f"--config.data.teachers: {path.parent} has learned the masks of {len(learned)} of the "
+            f"{len(records)} pictures that are unlabelled here; give teachers that were trained "
+            "with the same data.label_fraction and data.label_seed"
+        )
 
 
 def _write(path: Path, records: Sequence[Record], masks: np.ndarray) -> None:
@@ -103,11 +141,14 @@ def _read(path: Path, records: Sequence[Record], size: int) -> np.ndarray:
     try:
         with np.load(path) as kept:
             ids, masks = kept["ids"].tolist(), kept["masks"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: damaged ({error}); give another --workdir") from error
-    if ids != [record["id"] for record in records] or masks.shape[1] != size:
+    except Exception as error:  # of zip, zlib or NumPy's header
         raise UserError(
-            f"{path}: masks of {len(ids)} other pictures than the {len(records)} unlabelled ones "
+            f"{path}: missing or damaged ({error!r}); give another --workdir"
+        ) from error
+    same = ids == [record["id"] for record in records]
+    if not same or masks.shape != (len(ids), size, size, 1):
+        raise UserError(
+            f"{path}: masks of {len(ids)} pictures that are not the {len(records)} unlabelled ones "
             "of this run; give another --workdir, or the same data"
         )
     return masks

@@ -113,10 +113,7 @@ def claim_pictures(labels: Mapping[str, Any], workdir: Path) -> None:
     """
     path = workdir / "labels.json"
     if path.exists() and checkpoint.steps(workdir / "checkpoints/last"):
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))["ids"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: damaged ({error!r}); give another --workdir") from error
+        before = subsets.read_ids(path)
         if before != labels["ids"]:
             common = len(set(before) & set(labels["ids"]))
             raise UserError(

@@ -85,7 +85,19 @@ def test_runs_without_another_data_set_are_refused(tmp_path):
         generalization.compare([tmp_path / "a"])
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"data": "x"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "{}",
+        "[]",
+        '{"data": "x"}',
+        '{"data": "x", "conditions": null}',
+        '{"data": "x", "conditions": {"right": {"dice_mean": 0.5}}}',
+        '{"data": "x", "conditions": {"right": {"num_images": 3, "dice_mean": null}}}',
+        '{"data": "x", "conditions": {"right": {"num_images": 3}}}',
+    ],
+)
 def test_a_damaged_file_is_named(workdirs, text):
     path = workdirs[1] / "evaluation" / "BKAI-test" / "results.json"
     path.write_text(text)

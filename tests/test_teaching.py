@@ -1,23 +1,25 @@
 """Teachers' masks: what they are, that they are kept, and what is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from biclip_jax import cli, inference, teaching, train
+from biclip_jax import cli, inference, teaching
 from biclip_jax.data import pipeline
 from biclip_jax.errors import UserError
 
 
 @pytest.fixture
-def student(trained, smoke_config):
-    """A configuration that learns from the shared run, and its unlabelled records."""
+def student(trained, smoke_config, tmp_path):
+    """A configuration with two copies of the shared model as teachers, its unlabelled records."""
     cache = f"--config.data.cache_dir={smoke_config.data.cache_dir}"
     half = ["--config.data.label_fraction=0.5", "--config.num_steps=2", "--config.final_test=false"]
-    config = cli.load_config(
-        "default:smoke,semi", [cache, *half, f"--config.data.teachers={trained},{trained}"]
-    )
+    teachers = f"--config.data.teachers={tmp_path / 'one'}, {tmp_path / 'two'}"
+    for name in ("one", "two"):
+        shutil.copytree(trained / "model", tmp_path / name / "model")
+    config = cli.load_config("default:smoke,semi", [cache, *half, teachers])
     data = config.data.to_dict()
     return config, pipeline.open_unlabelled(pipeline.prepare(data, 56), data, 56)
 
@@ -29,9 +31,14 @@ def test_masks_are_the_teachers_mean_at_one_half(student, trained, tmp_path, mon
     predictor = inference.load(trained)
     alone = [predictor.predict(r["image"], r["text"]).probability for r in records]
     other = 1 - np.median(alone)
-    ask = teaching.probabilities
-    answers = iter([ask, lambda folder, records, config: np.full((16, 56, 56, 1), other)])
-    monkeypatch.setattr(teaching, "probabilities", lambda *args: next(answers)(*args))
+    ask = teaching.open_teacher
+
+    def open_teacher(folder, *given):
+        if folder.endswith("one"):
+            return ask(folder, *given)
+        return lambda records: np.full((len(records), 56, 56, 1), other)
+
+    monkeypatch.setattr(teaching, "open_teacher", open_teacher)
     taught = teaching.with_masks(records, config, tmp_path)
     expected = (np.stack(alone)[..., None] + other) / 2
     masks = np.stack([record["mask"] for record in taught])
@@ -49,28 +56,22 @@ def test_without_teachers_nothing_changes(student, tmp_path):
     assert teaching.with_masks(records, config, tmp_path) is records
 
 
-@pytest.mark.slow
-def test_a_run_learns_from_its_teachers_and_goes_on_without_them(student, tmp_path, monkeypatch):
+def test_masks_are_kept_for_a_run_that_goes_on(student, tmp_path, monkeypatch):
     config, records = student
-    config.num_steps, config.eval_every = 4, 2
-    train.train_and_evaluate(config, tmp_path / "whole")
-    with np.load(tmp_path / "whole" / teaching.FILE) as kept:
-        assert kept["ids"].tolist() == [record["id"] for record in records]
-    lines = (tmp_path / "whole/metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    losses = [row["loss_pseudo_labels"] for row in rows if row["split"] == "train"]
-    assert losses and all(loss > 0 for loss in losses)
-
-    monkeypatch.setattr(teaching, "probabilities", lambda *_: pytest.fail("asked again"))
-    train.train_and_evaluate(config, tmp_path / "whole")
-    config.data.label_seed = 1
-    data = config.data.to_dict()
-    others = pipeline.open_unlabelled(pipeline.prepare(data, 56), data, 56)
-    with pytest.raises(UserError, match=r"teacher_masks\.npz: masks of 16 other pictures than"):
-        teaching.with_masks(others, config, tmp_path / "whole")
-    (tmp_path / "whole" / teaching.FILE).write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"teacher_masks\.npz: damaged"):
-        teaching.with_masks(records, config, tmp_path / "whole")
+    taught = teaching.with_masks(records, config, tmp_path)
+    monkeypatch.setattr(teaching.checkpoint, "steps", lambda folder: [folder / "4"])
+    monkeypatch.setattr(teaching, "open_teacher", lambda *_: pytest.fail("asked again"))
+    kept = teaching.with_masks(records, config, tmp_path)
+    for first, second in zip(taught, kept, strict=True):
+        np.testing.assert_array_equal(first["mask"], second["mask"])
+    with pytest.raises(UserError, match=r"teacher_masks\.npz: masks of 16 pictures that are not"):
+        teaching.with_masks(records[:8], config, tmp_path)
+    for harm in (b"PK", None):
+        (tmp_path / teaching.FILE).unlink()
+        if harm:
+            (tmp_path / teaching.FILE).write_bytes(harm)
+        with pytest.raises(UserError, match=r"teacher_masks\.npz: missing or damaged"):
+            teaching.with_masks(records, config, tmp_path)
 
 
 def test_masks_of_a_start_that_saved_nothing_are_made_again(student, tmp_path):
@@ -85,7 +86,8 @@ def test_masks_of_a_start_that_saved_nothing_are_made_again(student, tmp_path):
     [
         ("data.unlabelled", "", r"data\.teachers: .*set data\.unlabelled and"),
         ("loss.pseudo_labels", 0.0, r"data\.teachers: .*loss\.pseudo_labels"),
-        ("data.teachers", "nowhere", "nowhere"),
+        ("data.teachers", "nowhere", r"data\.teachers: nowhere: no such folder"),
+        ("data.teachers", ",", r"data\.teachers=,: expected work directories"),
         ("model.image_size", 112, r"takes pictures of 56 px, .* this run has 112 px"),
         ("data.resize", "opencv", r"resized antialiased, and this run has 56 px, opencv"),
     ],
@@ -95,3 +97,15 @@ def test_what_cannot_teach_is_refused(student, tmp_path, field, value, said):
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=said):
         teaching.with_masks(records if field != "data.unlabelled" else [], config, tmp_path)
+
+
+def test_a_teacher_that_has_learned_the_masks_is_refused(student, tmp_path):
+    config, records = student
+    labels = tmp_path / "two/labels.json"
+    learned = [record["id"] for record in records[:3]]
+    labels.write_text(json.dumps({"ids": ["another", *learned]}))
+    with pytest.raises(UserError, match=r"two has learned the masks of 3 of the 16 pictures"):
+        teaching.with_masks(records, config, tmp_path)
+    labels.write_text("{}")
+    with pytest.raises(UserError, match=r"labels\.json: damaged"):
+        teaching.with_masks(records, config, tmp_path)

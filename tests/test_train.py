@@ -15,7 +15,16 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from biclip_jax import biclip_program, cli, convert, inference, program, sentences, train
+from biclip_jax import (
+    biclip_program,
+    cli,
+    convert,
+    inference,
+    program,
+    sentences,
+    teaching,
+    train,
+)
 from biclip_jax.data import text, tokenizers
 from biclip_jax.errors import UserError
 from biclip_jax.training import checkpoint, writers
@@ -282,8 +291,13 @@ def test_every_kind_of_method_runs_end_to_end(tmp_path, method):
 
 
 @pytest.mark.slow
-def test_a_stopped_semi_supervised_run_goes_on_and_keeps_its_averages(tmp_path, monkeypatch):
+@pytest.mark.parametrize("taught", [False, True])
+def test_a_stopped_semi_supervised_run_goes_on_and_keeps_its_averages(
+    trained, tmp_path, monkeypatch, taught
+):
     overrides = [f"--config.data.cache_dir={tmp_path / 'cache'}", "--config.final_test=false"]
+    if taught:  # a model folder: the run has all the labels
+        overrides.append(f"--config.data.teachers={trained / 'model'}")
     overrides += ["--config.data.label_fraction=0.5", "--config.num_steps=4"]
     config = cli.load_config("default:smoke,semi", overrides)
     train.train_and_evaluate(config, tmp_path / "whole")
@@ -291,6 +305,7 @@ def test_a_stopped_semi_supervised_run_goes_on_and_keeps_its_averages(tmp_path, 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(checkpoint, "StopSignal", StopAfter)
         train.train_and_evaluate(config, tmp_path / "run")
+    monkeypatch.setattr(teaching, "open_teacher", lambda *_: pytest.fail("asked again"))
     train.train_and_evaluate(config, tmp_path / "run")
     (whole, progress), (resumed, _) = (
         final_state(config, tmp_path / name) for name in ("whole", "run")

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from biclip_jax import places
 from biclip_jax.data import dicom, opencv
-from biclip_jax.errors import BadImageError
+from biclip_jax.errors import bad_image
 
 MAX_PIXELS = 64 * 2**20
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".dcm")
@@ -83,7 +83,7 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
     an empty one; masks of 0 and 255 are the same to both.
 
     Args:
-      path: a picture file as `read_image` takes; colour is turned into grey first.
+      path: a picture file as `read_image` takes, but for DICOM; colour is turned into grey first.
 
     Returns:
       (H, W, 1) uint8 in {0, 1}.
@@ -92,6 +92,8 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
       BadImageError: as `read_image`, and where the brightest pixel of a lossless file lies in
         2..127: class numbers or a dim palette would silently become an empty mask.
     """
+    if dicom.is_dicom(path):
+        raise bad_image(path, "a DICOM file as a mask", "a picture file", "export the mask as PNG")
     pixels, file_format = _decode(path)
     if pixels.ndim == 3:
         pixels = np.asarray(Image.fromarray(pixels).convert("L"))
@@ -101,7 +103,7 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
         pixels = _to_8_bit(pixels)
     noise = LOSSY_NOISE if file_format in LOSSY_FORMATS else 0
     if noise < pixels.max() <= 127:
-        raise _bad(
+        raise bad_image(
             path,
             f"a mask whose brightest pixel is {pixels.max()}",
             "0 and 1, or 0 and 255",
@@ -201,9 +203,9 @@ def _decode(path: str | os.PathLike[str]) -> tuple[np.ndarray, str]:
             picture.load()
             pixels = _to_array(path, ImageOps.exif_transpose(picture))
     except FileNotFoundError as error:
-        raise _bad(path, "no such file", "a picture", "check the name") from error
+        raise bad_image(path, "no such file", "a picture", "check the name") from error
     except _DECODER_ERRORS as error:
-        raise _bad(
+        raise bad_image(
             path,
             f"a file that cannot be decoded ({type(error).__name__}: {error})",
             "a whole PNG, JPEG, BMP, TIFF, WebP or DICOM picture",
@@ -216,7 +218,7 @@ def _check_header(path: str | os.PathLike[str], picture: Image.Image) -> None:
     """Raises BadImageError for a size or page count that must not be decoded."""
     width, height = picture.size
     if not 0 < width * height <= MAX_PIXELS:
-        raise _bad(
+        raise bad_image(
             path,
             f"a header of {width} x {height} pixels",
             f"1 to {MAX_PIXELS} pixels",
@@ -225,7 +227,7 @@ def _check_header(path: str | os.PathLike[str], picture: Image.Image) -> None:
     # A camera's multi-picture JPEG (MPO) carries previews after its one picture.
     frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
     if frames != 1:
-        raise _bad(path, f"{frames} pages or frames", "one picture", "export each as a file")
+        raise bad_image(path, f"{frames} pages or frames", "one picture", "export each as a file")
 
 
 def _to_array(path: str | os.PathLike[str], picture: Image.Image) -> np.ndarray:
@@ -236,14 +238,14 @@ def _to_array(path: str | os.PathLike[str], picture: Image.Image) -> np.ndarray:
     if mode.startswith("I"):
         return _to_16_bit(path, np.array(picture))
     if mode == "F":
-        raise _bad(path, "floating-point pixels", "8 or 16 bits", "save it as 8-bit PNG")
+        raise bad_image(path, "floating-point pixels", "8 or 16 bits", "save it as 8-bit PNG")
     return np.array(picture.convert("RGB"))
 
 
 def _to_16_bit(path: str | os.PathLike[str], pixels: np.ndarray) -> np.ndarray:
     """Narrows pillow's 16- or 32-bit integers (H, W) to uint16, refusing what does not fit."""
     if pixels.min() < 0 or pixels.max() > 65535:
-        raise _bad(
+        raise bad_image(
             path,
             f"grey levels {pixels.min()}..{pixels.max()}",
             "0..65535",
@@ -255,10 +257,6 @@ def _to_16_bit(path: str | os.PathLike[str], pixels: np.ndarray) -> np.ndarray:
 def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
     """Maps uint16 0..65535 to the nearest of uint8 0..255."""
     return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-
-
-def _bad(path: str | os.PathLike[str], found: str, expected: str, mend: str) -> BadImageError:
-    return BadImageError(f"{os.fspath(path)}: found {found}; expected {expected}; {mend}.")
 
 
 def resize_probability(probs: np.ndarray, height: int, width: int) -> np.ndarray:

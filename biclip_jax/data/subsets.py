@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,6 +58,18 @@ def report(ids: Iterable[str]) -> dict[str, Any]:
     chosen = list(ids)
     patients = {patient_of(image_id) for image_id in chosen}
     return {"num_images": len(chosen), "num_patients": len(patients), "ids": chosen}
+
+
+def read_ids(path: Path) -> list[str]:
+    """The ids in a run's labels.json.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    try:
+        return [str(image_id) for image_id in json.loads(path.read_text(encoding="utf-8"))["ids"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); give another run") from error
 
 
 def _order(seed: int, patient: str) -> str:

@@ -64,15 +64,90 @@ def test_a_table_in_the_place_of_a_window(tmp_path):
     table.LUTData = np.array([0, 10, 50, 100], np.uint16).tobytes()
     pixels = np.array([[0, 100, 101], [102, 103, 900]], np.uint16)
     found = dicom.read(dicom_file(tmp_path / "a.dcm", pixels, VOILUTSequence=[table]))
-    np.testing.assert_array_equal(found, [[0, 0, 26], [128, 255, 255]])
+    np.testing.assert_array_equal(found, [[0, 0, 10], [50, 100, 100]])
+
+
+def test_a_table_is_longer_than_its_entries_are_wide(tmp_path):
+    table = Dataset()
+    table.LUTDescriptor = [4096, 0, 8]
+    table.LUTData = (np.arange(4096) // 16).astype(np.uint16).tobytes()
+    found = dicom.read(dicom_file(tmp_path / "a.dcm", VALUES, VOILUTSequence=[table]))
+    np.testing.assert_array_equal(found, VALUES // 16)
+    table.LUTData = (np.arange(4096) // 16).astype(np.uint8).tobytes()  # two entries a word
+    packed = dicom.read(dicom_file(tmp_path / "b.dcm", VALUES, VOILUTSequence=[table]))
+    np.testing.assert_array_equal(packed, found)
+
+
+def test_a_modality_table_comes_before_the_window(tmp_path):
+    table = Dataset()
+    table.LUTDescriptor, table.ModalityLUTType = [3, 0, 16], "US"
+    table.LUTData = np.array([0, 1000, 5000], np.uint16).tobytes()
+    pixels = np.array([[0, 1, 2]], np.uint8)
+    fields = {"ModalityLUTSequence": [table], "WindowCenter": 1000.5, "WindowWidth": 4001}
+    found = dicom.read(dicom_file(tmp_path / "a.dcm", pixels, **fields))
+    np.testing.assert_array_equal(found, shown([[0, 1000, 5000]], 1000.5, 4001))
+
+
+def test_signed_values_of_fewer_bits_and_a_falling_slope(tmp_path):
+    pixels = np.array([[-2000, 0, 2000]], np.int16)
+    fields = {"BitsStored": 12, "HighBit": 11, "RescaleSlope": -1, "RescaleIntercept": 0}
+    path = dicom_file(tmp_path / "a.dcm", pixels, **fields)
+    np.testing.assert_array_equal(dicom.read(path), [[255, 128, 0]])
+    windowed = dicom.read(path, dicom.Window(0, 4001))
+    np.testing.assert_array_equal(windowed, shown([[2000, 0, -2000]], 0, 4001))
+
+
+def test_an_enhanced_file_keeps_rescale_and_window_in_its_groups(tmp_path):
+    rescale, voi, shared, frame = Dataset(), Dataset(), Dataset(), Dataset()
+    rescale.RescaleSlope, rescale.RescaleIntercept, rescale.RescaleType = 1, -1024, "HU"
+    voi.WindowCenter, voi.WindowWidth = 40, 400
+    shared.PixelValueTransformationSequence, frame.FrameVOILUTSequence = [rescale], [voi]
+    fields = {
+        "NumberOfFrames": 1,
+        "SharedFunctionalGroupsSequence": [shared],
+        "PerFrameFunctionalGroupsSequence": [frame],
+    }
+    found = dicom.read(dicom_file(tmp_path / "a.dcm", VALUES, **fields))
+    np.testing.assert_array_equal(found, shown(VALUES - 1024.0, 40, 400))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"WindowCenter": 500, "WindowWidth": 0},
+        {"WindowCenter": None, "WindowWidth": 400},
+        {"WindowCenter": 500, "WindowWidth": 0.5, "VOILUTFunction": None},
+    ],
+)
+def test_a_window_that_cannot_be_used_counts_as_none(tmp_path, fields):
+    found = dicom.read(dicom_file(tmp_path / "a.dcm", VALUES, **fields))
+    np.testing.assert_array_equal(found, dicom.read(dicom_file(tmp_path / "b.dcm", VALUES)))
+
+
+def test_palettes(tmp_path):
+    colours = np.array([[0, 0, 0], [255, 0, 10], [20, 200, 30], [1, 2, 3]], np.uint16)
+    fields = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for name, column in zip(("Red", "Green", "Blue"), colours.T, strict=True):
+        fields[f"{name}PaletteColorLookupTableDescriptor"] = [4, 0, 8]
+        fields[f"{name}PaletteColorLookupTableData"] = column.tobytes()
+    pixels = np.array([[0, 1], [2, 9]], np.uint8)
+    found = dicom.read(dicom_file(tmp_path / "a.dcm", pixels, **fields))
+    np.testing.assert_array_equal(found, colours[[[0, 1], [2, 3]]])
 
 
 def test_without_a_window_the_whole_range_is_shown_and_padding_is_not_in_it(tmp_path):
     found = dicom.read(dicom_file(tmp_path / "a.dcm", VALUES))
     np.testing.assert_array_equal(found, np.rint(VALUES.astype(float) / 4095 * 255))
-    padded = dicom.read(dicom_file(tmp_path / "b.dcm", VALUES, PixelPaddingValue=0))
-    expected = (VALUES.astype(float) - 100) / (4095 - 100) * 255
-    np.testing.assert_array_equal(padded, np.rint(expected.clip(0)))
+    for padding in (
+        {"PixelPaddingValue": 0},
+        {"PixelPaddingValue": 50, "PixelPaddingRangeLimit": 0},
+    ):
+        padded = dicom.read(dicom_file(tmp_path / "b.dcm", VALUES, **padding))
+        expected = (VALUES.astype(float) - 100) / (4095 - 100) * 255
+        np.testing.assert_array_equal(padded, np.rint(expected.clip(0)))
+    above = {"PixelPaddingValue": 4095, "PhotometricInterpretation": "MONOCHROME1"}
+    found = dicom.read(dicom_file(tmp_path / "b.dcm", VALUES, **above))
+    assert found[0, 0] == 255 and found[1, 1] == 0 and found[1, 2] == 0
     flat = dicom.read(dicom_file(tmp_path / "c.dcm", np.full((2, 2), 7, np.uint16)))
     assert not flat.any()
 
@@ -80,6 +155,8 @@ def test_without_a_window_the_whole_range_is_shown_and_padding_is_not_in_it(tmp_
 def test_eight_bits_stay_as_they_are(tmp_path):
     grey = np.random.default_rng(0).integers(3, 200, (6, 4)).astype(np.uint8)
     np.testing.assert_array_equal(dicom.read(dicom_file(tmp_path / "a.dcm", grey)), grey)
+    wide = dicom_file(tmp_path / "c.dcm", grey.astype(np.uint16), BitsStored=8, HighBit=7)
+    np.testing.assert_array_equal(dicom.read(wide), grey)
     colour = np.random.default_rng(0).integers(0, 256, (6, 4, 3)).astype(np.uint8)
     np.testing.assert_array_equal(dicom.read(dicom_file(tmp_path / "b.dcm", colour)), colour)
 
@@ -101,12 +178,17 @@ def test_other_transfer_syntaxes_give_the_same_pixels(name):
     np.testing.assert_array_equal(dicom.read(EXAMPLES / f"MR_small_{name}.dcm"), expected)
 
 
+# One picture in colour, likewise; "+cr" and "+cy": lossy JPEG of RGB and of YBR.
 @pytest.mark.parametrize(
-    ("name", "shape"), [("examples_palette", (350, 800, 3)), ("examples_jpeg2k", (480, 640, 3))]
+    ("name", "mean"),
+    [("rle_16bit", 0), ("gdcm_KY", 0.2), ("dcmtk_+eb+cr", 0.2), ("dcmtk_+eb+cy+np", 4)],
 )
-def test_colours(name, shape):
-    found = dicom.read(EXAMPLES / f"{name}.dcm")
-    assert found.shape == shape and found.dtype == np.uint8 and found.max() > 250
+def test_colours_in_several_packings_are_the_same(name, mean):
+    expected = dicom.read(EXAMPLES / "SC_rgb_rle.dcm").astype(int)
+    assert expected.shape == (100, 100, 3)
+    assert expected[5, 50].tolist() == [255, 0, 0]  # red, then others, from top to bottom
+    found = dicom.read(EXAMPLES / f"SC_rgb_{name}.dcm").astype(int)
+    assert np.abs(found - expected).mean() <= mean
 
 
 @pytest.mark.parametrize(
@@ -114,6 +196,7 @@ def test_colours(name, shape):
     [
         ("rtdose", "15 frames; expected one picture; export each as a file"),
         ("reportsi", r"a DICOM file without pixels \(Basic Text SR Storage\)"),
+        ("image_dfl", "a deflated DICOM file; .*export it uncompressed"),
         ("MR_truncated", "cannot be decoded"),
         ("badVR", "cannot be decoded"),
     ],
@@ -127,6 +210,31 @@ def test_the_mend_of_a_compression_that_nothing_here_reads(monkeypatch):
     monkeypatch.setattr(dicom, "PLUGINS", ())
     with pytest.raises(BadImageError, match=r"compressed as JPEG Lossless.*pylibjpeg-libjpeg"):
         dicom.read(EXAMPLES / "SC_rgb_jpeg_gdcm.dcm")
+
+
+def test_more_pixels_than_the_header_says_are_refused(tmp_path):
+    path = dicom_file(tmp_path / "a.dcm", VALUES, PixelData=bytes(2 * VALUES.nbytes))
+    with pytest.raises(BadImageError, match="more pixels than one frame has"):
+        dicom.read(path)
+
+
+def test_a_message_quotes_nothing_of_the_file(tmp_path, caplog, recwarn):
+    """A length that is damaged lets a UID run on into the patient's name."""
+    whole = dicom_file(tmp_path / "a.dcm", VALUES).read_bytes()
+    rng, said = np.random.default_rng(0), []
+    for _ in range(400):
+        data = bytearray(whole)
+        for place in rng.integers(132, len(data), 3):
+            data[place] = rng.integers(256)
+        (tmp_path / "a.dcm").write_bytes(data)
+        try:
+            dicom.read(tmp_path / "a.dcm")
+        except BadImageError as error:
+            said.append(str(error))
+    assert len(said) > 100
+    said += [record.getMessage() for record in caplog.records]
+    said += [str(warning.message) for warning in recwarn]
+    assert not [line for line in said if "Patient" in line]
 
 
 @pytest.mark.parametrize("name", ["MR_small_RLE", "MR_small_jp2klossless", "SC_rgb_jpeg_dcmtk"])

@@ -10,6 +10,8 @@ from PIL import Image
 from biclip_jax.data import image_io, opencv
 from biclip_jax.errors import BadImageError
 
+from . import fixtures
+
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (9, 7), dtype=np.uint8)
 COLOUR = RNG.integers(0, 256, (9, 7, 3), dtype=np.uint8)
@@ -204,3 +206,9 @@ def test_write_png_replaces_whole_files_and_leaves_nothing_behind(tmp_path):
     with pytest.raises(ValueError, match="float32"):
         image_io.write_png(path, GREY.astype(np.float32))
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_dicom_file_is_no_mask(tmp_path):
+    path = fixtures.dicom_file(tmp_path / "a.dcm", np.ones((4, 4), np.uint8))
+    with pytest.raises(BadImageError, match=r"a\.dcm: found a DICOM file as a mask; .*as PNG"):
+        image_io.read_mask(path)
