@@ -95,11 +95,17 @@ def test_runs_without_another_data_set_are_refused(tmp_path):
         '{"data": "x", "conditions": null}',
         '{"data": "x", "conditions": {"right": {"dice_mean": 0.5}}}',
         '{"data": "x", "conditions": {"right": {"num_images": 3, "dice_mean": null}}}',
-        '{"data": "x", "conditions": {"right": {"num_images": 3}}}',
     ],
 )
 def test_a_damaged_file_is_named(workdirs, text):
     path = workdirs[1] / "evaluation" / "BKAI-test" / "results.json"
     path.write_text(text)
     with pytest.raises(UserError, match="BKAI-test"):
+        generalization.compare(workdirs)
+
+
+def test_scores_that_have_nothing_in_common_are_refused(workdirs):
+    path = workdirs[1] / "evaluation" / "BKAI-test" / "results.json"
+    path.write_text('{"data": "x", "conditions": {"right": {"num_images": 3}}}')
+    with pytest.raises(UserError, match="on x: no metric that all have"):
         generalization.compare(workdirs)
