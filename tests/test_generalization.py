@@ -107,5 +107,5 @@ def test_a_damaged_file_is_named(workdirs, text):
 def test_scores_that_have_nothing_in_common_are_refused(workdirs):
     path = workdirs[1] / "evaluation" / "BKAI-test" / "results.json"
     path.write_text('{"data": "x", "conditions": {"right": {"num_images": 3}}}')
-    with pytest.raises(UserError, match="on x: no metric that all have"):
+    with pytest.raises(UserError, match=r"on x\b.*no metric that all have"):
         generalization.compare(workdirs)
