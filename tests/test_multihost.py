@@ -121,6 +121,19 @@ def test_two_processes_of_two_devices_give_the_run_of_one_with_four(folder, one,
 
 
 @pytest.mark.slow
+def test_masks_of_teachers_are_the_first_process_s(folder, one):
+    options = ("--config", "default:smoke,semi", "--config.data.label_fraction=0.5")
+    options += (f"--config.data.teachers={one / 'model'}", "--config.num_steps=2")
+    runs = [folder / "taught_by_one", folder / "taught_by_two"]
+    for processes, run in zip((1, 2), runs, strict=True):
+        job = Job(folder, run, options, processes=processes, devices=4 // processes)
+        assert job.statuses() == [0] * processes, job.text(0)
+    alone, first = (np.load(run / "teacher_masks.npz")["masks"] for run in runs)
+    np.testing.assert_array_equal(alone, first)
+    check_same_lines(metrics_of(runs[0]), metrics_of(runs[1]))
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_under_another_mode_and_number_of_processes(folder):
     """Begun over a mesh of two processes, its state cut; then by pmap in one; then back again."""
     workdir = folder / "modes"
