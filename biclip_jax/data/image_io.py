@@ -79,7 +79,8 @@ def bare_name(path: str | os.PathLike[str]) -> str:
 def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
     """Reads a mask: foreground is above 127, or nonzero where the maximum is 1.
 
-    The MedCLIPSeg reference counts 127 itself, too, when it trains, and takes a mask of 0 and 1 for
+    16 bits are divided by 257 where they are used, and 255 is foreground where they are not. The
+    MedCLIPSeg reference counts 127 itself, too, when it trains, and takes a mask of 0 and 1 for
     an empty one; masks of 0 and 255 are the same to both.
 
     Args:
@@ -99,8 +100,8 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
         pixels = np.asarray(Image.fromarray(pixels).convert("L"))
     if pixels.max() == 1:
         return (pixels > 0).astype(np.uint8)[..., None]
-    if pixels.dtype == np.uint16:
-        pixels = _to_8_bit(pixels)
+    if pixels.dtype == np.uint16:  # some write 0 and 255 as 16 bits
+        pixels = _to_8_bit(pixels) if pixels.max() > 255 else pixels.astype(np.uint8)
     noise = LOSSY_NOISE if file_format in LOSSY_FORMATS else 0
     if noise < pixels.max() <= 127:
         raise bad_image(

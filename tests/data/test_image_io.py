@@ -144,6 +144,7 @@ def test_masks_of_0_and_1_0_and_255_colour_and_16_bit(tmp_path):
         "colour": np.stack([wanted * 255] * 3, -1),
         "wide": wanted.astype(np.uint16) * 65535,
         "wide_one": wanted.astype(np.uint16),
+        "wide_255": wanted.astype(np.uint16) * 255,
         "empty": wanted * 0,
     }
     for name, array in stored.items():
