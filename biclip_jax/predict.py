@@ -75,7 +75,7 @@ def read_window(text: str, images: Sequence[Path]) -> dicom.Window | None:
     except ValueError:
         center = width = math.nan
     if not (math.isfinite(center) and 1 <= width < math.inf):
-        raise UserError(f"--window {text}: expected CENTER,WIDTH, such as 40,400; width from 1")
+        raise UserError(f"--window {text}: expected --window=CENTER,WIDTH, width from 1")
     if not any(map(dicom.is_dicom, images)):
         raise UserError("--window: of DICOM files alone, and there is none; leave it out")
     return dicom.Window(center, width)
@@ -193,7 +193,7 @@ def _main(argv: list[str]) -> int:
         "--tta", action="store_true", help="the mean over flips, rotations, contrast: six passes"
     )
     parser.add_argument(
-        "--window", default="", metavar="CENTER,WIDTH", help="of DICOM files, instead of their own"
+        "--window", default="", metavar="CENTER,WIDTH", help="of DICOM files, as --window=-600,1500"
     )
     parser.add_argument("--output", required=True, help="folder, made if missing")
     return predict(parser.parse_args(argv))

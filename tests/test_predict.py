@@ -125,7 +125,7 @@ def test_a_folder_of_dicom_files(trained, tmp_path, capsys):
     (folder / "DICOMDIR").write_bytes((folder / "scan.dcm").read_bytes())
     (folder / "notes").write_text("no picture")
     argv = ("--workdir", trained, "--image", folder, "--text", SENTENCE, "--output", out)
-    assert run(*argv, "--window", "500,1500") == 1
+    assert run(*argv, "--window=-500,1500") == 1
     captured = capsys.readouterr()
     assert "3 of 4 pictures segmented" in captured.out
     assert "report: found a DICOM file without pixels (CT Image Storage)" in captured.err
@@ -133,7 +133,7 @@ def test_a_folder_of_dicom_files(trained, tmp_path, capsys):
         assert Image.open(out / f"{name}_mask.png").size == (30, 40)
         assert Image.open(out / f"{name}_uncertainty.png").size
     # The windows are not the same, and the one that was asked for is what the model saw.
-    seen = dicom.read(folder / "scan.dcm", dicom.Window(500, 1500))
+    seen = dicom.read(folder / "scan.dcm", dicom.Window(-500, 1500))
     assert (seen != dicom.read(folder / "scan.dcm")).any()
     expected = biclip_jax.load(trained).predict(seen, SENTENCE).probability
     probability = np.asarray(Image.open(out / "scan_probability.png"))
@@ -145,13 +145,13 @@ def test_a_folder_of_dicom_files(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("window", "said"),
     [
-        ("40", "expected CENTER,WIDTH"),
+        ("40", "expected --window=CENTER,WIDTH"),
         ("40,0", "width from 1"),
-        ("nan,400", "expected CENTER,WIDTH"),
+        ("nan,400", "expected --window=CENTER,WIDTH"),
         ("40,400", "of DICOM files alone, and there is none"),
     ],
 )
 def test_windows_that_cannot_be(trained, pictures, tmp_path, capsys, window, said):
     argv = ("--workdir", trained, "--image", pictures, "--output", tmp_path / "out")
-    assert run(*argv, "--window", window) == 2
+    assert run(*argv, f"--window={window}") == 2
     assert said in capsys.readouterr().err
