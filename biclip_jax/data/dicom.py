@@ -144,8 +144,8 @@ def _lift_groups(dataset: Dataset) -> None:
 
 
 def _decode(path: str | os.PathLike[str], dataset: Dataset) -> np.ndarray:
-    """Stored values, (H, W) grey or indices, (H, W, 3) RGB, by the first decoder that can."""
-    from pydicom.pixels import get_decoder, pixel_array
+    """Stored values: (H, W) grey or indices, (H, W, 3) RGB."""
+    from pydicom.pixels import get_decoder
 
     syntax, plugins = dataset.file_meta.TransferSyntaxUID, [""]
     size = dataset.Rows * dataset.Columns * dataset.SamplesPerPixel * dataset.BitsAllocated // 8
@@ -155,16 +155,22 @@ def _decode(path: str | os.PathLike[str], dataset: Dataset) -> np.ndarray:
     elif len(dataset.PixelData) > size + size % 2:
         mend = "export each as a file"
         raise bad_image(path, "more pixels than one frame has", "one picture", mend)
-    for plugin in plugins:
-        with contextlib.suppress(*([Exception] if plugin != plugins[-1] else [])):
-            stored = pixel_array(dataset, decoding_plugin=plugin)
-            break
+    stored = _by_first_that_can(dataset, plugins)
     channels = (3,) if dataset.PhotometricInterpretation not in (*GREY, "PALETTE COLOR") else ()
     expected = (dataset.Rows, dataset.Columns, *channels)
     if stored.shape != expected:
         mend = "export it as PNG"
         raise bad_image(path, f"pixels of shape {stored.shape}", f"{expected}", mend)
     return stored
+
+
+def _by_first_that_can(dataset: Dataset, plugins: list[str]) -> np.ndarray:
+    from pydicom.pixels import pixel_array
+
+    for plugin in plugins[:-1]:
+        with contextlib.suppress(Exception):  # pillow, for one, reads no JPEG of 12 bits
+            return pixel_array(dataset, decoding_plugin=plugin)
+    return pixel_array(dataset, decoding_plugin=plugins[-1])
 
 
 def _grey(stored: np.ndarray, dataset: Dataset, window: Window | None) -> np.ndarray:
