@@ -165,10 +165,16 @@ def test_a_folder_that_takes_nothing_is_told_of_and_the_vectors_are_there(
     assert files(tmp_path) == []
 
 
-def test_a_folder_that_is_not_there_is_told_of(tmp_path):
+def test_a_folder_that_cannot_be_made_is_told_of(tmp_path):
+    (tmp_path / "file").touch()
     with pytest.warns(UserWarning, match="vectors are not kept"):
-        features, _ = of(["a"], tmp_path / "nowhere")
+        features, _ = of(["a"], tmp_path / "file/nowhere")
     assert features.keys() == {"a"}
+
+
+def test_a_folder_that_is_not_there_is_made(tmp_path):
+    of(["a"], tmp_path / "new")
+    assert len(files(tmp_path / "new")) == 1
 
 
 def test_a_tower_that_fails_leaves_nothing(tmp_path):
