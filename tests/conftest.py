@@ -9,8 +9,11 @@ import jaxtyping
 
 # Whole runs compile the same programs again and again: once a session, and for both workers,
 # is enough. Set before jax is imported, and inherited by workers and child processes.
-# Less optimised code compiles sooner (level 0 gives NaN in jaxlib 0.10.2, so 1 it is).
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+# Less optimised code compiles sooner (level 0 gives NaN in jaxlib 0.10.2, so 1 it is), and so do
+# fusions that the older emitter writes: a test file that took 25 s takes 17.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
+)
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     CACHE = tempfile.TemporaryDirectory(prefix="biclip-jax-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name

@@ -75,15 +75,10 @@ def test_training_begins_at_the_plain_u_net_to_the_bit(norm):
     assert np.abs(one - other).max() > 1e-4
 
 
-@pytest.fixture(scope="module")
-def full():
-    model = tiny.model(method="full")
-    return model, tiny.init(model)
-
-
 @pytest.mark.slow
-def test_full_begins_at_the_same_network_without_levels_to_the_bit(full):
-    model, variables = full
+def test_full_begins_at_the_same_network_without_levels_to_the_bit():
+    model, ids = tiny.model(method="full"), jnp.zeros((1, tiny.MAX_LENGTH), jnp.int32)
+    variables = biclip.init(model, jax.random.key(0), {"text_ids": ids, "text_mask": ids == 0})
     params = variables["params"]
     unet = {k: v for k, v in params["unet"].items() if not k.startswith("fusion_")}
     plain = {**variables, "params": {**params, "unet": unet}}
@@ -177,8 +172,9 @@ def test_the_image_only_u_net_needs_no_sentence_and_ignores_one():
     np.testing.assert_array_equal(logits, again)
 
 
-def test_an_empty_sentence_has_a_learned_vector_of_its_own(full):
-    model, variables = full[0], tiny.noisy(full[1])
+def test_an_empty_sentence_has_a_learned_vector_of_its_own():
+    model = tiny.model(method="full")
+    variables = tiny.noisy(tiny.init(model))
     batch = tiny.batch(2)
     image, sentence = biclip.to_unit_rgb(batch["image"]), biclip.text_inputs(batch)
     half = {**sentence, "has_text": jnp.array([True, False])}
