@@ -15,12 +15,13 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 
 from biclip_jax import __version__, cli, inference, sentences
@@ -39,6 +40,7 @@ from biclip_jax.evaluation import (
     reporting,
     runner,
     surface,
+    together,
 )
 from biclip_jax.models.medclipseg import MedCLIPSeg
 from biclip_jax.weights import folder as model_folder
@@ -50,10 +52,10 @@ class Job(NamedTuple):
     Attributes:
       make: damage -> predict, see `runner.make_predict`.
       predict: without damage.
-      members: the same, of each member of an ensemble; empty for a single model.
-      samples: batch -> the samples' mean, its entropy and its epistemic part; None for models
-        that draw none.
-      num_samples: passes of a prediction; None likewise.
+      members: the same, of each member of an ensemble or of --together; empty for a single model.
+      samples: batch -> the samples' mean, its entropy and its epistemic part; None where these
+        are not asked for.
+      num_samples: passes of a prediction; None for models that draw none.
       encode: sentences -> the sentence fields of a batch.
       splits: {name: records}, whole.
       records: that are evaluated.
@@ -69,6 +71,16 @@ class Job(NamedTuple):
     splits: dict[str, Sequence[Record]]
     records: Sequence[Record]
     folder: Path
+
+
+class Opened(NamedTuple):
+    """A trained model, its variables without a frozen text tower, and what makes its input."""
+
+    folder: str
+    model: nn.Module
+    bare: Mapping[str, Any]
+    encode: runner.Encode
+    processor: inference.Processor
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -106,7 +118,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         outcome |= runner.evaluate_members(
             job.members, job.encode, job.records, batch_size=args.batch_size
         )
-    if args.uncertainty and job.samples is not None:
+    if job.samples is not None:
         outcome["sampling"] = runner.evaluate_samples(
             job.samples, job.encode, job.records, batch_size=args.batch_size
         )
@@ -139,6 +151,7 @@ def _facts(args: argparse.Namespace, config: dict[str, Any], job: Job) -> dict[s
         "command": shlex.join(["python", "-m", "biclip_jax.evaluate", *args.argv]),
         "seed": config["seed"],
         **_model_facts(inference.model_path(workdir)),
+        "together": [_described(folder) for folder in args.together] or None,
         "config": config,
         "versions": {"biclip_jax": __version__, "jax": metadata.version("jax")},
         "device": jax.devices()[0].device_kind,
@@ -152,33 +165,66 @@ def _open(args: argparse.Namespace, config: dict[str, Any]) -> Job:
         empty = dict.fromkeys(data["num_examples"], 0)
         data |= {"name": "folder", "source": args.source, "layout": args.layout}
         data |= {"prompt": "", "percent": 100, "num_examples": empty}
-    model, variables, processor = inference.load_model(Path(args.workdir))
-    sampled = isinstance(model, MedCLIPSeg)
-    if (args.num_samples or args.uncertainty) and not sampled:
-        raise UserError(
-            "--num-samples, --uncertainty: this model draws no samples; leave them out (--tta "
-            "averages over views)"
-        )
-    if args.num_samples:
-        model = model.clone(num_samples=args.num_samples)
-    data["resize"] = processor.resizing
+    models = [_open_model(folder, args) for folder in (args.workdir, *args.together)]
+    first = _alike(models)
+    data["resize"] = first.processor.resizing
     wanted = {args.split, *(("train", "val") if args.baselines else ())}
     wanted |= {"val"} if args.calibration else set()
-    prepared = pipeline.prepare(data, processor.image_size)
+    prepared = pipeline.prepare(data, first.processor.image_size)
     splits = pipeline.open_splits(prepared, data, [name for name in SPLITS if name in wanted])
-    bare = sentences.without_tower(model, variables)
-    make = partial(runner.make_predict, model, bare)
+    sampled = isinstance(first.model, MedCLIPSeg)
     return Job(
-        make=make,
-        predict=make(),
-        members=runner.make_member_predicts(model, bare),
-        samples=runner.make_samples(model, bare) if sampled else None,
-        num_samples=model.num_samples if sampled else None,
-        encode=sentences.encoder(model, variables, processor),
+        **(_together(models) if args.together else _alone(first)),
+        samples=runner.make_samples(first.model, first.bare) if args.uncertainty else None,
+        num_samples=first.model.num_samples if sampled else None,
         splits=dict(splits),
         records=conditions.subset(splits[args.split], args.subset),
         folder=_output(args),
     )
+
+
+def _open_model(folder: str, args: argparse.Namespace) -> Opened:
+    model, variables, processor = inference.load_segmenter(folder)
+    if (args.num_samples or args.uncertainty) and not isinstance(model, MedCLIPSeg):
+        raise UserError(
+            f"--num-samples, --uncertainty: the model of {folder} draws no samples; leave them "
+            "out (--tta averages over views)"
+        )
+    if args.num_samples:
+        model = model.clone(num_samples=args.num_samples)
+    encode = sentences.encoder(model, variables, processor)
+    return Opened(folder, model, sentences.without_tower(model, variables), encode, processor)
+
+
+def _alike(models: Sequence[Opened]) -> Opened:
+    """The first of models that take pictures alike."""
+    first, *others = models
+    wanted = (first.processor.image_size, first.processor.resizing)
+    for other in others:
+        found = (other.processor.image_size, other.processor.resizing)
+        if found != wanted:
+            raise UserError(
+                f"--together: {other.folder} takes pictures of {found[0]} px, resized {found[1]}, "
+                f"and {first.folder} of {wanted[0]} px, {wanted[1]}; give models of the same size"
+            )
+    return first
+
+
+def _alone(one: Opened) -> dict[str, Any]:
+    make = partial(runner.make_predict, one.model, one.bare)
+    members = runner.make_member_predicts(one.model, one.bare)
+    return {"make": make, "predict": make(), "members": members, "encode": one.encode}
+
+
+def _together(models: Sequence[Opened]) -> dict[str, Any]:
+    makes = [partial(runner.make_predict, one.model, one.bare) for one in models]
+    members = together.predicts([make() for make in makes])
+    return {
+        "make": together.maker(makes),
+        "predict": together.mean(members),
+        "members": members,
+        "encode": together.encoder([one.encode for one in models]),
+    }
 
 
 def surfaces(job: Job, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -322,6 +368,10 @@ def _run_config(workdir: Path, elsewhere: bool) -> dict[str, Any]:
     if not described or not isinstance(config["data"], dict) or "name" not in config["data"]:
         raise UserError(f"{path}: no configuration of a run; give the --workdir of a training run")
     return config
+
+
+def _described(folder: str) -> dict[str, Any]:
+    return {"folder": folder, **_model_facts(inference.model_path(folder))}
 
 
 def _model_facts(folder: Path) -> dict[str, Any]:

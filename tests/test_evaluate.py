@@ -1,6 +1,7 @@
 """The evaluation door."""
 
 import csv
+import dataclasses
 import json
 import shutil
 from hashlib import sha256
@@ -291,6 +292,51 @@ def test_mirroring_is_a_dice_of_the_model_with_itself(trained, tmp_path, capsys)
     assert found["num_images"] == 8
     assert 0 <= found["dice_mean"] <= 1
     assert "mirrored against itself" in capsys.readouterr().out
+
+
+def test_models_trained_apart_are_evaluated_together(trained, tmp_path, capsys):
+    twin = tmp_path / "twin"
+    shutil.copytree(trained / "model", twin / "model")
+    options = ("--no-baselines", "--text-conditions", "right", "--output", str(tmp_path / "out"))
+    assert run("--workdir", str(trained), "--together", str(twin), *options) == 0
+    results = results_of(tmp_path / "out")
+    own = results_of(trained / "test")["conditions"]["right"]
+    assert results["conditions"]["right"] == own
+    assert results["members"] == {"member_0": own, "member_1": own}
+    assert results["ensemble_uncertainty"]["mean_mutual_information"] == pytest.approx(0, abs=1e-6)
+    (other,) = results["together"]
+    assert other["folder"] == str(twin) and other["model_sha256"] == results["model_sha256"]
+    assert "members together: entropy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--together", "a,b"), "expected --output"),
+        (("--together", "a,", "--output", "c"), "expected work directories with commas"),
+        (("--together", "a,a", "--output", "c"), "each once"),
+        (("--together", "run", "--output", "c"), "--workdir not among them"),
+        (("--together", "a", "--output", "c", "--uncertainty"), "found --uncertainty beside it"),
+    ],
+)
+def test_what_cannot_be_together_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        arguments.parse(["--workdir", "run", *options])
+
+
+def test_together_models_take_pictures_of_one_size(trained, tmp_path, monkeypatch, capsys):
+    opened = evaluate.inference.load_segmenter
+
+    def load(folder):
+        model, variables, processor = opened(trained)
+        size = 56 if folder == str(trained) else 112
+        return model, variables, dataclasses.replace(processor, image_size=size)
+
+    monkeypatch.setattr(evaluate.inference, "load_segmenter", load)
+    argv = ("--workdir", str(trained), "--together", "b", "--output", str(tmp_path / "out"))
+    assert run(*argv) == 2
+    assert "b takes pictures of 112 px" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -27,6 +27,12 @@ def parse(argv: list[str], description: str = "") -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("--workdir", required=True, help="of a training run")
+    parser.add_argument(
+        "--together",
+        default="",
+        metavar="RUN,RUN",
+        help="the mean of this model and these; with --output, as it is no one run's",
+    )
     parser.add_argument("--split", default="test", choices=SPLITS)
     parser.add_argument("--source", default="", help="another data set on disk, in any layout")
     parser.add_argument("--layout", default="", help="of --source (default: look and see)")
@@ -76,6 +82,7 @@ def parse(argv: list[str], description: str = "") -> argparse.Namespace:
         raise UserError(f"--num-samples {args.num_samples}: expected at least 1 pass")
     if args.subset < 0:
         raise UserError(f"--subset {args.subset}: expected at least 1 picture")
+    args.together = _together(args)
     args.text_conditions, args.argv = _asked(args), argv
     args.degradations = _degradations(args.degradations)
     args.severities = _severities(args.severities)
@@ -113,6 +120,23 @@ def _asked(args: argparse.Namespace) -> tuple[str, ...]:
             "expected one of them; name all conditions in --text-conditions"
         )
     return _prompts(args.prompts)
+
+
+def _together(args: argparse.Namespace) -> list[str]:
+    """The folders of other models."""
+    folders = [folder.strip() for folder in args.together.split(",")] if args.together else []
+    if not all(folders) or len({args.workdir, *folders}) <= len(folders):
+        raise UserError(
+            f"--together {args.together}: expected work directories with commas between them, each "
+            "once, and --workdir not among them"
+        )
+    if folders and not args.output:
+        raise UserError(f"--together {args.together}: expected --output, a folder of its own")
+    if folders and args.uncertainty:
+        raise UserError(
+            "--together: found --uncertainty beside it, of one model's samples; ask for one of them"
+        )
+    return folders
 
 
 def _degradations(text: str) -> tuple[str, ...]:

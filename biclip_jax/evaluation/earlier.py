@@ -22,6 +22,7 @@ IDENTITY = (
     "data",
     "best_step",
     "model_sha256",
+    "together",
     "num_images",
     "pictures_sha256",
     "num_samples",

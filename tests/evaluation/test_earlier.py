@@ -14,6 +14,7 @@ FACTS = {
     "data": "known",
     "best_step": 7,
     "model_sha256": "a",
+    "together": None,
     "num_images": 2,
     "pictures_sha256": "b",
     "num_samples": None,
