@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from biclip_jax import image_towers, parallel, sentences
 from biclip_jax.assembly import Assembly, member_keys
+from biclip_jax.errors import UserError
 from biclip_jax.models import biclip
 from biclip_jax.models.text import PooledTower
 from biclip_jax.training import objective
@@ -31,8 +32,17 @@ class Towers(NamedTuple):
 
 
 def open_towers(config: ConfigDict) -> Towers:
-    """The towers that the fields of `model.text` and `model.image` name."""
-    dtype = config.model.dtype
+    """The towers that the fields of `model.text` and `model.image` name.
+
+    Raises:
+      UserError: a tower that does not open; pictures of a size that the U-Net does not take, which
+        is better known before they are prepared.
+    """
+    fields, dtype = config.model, config.model.dtype
+    try:
+        biclip.check_size(fields.image_size, fields.num_levels, fields.pseudo_image)
+    except ValueError as error:
+        raise UserError(f"--config.model.{error}") from error
     return Towers(
         sentences.open_configured(config.model.text.to_dict(), dtype),
         image_towers.open_configured(config.model.image.to_dict(), dtype),

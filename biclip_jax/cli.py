@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -34,7 +35,7 @@ CPU_CONVOLUTION_FLAG = "--xla_cpu_experimental_ynn_fusion_type=-individual_convo
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
-    """Runs a command line; a `UserError` or a file that cannot be used is exit status 2."""
+    """Runs a command line; exit status 2: a `UserError` or an unusable file; 130: Ctrl-C."""
     set_xla_flags()
     keep_memory()
     keep_compiled_programs()
@@ -47,6 +48,9 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
         mend = "check that it exists, is yours to use, and that the disk has room"
         print(f"error: {error.filename}: {error.strerror}; {mend}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command begins again, or goes on", file=sys.stderr)
+        status = 128 + signal.SIGINT
     sys.exit(status or 0)
 
 

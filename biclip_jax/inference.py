@@ -120,7 +120,7 @@ class Predictor:
 
         Raises:
           BadImageError: the file is not a picture that can be read.
-          ValueError: an array of another shape or dtype.
+          ValueError: an array of another shape or dtype, or no array; a sentence that is no str.
         """
         if self.samples:
             return Prediction(*self.predict_samples(image, sentence)[:3])
@@ -148,6 +148,7 @@ class Predictor:
         Six passes; a flip swaps the sentence's sides, too. Of a model that samples, each view is
         the samples' mean.
         """
+        _check_sentence(sentence)
         mirrored = self._encode([text_lib.mirror(sentence)])
         more = {f"{tta.MIRRORED}{name}": values for name, values in mirrored.items()}
 
@@ -166,6 +167,7 @@ class Predictor:
 
     def _maps(self, image, sentence, look=None, **more) -> list[np.ndarray]:
         pixels = image_io.read_image(image) if isinstance(image, str | Path) else _checked(image)
+        _check_sentence(sentence)
         batch = {"image": self.processor.resize([pixels]), **self._encode([sentence]), **more}
         maps = np.moveaxis((look or self._answer)(batch)[0], -1, 0)
         size = pixels.shape[:2]
@@ -302,10 +304,20 @@ def model_path(path: str | Path) -> Path:
 
 
 def _checked(image: np.ndarray) -> np.ndarray:
+    shapes = "(H, W), (H, W, 1) or (H, W, 3)"
+    if not isinstance(image, np.ndarray):
+        raise ValueError(
+            f"the picture is a {type(image).__name__}; expected a uint8 array {shapes} or a path"
+        )
     legal = image.ndim in (2, 3) and image.shape[2:] in ((), (1,), (3,))
     if image.dtype != np.uint8 or not legal:
         raise ValueError(
-            f"the picture is {image.dtype} {image.shape}; "
-            "expected uint8 (H, W), (H, W, 1) or (H, W, 3)"
+            f"the picture is {image.dtype} {image.shape}; expected uint8 {shapes}; bring its grey "
+            "values to 0..255, channels last"
         )
     return image if image.ndim == 3 else image[..., None]
+
+
+def _check_sentence(sentence: str) -> None:
+    if not isinstance(sentence, str):
+        raise ValueError(f'the sentence is {sentence!r}; expected a str, "" for none')

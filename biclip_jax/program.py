@@ -17,6 +17,7 @@ from biclip_jax.models.ensemble import Ensemble
 from biclip_jax.training import optim, steps
 from biclip_jax.training import state as train_state
 
+FEWEST_STEPS = 50  # between two evaluations, where `eval_every` leaves it open
 # model.kind -> the module that knows its towers, sentences, variables and loss
 FAMILIES: dict[str, Any] = {"biclip": biclip_program, "medclipseg": medclipseg_program}
 
@@ -76,7 +77,8 @@ def build(
       spoken: the sentences.
       towers: pretrained, what the family's `open_towers` gave; None: those of the configuration.
       num_val: pictures of the validation split, for which `eval_every` makes room where it is 0:
-        few labels make short epochs, and most of the time would go to validation.
+        few labels make short epochs, and most of the time would go to validation, and with few
+        pictures in all to saving, which `FEWEST_STEPS` keeps apart.
 
     Raises:
       UserError: fields that do not go together.
@@ -121,7 +123,8 @@ def build(
         schedule=schedule,
         num_steps=num_steps,
         steps_at_once=at_once,
-        eval_every=config.eval_every or max(steps_per_epoch, num_val // config.batch_size),
+        eval_every=config.eval_every
+        or max(steps_per_epoch, num_val // config.batch_size, FEWEST_STEPS),
         num_members=config.ensemble,
         num_labelled=num_labelled,
         labelled_rows=rows,

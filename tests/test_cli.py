@@ -109,6 +109,17 @@ def test_a_user_s_error_is_one_line_and_status_2(capsys):
     assert capsys.readouterr().err == "error: here.png: found this; expected that; do so\n"
 
 
+def test_ctrl_c_is_one_line_and_status_130(capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(main, [])
+    assert stopped.value.code == 130
+    said = capsys.readouterr().err
+    assert said.startswith("interrupted;") and said.count("\n") == 1
+
+
 def test_a_file_that_cannot_be_used_is_one_line_too(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.run(lambda _: (tmp_path / "gone").read_text() and None, [])

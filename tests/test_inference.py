@@ -86,6 +86,22 @@ def test_the_mean_over_views_is_that_of_single_passes_brought_back(trained, pict
     np.testing.assert_array_equal(found.mask, found.probability >= 0.5)
 
 
+@pytest.mark.parametrize(
+    ("image", "sentence", "message"),
+    [
+        (Image.new("L", (9, 9)), SENTENCE, "the picture is a Image; expected a uint8 array"),
+        (np.zeros((9, 9)), SENTENCE, r"float64 \(9, 9\); expected uint8 .*to 0..255"),
+        (np.zeros((3, 9, 9), np.uint8), SENTENCE, r"uint8 \(3, 9, 9\); .*channels last"),
+        (np.zeros((9, 9), np.uint8), None, 'the sentence is None; expected a str, "" for none'),
+    ],
+)
+def test_what_is_no_picture_or_no_sentence_is_said(trained, image, sentence, message):
+    predictor = biclip_jax.load(trained)
+    for predict in (predictor.predict, predictor.predict_views):
+        with pytest.raises(ValueError, match=message):
+            predict(image, sentence)
+
+
 def test_files_arrays_grey_and_rgb_give_the_same(trained, picture, tmp_path):
     predictor = biclip_jax.load(trained)
     Image.fromarray(picture[..., 0]).save(tmp_path / "p.png")

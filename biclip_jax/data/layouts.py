@@ -53,6 +53,8 @@ def find_layout(root: str | os.PathLike[str]) -> str:
         return fitting[0]
     marks = "; ".join(f"{mark} ({name})" for name, mark in LAYOUTS.items())
     found = f"several layouts ({', '.join(fitting)})" if fitting else "no known layout"
+    if not fitting and (tables := sorted(path.name for path in root.glob("*.csv"))):
+        found = f"{len(tables)} CSV files ({', '.join(tables[:3])}), none of them annotations.csv"
     raise DataError(
         f"{root}: found {found}; expected exactly one of: {marks}; "
         "give the folder that holds one of these, or name the layout."
@@ -208,6 +210,8 @@ def read_variants(
 
 
 def _existing(root: str | os.PathLike[str]) -> Path:
+    if os.path.isfile(root):
+        raise DataError(f"{root}: found a file; expected the folder of a data set; give that.")
     if not os.path.isdir(root):
         raise DataError(f"{root}: found no such folder; expected a data set; check the path.")
     return Path(root)
@@ -372,7 +376,8 @@ def _table_path(root: Path, split: Split, name: str) -> Path:
 
 def _beside(root: Path, folder: str, name: str) -> Path:
     inside, above = root / folder / name, root / name
-    return above if above.is_file() and not inside.is_file() else inside
+    written = above.is_file() or name.startswith(f"{folder}/")  # where it is, or where it is missed
+    return above if written and not inside.is_file() else inside
 
 
 def _split_folders(root: Path, split: Split, masks: str) -> tuple[Folder, Folder]:

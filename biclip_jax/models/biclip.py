@@ -285,7 +285,7 @@ def build(
     """
     config = {**DEFAULTS, **config}
     size, num_levels, width = config["image_size"], config["num_levels"], config["width"]
-    _check_size(size, num_levels, config["pseudo_image"])
+    check_size(size, num_levels, config["pseudo_image"])
     dtype, bmf = jnp.dtype(config["dtype"]), config["bmf"]
     model = BiCLIP(
         image_size=size,
@@ -337,12 +337,18 @@ def named_blocks(names: str, num_levels: int) -> tuple[str, ...]:
     return tuple(block for block in blocks if block in chosen)
 
 
-def _check_size(size: int, num_levels: int, pseudo_image: bool) -> None:
+def check_size(size: int, num_levels: int, pseudo_image: bool) -> None:
+    """Raises ValueError for a picture's size that levels or generator cannot have."""
+    smallest = 2 ** (num_levels - 1)
     if pseudo_image:
-        fusion.generator_widths(size)
-    if size % 2 ** (num_levels - 1):
+        legal = [one for one in fusion.generator_sizes() if one % smallest == 0]
+        if size not in legal:
+            raise ValueError(
+                f"image_size is {size}; expected one of {legal} with {num_levels} levels"
+            )
+    elif size % smallest:
         raise ValueError(
-            f"image_size is {size}; {num_levels} levels need a multiple of {2 ** (num_levels - 1)}"
+            f"image_size is {size}; expected a multiple of {smallest} with {num_levels} levels"
         )
 
 

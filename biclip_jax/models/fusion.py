@@ -118,11 +118,15 @@ def generator_widths(image_size: int) -> tuple[int, ...]:
     Raises:
       ValueError: the size is not 28 * 2^k with k from 1 to 5.
     """
-    legal = {SEED_SIZE * 2**k: k for k in range(1, 6)}
+    legal = generator_sizes()
     if image_size not in legal:
-        raise ValueError(f"image_size is {image_size}; expected one of {sorted(legal)}")
-    count = legal[image_size] - 1
-    return (64, 32, 16, 8)[4 - count :]
+        raise ValueError(f"image_size is {image_size}; expected one of {legal}")
+    return (64, 32, 16, 8)[4 - legal.index(image_size) :]
+
+
+def generator_sizes() -> list[int]:
+    """The sizes of a pseudo-image: 28 * 2^k with k from 1 to 5."""
+    return [SEED_SIZE * 2**k for k in range(1, 6)]
 
 
 class CycleHead(nn.Module):

@@ -201,9 +201,9 @@ def test_damage_is_found_on_reuse(tmp_path):
     ("name", "changed", "field"),
     [
         ("nothing", {}, "name: found 'nothing'"),
-        ("folder", {}, "source_dir: found none"),
+        ("folder", {}, "source: found none"),
         ("folder", {"num_examples": SMALL}, "num_examples"),
-        ("synthetic", {"source_dir": "x"}, "source_dir: found 'x'"),
+        ("synthetic", {"source_dir": "x"}, "source: found 'x'"),
         ("synthetic", {"percent": 10}, "percent: found 10"),
         ("synthetic", {"image_size": 0}, "image_size: found 0"),
         ("synthetic", {"num_examples": {"dev": 3}}, "num_examples: found 'dev'"),

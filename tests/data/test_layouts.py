@@ -137,6 +137,26 @@ def test_duplicate_ids_inside_a_split_and_over_two(tmp_path):
     assert "(test), first in annotations.csv row 3 (train)" in text
 
 
+def test_several_tables_and_a_file_in_the_place_of_a_folder(tmp_path):
+    for name in ("b.csv", "c.csv"):
+        (tmp_path / name).write_text("split,image,mask,text\n")
+    assert "found 2 CSV files (b.csv, c.csv), none of them annotations.csv" in message(tmp_path)
+    assert "found a file; expected the folder" in message(tmp_path / "b.csv")
+
+
+def test_columns_apart_by_semicolons(tmp_path):
+    (tmp_path / "annotations.csv").write_text("split;image;mask;text\ntrain;a.png;b.png;c\n")
+    assert "expected a column 'split'; separate columns by commas" in message(tmp_path)
+
+
+def test_a_missing_file_is_named_where_the_table_has_it(tmp_path):
+    row = ("train", "images/p.png", "masks/p.png", "a")
+    fixtures.table(tmp_path / "annotations.csv", ("split", "image", "mask", "text"), [row])
+    text = message(tmp_path)
+    for name in row[1:3]:
+        assert f"{tmp_path / name}: " in text and f"{name.split('/')[0]}/{name}" not in text
+
+
 def test_missing_column_names_the_nearest(tmp_path):
     root = fixtures.lvit(tmp_path, fixtures.samples())
     book = root / "Val_Folder/Val_text.xlsx"

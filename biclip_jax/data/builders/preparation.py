@@ -68,7 +68,7 @@ def prepare(
         raise DataError(f"image_size: found {image_size}; expected 8 to 4096 pixels; change it.")
     if name == "synthetic":
         subset = None if percent == 100 else percent
-        _refuse(name, source_dir=source_dir, layout=layout, prompt=prompt, percent=subset)
+        _refuse(name, source=source_dir, layout=layout, prompt=prompt, percent=subset)
         make, identity = _synthetic(image_size, num_examples or {})
     else:
         _refuse(name, num_examples=num_examples)
@@ -137,7 +137,9 @@ def _from_folder(
     if name not in known:
         raise DataError(f"name: found {name!r}; expected synthetic, {', '.join(known)}.")
     if source_dir is None:
-        raise DataError(f"source_dir: found none; expected the folder of {name!r}; give its path.")
+        raise DataError(
+            f"source: found none; expected the folder of {name!r}; give --config.data.source=DIR."
+        )
     if resize not in RESIZE_METHODS:
         methods = ", ".join(RESIZE_METHODS)
         raise DataError(f"resize: found {resize!r}; expected one of {methods}; choose one.")

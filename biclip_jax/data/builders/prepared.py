@@ -92,7 +92,10 @@ def open_split(path: str | os.PathLike[str], split: Split) -> PreparedSplit:
     builder = tfds.builder_from_directory(path)
     if split not in builder.info.splits:
         present = ", ".join(builder.info.splits)
-        raise DataError(f"{path}: found the splits {present}; expected {split!r}; choose another.")
+        raise DataError(
+            f"{path}: found the splits {present}, as in the data set that it was prepared from; "
+            f"expected {split!r}; give some pictures of the data set that split."
+        )
     decoders = {name: tfds.decode.SkipDecoding() for name in records.PICTURES}
     return PreparedSplit(builder.as_data_source(split=split, decoders=decoders))
 
