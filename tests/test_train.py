@@ -260,6 +260,8 @@ def test_what_cannot_run_is_said_before_training(tmp_path, override, said):
     config = cli.load_config("default:smoke", overrides)
     with pytest.raises(UserError, match=said):
         train.train_and_evaluate(config, tmp_path / "run")
+    if said.startswith("image_size"):  # nothing was prepared at a size that no network takes
+        assert not any(tmp_path.glob("synthetic-*"))
 
 
 @pytest.mark.slow

@@ -21,6 +21,21 @@ def parse(argv: list[str], description: str = "") -> argparse.Namespace:
       UserError: a value that no code stands for.
       SystemExit: 2 for an option that there is not, 0 for --help.
     """
+    args = _parser(description).parse_args(argv)
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}: expected at least 1 picture at a time")
+    if args.num_samples < 0:
+        raise UserError(f"--num-samples {args.num_samples}: expected at least 1 pass")
+    if args.subset < 0:
+        raise UserError(f"--subset {args.subset}: expected at least 1 picture")
+    args.together = _together(args)
+    args.text_conditions, args.argv = _asked(args), argv
+    args.degradations = _degradations(args.degradations)
+    args.severities = _severities(args.severities)
+    return args
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -75,18 +90,7 @@ def parse(argv: list[str], description: str = "") -> argparse.Namespace:
     parser.add_argument("--no-baselines", dest="baselines", action="store_false")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--output", help="folder (default: WORKDIR/evaluation/SPLIT[-N])")
-    args = parser.parse_args(argv)
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: expected at least 1 picture at a time")
-    if args.num_samples < 0:
-        raise UserError(f"--num-samples {args.num_samples}: expected at least 1 pass")
-    if args.subset < 0:
-        raise UserError(f"--subset {args.subset}: expected at least 1 picture")
-    args.together = _together(args)
-    args.text_conditions, args.argv = _asked(args), argv
-    args.degradations = _degradations(args.degradations)
-    args.severities = _severities(args.severities)
-    return args
+    return parser
 
 
 def _text_conditions(text: str) -> tuple[str, ...]:
