@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ast
 import ctypes
-import difflib
 import functools
 import importlib
 import importlib.util
@@ -23,7 +22,7 @@ from ml_collections import ConfigDict
 
 from biclip_jax import places
 from biclip_jax.configs import common
-from biclip_jax.errors import UserError
+from biclip_jax.errors import UserError, did_you_mean
 
 ACCELERATORS = ("nvidia[0-9]*", "accel*", "kfd", "vfio/[0-9]*")  # under /dev: GPUs, TPUs
 # mallopt's M_ARENA_MAX: one arena; M_MMAP_MAX: no block of its own; M_TRIM_THRESHOLD: -1, give
@@ -229,7 +228,7 @@ def check(config: ConfigDict) -> None:
     for name, legal in CHOICES.items():
         if name in fields and fields[name] not in legal:
             known = [str(value) or "''" for value in legal]
-            near = _nearest(str(fields[name]), known)
+            near = did_you_mean(str(fields[name]), known)
             raise UserError(
                 f"--config.{name}: {fields[name]!r}; expected one of {', '.join(known)}{near}"
             )
@@ -295,7 +294,7 @@ def _config_module(source: str) -> ModuleType:
     if path.stem not in names or source not in (path.stem, f"configs/{path.stem}.py"):
         raise UserError(
             f"--config {source}: no such file, and no configuration of that name; "
-            f"the names are {', '.join(names)}{_nearest(path.stem, names)}"
+            f"the names are {', '.join(names)}{did_you_mean(path.stem, names)}"
         )
     return importlib.import_module(f"biclip_jax.configs.{path.stem}")
 
@@ -314,7 +313,7 @@ def _override(config: ConfigDict, override: str) -> None:
         raise UserError(f"{override}: not an option; fields are set as --config.FIELD=VALUE")
     fields = dict(leaves(config))
     if key not in fields:
-        raise UserError(f"--config.{key}: no such field{_nearest(key, list(fields))}")
+        raise UserError(f"--config.{key}: no such field{did_you_mean(key, list(fields))}")
     *parents, leaf = key.split(".")
     owner = functools.reduce(lambda fields, name: fields[name], parents, config)
     owner[leaf] = _parse(key, text, fields[key])
@@ -342,8 +341,3 @@ def _parse(key: str, text: str, current: Any) -> Any:
         expected = type(current).__name__
         raise UserError(f"--config.{key}: {text!r} is no {expected}; the default is {current!r}")
     return value
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    return f"; did you mean {near[0]}?" if near else ""

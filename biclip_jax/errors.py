@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Sequence
 
 
 class UserError(Exception):
@@ -25,3 +27,9 @@ def bad_image(path: str | os.PathLike[str], found: str, expected: str, mend: str
 
 class DataError(UserError):
     """A data set on disk that does not hold together; the message names the file."""
+
+
+def did_you_mean(name: str, names: Sequence[str]) -> str:
+    """What to add to a message about an unknown name; empty where no known one is near."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]}?" if near else ""

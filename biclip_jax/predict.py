@@ -8,7 +8,8 @@
 Pictures are PNG, JPEG, BMP, TIFF, WebP or DICOM files; DICOM files are known by what is in them
 and shown by the window that they name. For every picture NAME: NAME_mask.png (0 or 255),
 NAME_probability.png (16 bit, 65535 = 1) and NAME_overlay.png at the picture's own size,
-NAME_uncertainty.png with its scale, and one line in predictions.csv.
+NAME_uncertainty.png with its scale, and one line in predictions.csv. The exit status is 0 where all
+pictures were segmented, 1 where some could not be read and were left out, 2 where nothing was done.
 """
 
 from __future__ import annotations
@@ -138,6 +139,10 @@ def predict(args: argparse.Namespace) -> int:
     sentences: Mapping[str, str] = {image.name: args.text for image in images}
     if args.texts:
         sentences = read_sentences(Path(args.texts), images)
+        unused = sorted(sentences.keys() - {image.name for image in images})
+        if unused and Path(args.image).is_dir():
+            listed = ", ".join(map(str, unused[:5]))
+            print(f"{args.texts}: no picture for {listed} ({len(unused)} in all)", file=sys.stderr)
     predictor = inference.load(args.workdir)
     unknown = unknown_words(predictor.processor.tokenizer, sorted(set(sentences.values())))
     if unknown:

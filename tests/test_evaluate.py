@@ -118,6 +118,19 @@ def test_configurations_that_describe_no_run_end_in_a_sentence(untrained, capsys
         assert "no configuration of a run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--text-conditions", "right,mising"], "'mising'; expected all, .*did you mean missing"),
+        (["--text-conditions", "missing"], "missing: expected all, or a list with right"),
+        (["--degradations", "motionblur"], "'motionblur'; .*did you mean motion_blur"),
+    ],
+)
+def test_unknown_names_are_met_by_the_nearest(argv, message):
+    with pytest.raises(UserError, match=message):
+        arguments.parse(["--workdir", "runs/a", *argv])
+
+
 @pytest.mark.parametrize("text", ["²", "1,²", "", "0", "1,,2", "1.5"])
 def test_severities_that_are_none_are_named(text):
     with pytest.raises(UserError, match="--severities"):

@@ -58,12 +58,13 @@ def test_several_views_tell_how_much_they_disagree(trained, pictures, tmp_path):
     assert float(row["mean_epistemic_nats"]) == pytest.approx(expected.epistemic.mean(), rel=1e-4)
 
 
-def test_a_folder_with_a_csv_of_sentences(trained, pictures, tmp_path):
+def test_a_folder_with_a_csv_of_sentences(trained, pictures, tmp_path, capsys):
     table = tmp_path / "sentences.csv"
-    table.write_text(f'image,text\na.png,"{SENTENCE}"\nb.jpg,\n')
+    table.write_text(f'image,text\na.png,"{SENTENCE}"\nb.jpg,\nc.png,gone\n')
     out = tmp_path / "out"
     argv = ("--workdir", trained, "--image", pictures, "--texts", table, "--output", out)
     assert run(*argv) == 0
+    assert "sentences.csv: no picture for c.png (1 in all)" in capsys.readouterr().err
     with open(out / "predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["image"], row["text"]) for row in rows] == [("a.png", SENTENCE), ("b.jpg", "")]

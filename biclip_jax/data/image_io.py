@@ -21,6 +21,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".dcm")
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 LOSSY_FORMATS = ("JPEG", "MPO", "WEBP")
 LOSSY_NOISE = 16
+# A mask with a larger share of pixels between black and white, and with more values, is a picture;
+# those of QaTa-COV19 and BUSI have at least 0.2 and 53, nearly all over 0.5; their masks have none.
+MOST_GREY, MOST_CLASSES = 0.25, 32
 
 RESIZE_METHODS = ("antialiased", "opencv")
 
@@ -91,7 +94,8 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
 
     Raises:
       BadImageError: as `read_image`, and where the brightest pixel of a lossless file lies in
-        2..127: class numbers or a dim palette would silently become an empty mask.
+        2..127: class numbers or a dim palette would silently become an empty mask; or where it is
+        a picture, by its many shades of grey.
     """
     if dicom.is_dicom(path):
         raise bad_image(path, "a DICOM file as a mask", "a picture file", "export the mask as PNG")
@@ -109,6 +113,14 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
             f"a mask whose brightest pixel is {pixels.max()}",
             "0 and 1, or 0 and 255",
             "write foreground as 255",
+        )
+    grey = np.mean((pixels > 31) & (pixels < 224))
+    if grey > MOST_GREY and len(np.unique(pixels)) > MOST_CLASSES:
+        raise bad_image(
+            path,
+            f"a mask {grey:.0%} of whose pixels are shades of grey",
+            "0 and 1, or 0 and 255",
+            "look whether this is a picture instead of its mask",
         )
     return (pixels > 127).astype(np.uint8)[..., None]
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from biclip_jax.data.annotations import VARIANTS
 from biclip_jax.data.schema import SPLITS
-from biclip_jax.errors import UserError
+from biclip_jax.errors import UserError, did_you_mean
 from biclip_jax.evaluation import conditions, degrade
 
 
@@ -96,12 +97,19 @@ def _parser(description: str) -> argparse.ArgumentParser:
 def _text_conditions(text: str) -> tuple[str, ...]:
     known = conditions.CONDITIONS
     names = known if text == "all" else tuple(name for name in text.split(",") if name)
-    if "right" not in names or not set(names) <= set(known):
+    if unknown := [name for name in names if name not in known]:
+        raise _unknown("--text-conditions", unknown[0], known)
+    if "right" not in names:
         raise UserError(
             f"--text-conditions {text}: expected all, or a list with right, out of "
             f"{', '.join(known)}"
         )
     return names
+
+
+def _unknown(flag: str, name: str, known: Sequence[str]) -> UserError:
+    near = did_you_mean(name, known)
+    return UserError(f"{flag}: {name!r}; expected all, or some of {', '.join(known)}{near}")
 
 
 def _prompts(text: str) -> tuple[str, ...]:
@@ -147,8 +155,7 @@ def _degradations(text: str) -> tuple[str, ...]:
     names = degrade.NAMES if text == "all" else tuple(name for name in text.split(",") if name)
     unknown = [name for name in names if name not in degrade.NAMES]
     if unknown:
-        known = ", ".join(degrade.NAMES)
-        raise UserError(f"--degradations {text}: {unknown[0]!r}; expected all, or some of {known}")
+        raise _unknown("--degradations", unknown[0], degrade.NAMES)
     return names
 
 

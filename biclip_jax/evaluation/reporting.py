@@ -113,7 +113,7 @@ def overlay_page(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, tit
 def uncertainty_page(
     rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, title: str
 ) -> None:
-    """Writes a PNG of the same cases: picture, prediction, reference, entropy.
+    """Writes a PNG of the same cases: picture, prediction, reference, entropy; and the sentence.
 
     Args:
       rows: as `overlay_page` takes them, with uncertainty (H, W), an entropy in nats; black is
@@ -122,22 +122,36 @@ def uncertainty_page(
       title: the headline.
     """
     width = 4 * PICTURE + 3 * GAP
-    names = ("picture", "prediction", "reference", "entropy (yellow: ln 2)")
+    names = ("picture", "prediction", "reference", "entropy")
     heads = [_text_block(name, PICTURE, size=16, bold=True) for name in names]
-    blocks = [_text_block(title, width, size=26, bold=True), _stack(heads, GAP, across=True)]
+    blocks = [_text_block(title, width, size=26, bold=True), _entropy_scale()]
+    blocks.append(_stack(heads, GAP, across=True))
     for row in rows:
         label = f"{row['band'].capitalize()} | Dice {_dice(row)} | {row['id']}"
-        blocks += [_stack(_tiles(row), GAP, across=True), _text_block(label, width, size=16)]
+        sentence = _text_block(row["text"] or "(no sentence)", width, size=16)
+        blocks += [_stack(_tiles(row), GAP, across=True), _text_block(label, width, 16, True)]
+        blocks.append(sentence)
     page = ImageOps.expand(_stack(blocks, 8), 2 * GAP, "white")
     with places.written_whole(path) as part:
         page.save(part, format="PNG")
 
 
-def _tiles(row: Mapping[str, Any]) -> list[Image.Image]:
+def _entropy_scale() -> Image.Image:
+    bar = Image.fromarray(_heat(np.linspace(0, math.log(2), PICTURE)[None].repeat(22, 0)))
+    ends = [_text_block(text, 200, size=16) for text in ("entropy: 0, sure", "ln 2, even odds")]
+    return _stack([ends[0], bar, ends[1]], GAP, across=True)
+
+
+def _heat(entropy: np.ndarray) -> np.ndarray:
+    """Nats (H, W) as colours (H, W, 3): black is 0, yellow ln 2."""
     import matplotlib
 
-    share = np.clip(row["uncertainty"] / math.log(2), 0, 1)
-    heat = (255 * matplotlib.colormaps["inferno"](share)[..., :3]).astype(np.uint8)
+    share = np.clip(entropy / math.log(2), 0, 1)
+    return (255 * matplotlib.colormaps["inferno"](share)[..., :3]).astype(np.uint8)
+
+
+def _tiles(row: Mapping[str, Any]) -> list[Image.Image]:
+    heat = _heat(row["uncertainty"])
     image, heat = (_fit(picture, Image.Resampling.LANCZOS) for picture in (row["image"], heat))
     mask, pred = (_fit(row[name], Image.Resampling.NEAREST) for name in ("mask", "pred"))
     drawn = (overlay(image), overlay(image, pred=pred), overlay(image, mask), heat)
@@ -234,8 +248,8 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike) -
     losses, scores = figure.subplots(1, 2)
     _plot_losses(losses, [line for line in metrics if line.get("split") == "train"])
     _plot_scores(scores, [line for line in metrics if line.get("split") == "val"])
-    _finish_panel(losses, "Training loss", legend_columns=3)
-    _finish_panel(scores, "Validation Dice", legend_columns=1)
+    _finish_panel(losses, "Training", "loss", legend_columns=3)
+    _finish_panel(scores, "Validation", "Dice", legend_columns=1)
     with places.written_whole(path) as part:
         figure.savefig(part, format="png")
 
@@ -269,14 +283,14 @@ def _plot_scores(axes: Any, lines: Sequence[Mapping[str, Any]]) -> None:
         axes.plot(steps[best], values[best], marker="*", markersize=14, color=color)
 
 
-def _finish_panel(axes: Any, title: str, legend_columns: int) -> None:
+def _finish_panel(axes: Any, title: str, label: str, legend_columns: int) -> None:
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
     if not axes.lines:
         axes.set(xticks=[], yticks=[])
         axes.text(0.5, 0.5, "nothing recorded", ha="center", transform=axes.transAxes)
         return
-    axes.set_xlabel("step")
+    axes.set(xlabel="step", ylabel=label)
     axes.grid(alpha=0.3)
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
     axes.legend(**below, ncols=legend_columns, frameon=False, fontsize=9)
@@ -296,7 +310,7 @@ def plot_degradations(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(12.5, 4.6), dpi=120, layout="constrained")
     kinds = ("dice_global", "dice_mean")
     for axes, kind in zip(figure.subplots(1, 2, sharey=True), kinds, strict=True):
         for name, rows in scores.items():
@@ -309,7 +323,7 @@ def plot_degradations(
         axes.set_ylim(0, 1)
         axes.grid(alpha=0.3)
         axes.set_title({"dice_global": "Global Dice", "dice_mean": "Mean Dice"}[kind])
-    axes.legend(fontsize="small", loc="lower left")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
     with places.written_whole(path) as part:
         figure.savefig(part, format="png")
 

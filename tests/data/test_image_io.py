@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from biclip_jax.data import image_io, opencv
 from biclip_jax.errors import BadImageError
@@ -140,7 +140,7 @@ def test_masks_of_0_and_1_0_and_255_colour_and_16_bit(tmp_path):
     stored = {
         "one": wanted,
         "full": wanted * 255,
-        "levels": GREY,
+        "levels": GREY // 16 * 17,
         "colour": np.stack([wanted * 255] * 3, -1),
         "wide": wanted.astype(np.uint16) * 65535,
         "wide_one": wanted.astype(np.uint16),
@@ -164,6 +164,21 @@ def test_masks_that_would_silently_be_empty(tmp_path):
         image_io.read_mask(tmp_path / "classes.png")
     Image.fromarray(np.full((16, 16), 4, np.uint8)).save(tmp_path / "black.jpg", quality=90)
     assert image_io.read_mask(tmp_path / "black.jpg").sum() == 0
+
+
+def test_a_picture_is_no_mask_and_soft_edges_and_classes_are(tmp_path):
+    ramp = np.arange(4096).reshape(64, 64) // 16
+    image_io.write_png(tmp_path / "xray.png", ramp.astype(np.uint8))
+    with pytest.raises(
+        BadImageError, match=r"xray\.png: found a mask 75% of whose pixels are shad"
+    ):
+        image_io.read_mask(tmp_path / "xray.png")
+    image_io.write_png(tmp_path / "classes.png", (ramp // 64 * 85).astype(np.uint8))
+    assert image_io.read_mask(tmp_path / "classes.png").mean() == 0.5
+    square = Image.new("L", (64, 64))
+    square.paste(255, (16, 16, 48, 48))
+    square.filter(ImageFilter.GaussianBlur(1)).save(tmp_path / "soft.jpg")
+    assert 900 < image_io.read_mask(tmp_path / "soft.jpg").sum() < 1100
 
 
 def test_resize_image_is_antialiased_and_keeps_channels():
