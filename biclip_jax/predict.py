@@ -139,9 +139,9 @@ def predict(args: argparse.Namespace) -> int:
     sentences: Mapping[str, str] = {image.name: args.text for image in images}
     if args.texts:
         sentences = read_sentences(Path(args.texts), images)
-        unused = sorted(sentences.keys() - {image.name for image in images})
+        unused = sorted(map(str, sentences.keys() - {image.name for image in images}))
         if unused and Path(args.image).is_dir():
-            listed = ", ".join(map(str, unused[:5]))
+            listed = ", ".join(unused[:5])
             print(f"{args.texts}: no picture for {listed} ({len(unused)} in all)", file=sys.stderr)
     predictor = inference.load(args.workdir)
     unknown = unknown_words(predictor.processor.tokenizer, sorted(set(sentences.values())))
