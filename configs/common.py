@@ -23,9 +23,7 @@ def base() -> ConfigDict:
     config.optim = _optim()
     config.parallel = _parallel()
     config.log_every = 50  # steps
-    config.eval_every = (
-        0  # steps; 0: once an epoch, or as many as validation has batches, at least 50
-    )
+    config.eval_every = 0  # steps; 0: the most of an epoch, validation's batches, and 50
     config.patience = 0  # evaluations without a better validation Dice; 0: no early stop
     config.final_test = True  # evaluate the best checkpoint on the test split at the end
     return config

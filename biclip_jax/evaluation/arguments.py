@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
 from biclip_jax.data.annotations import VARIANTS
 from biclip_jax.data.schema import SPLITS
@@ -31,7 +30,7 @@ def parse(argv: list[str], description: str = "") -> argparse.Namespace:
         raise UserError(f"--subset {args.subset}: expected at least 1 picture")
     args.together = _together(args)
     args.text_conditions, args.argv = _asked(args), argv
-    args.degradations = _degradations(args.degradations)
+    args.degradations = _names("--degradations", args.degradations, degrade.NAMES)
     args.severities = _severities(args.severities)
     return args
 
@@ -96,9 +95,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
 
 def _text_conditions(text: str) -> tuple[str, ...]:
     known = conditions.CONDITIONS
-    names = known if text == "all" else tuple(name for name in text.split(",") if name)
-    if unknown := [name for name in names if name not in known]:
-        raise _unknown("--text-conditions", unknown[0], known)
+    names = _names("--text-conditions", text, known)
     if "right" not in names:
         raise UserError(
             f"--text-conditions {text}: expected all, or a list with right, out of "
@@ -107,9 +104,14 @@ def _text_conditions(text: str) -> tuple[str, ...]:
     return names
 
 
-def _unknown(flag: str, name: str, known: Sequence[str]) -> UserError:
-    near = did_you_mean(name, known)
-    return UserError(f"{flag}: {name!r}; expected all, or some of {', '.join(known)}{near}")
+def _names(flag: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    names = known if text == "all" else tuple(name for name in text.split(",") if name)
+    if unknown := [name for name in names if name not in known]:
+        near = did_you_mean(unknown[0], known)
+        raise UserError(
+            f"{flag}: {unknown[0]!r}; expected all, or some of {', '.join(known)}{near}"
+        )
+    return names
 
 
 def _prompts(text: str) -> tuple[str, ...]:
@@ -149,14 +151,6 @@ def _together(args: argparse.Namespace) -> list[str]:
             "--together: found --uncertainty beside it, of one model's samples; ask for one of them"
         )
     return folders
-
-
-def _degradations(text: str) -> tuple[str, ...]:
-    names = degrade.NAMES if text == "all" else tuple(name for name in text.split(",") if name)
-    unknown = [name for name in names if name not in degrade.NAMES]
-    if unknown:
-        raise _unknown("--degradations", unknown[0], degrade.NAMES)
-    return names
 
 
 def _severities(text: str) -> tuple[int, ...]:

@@ -124,13 +124,15 @@ def uncertainty_page(
     width = 4 * PICTURE + 3 * GAP
     names = ("picture", "prediction", "reference", "entropy")
     heads = [_text_block(name, PICTURE, size=16, bold=True) for name in names]
-    blocks = [_text_block(title, width, size=26, bold=True), _entropy_scale()]
-    blocks.append(_stack(heads, GAP, across=True))
+    headline = _text_block(title, width, size=26, bold=True)
+    blocks = [headline, _entropy_scale(), _stack(heads, GAP, across=True)]
     for row in rows:
         label = f"{row['band'].capitalize()} | Dice {_dice(row)} | {row['id']}"
-        sentence = _text_block(row["text"] or "(no sentence)", width, size=16)
-        blocks += [_stack(_tiles(row), GAP, across=True), _text_block(label, width, 16, True)]
-        blocks.append(sentence)
+        blocks += [
+            _stack(_tiles(row), GAP, across=True),
+            _text_block(label, width, size=16, bold=True),
+            _text_block(row["text"] or "(no sentence)", width, size=16),
+        ]
     page = ImageOps.expand(_stack(blocks, 8), 2 * GAP, "white")
     with places.written_whole(path) as part:
         page.save(part, format="PNG")
