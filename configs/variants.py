@@ -16,6 +16,7 @@ def published(config: ConfigDict) -> None:
 def full(config: ConfigDict) -> None:
     """The method as described: fusion at every level, both views learn, the weak one teaches."""
     config.model.bmf.levels = "all"
+    config.model.bmf.zero_start = True
     config.model.text.pooling = "masked"
     config.model.text.dropout = 0.1
     config.loss.views = "both"

@@ -25,7 +25,13 @@ DEFAULTS: dict[str, Any] = {
     "norm": "batch",
     "remat": False,
     "pseudo_image": True,
-    "bmf": {"vision_to_text": True, "text_to_vision": True, "levels": "", "hidden": 256},
+    "bmf": {
+        "vision_to_text": True,
+        "text_to_vision": True,
+        "levels": "",
+        "hidden": 256,
+        "zero_start": False,
+    },
     "image": {"encoder": "cnn"},
     "heads": HEADS,
     "iac_blocks": ("decoder_0",),
@@ -90,6 +96,7 @@ class BiCLIP(nn.Module):
       text_to_vision: whether the sentence modulates the levels.
       levels: blocks of the U-Net where both meet again, see `unet.block_names`.
       level_hidden: of the refiners there.
+      zero_start: whether all refiners begin at zero, and the sentence as its own projection.
       no_text: whether an empty sentence has a learned vector of its own.
       heads: those that only training uses: "cycle", "iac", both or none.
       iac_blocks: decoder blocks with a consistency head.
@@ -110,6 +117,7 @@ class BiCLIP(nn.Module):
     text_to_vision: bool = True
     levels: Sequence[str] = ()
     level_hidden: int = 256
+    zero_start: bool = False
     no_text: bool = False
     heads: Sequence[str] = HEADS
     iac_blocks: Sequence[str] = ("decoder_0",)
@@ -133,6 +141,7 @@ class BiCLIP(nn.Module):
             vision_to_text=self.vision_to_text,
             text_to_vision=self.text_to_vision,
             fusion_hidden=self.level_hidden,
+            zero_start=self.zero_start,
             axis_name=self.axis_name,
             dtype=self.dtype,
         )
@@ -150,7 +159,7 @@ class BiCLIP(nn.Module):
         if self.vision_to_text:
             encoder = fusion.ImageEncoder(self.encoder_widths, dtype=self.dtype)
             self.image_encoder = self.image_tower or encoder
-            self.refiner = fusion.TextRefiner(dtype=self.dtype)
+            self.refiner = fusion.TextRefiner(zero_start=self.zero_start, dtype=self.dtype)
         if self.pseudo_image:
             self.generator = fusion.Generator(self.image_size, dtype=self.dtype)
         if self.pseudo_image and "cycle" in self.heads:
@@ -286,7 +295,7 @@ def build(
     config = {**DEFAULTS, **config}
     size, num_levels, width = config["image_size"], config["num_levels"], config["width"]
     check_size(size, num_levels, config["pseudo_image"])
-    dtype, bmf = jnp.dtype(config["dtype"]), config["bmf"]
+    dtype, bmf = jnp.dtype(config["dtype"]), {**DEFAULTS["bmf"], **config["bmf"]}
     model = BiCLIP(
         image_size=size,
         widths=tuple(width * 2**i for i in range(num_levels)),
@@ -299,6 +308,7 @@ def build(
         text_to_vision=bmf["text_to_vision"],
         levels=named_blocks(bmf["levels"], num_levels),
         level_hidden=bmf["hidden"],
+        zero_start=bmf["zero_start"],
         no_text=config["text"].get("dropout", 0) > 0,
         heads=tuple(config["heads"]),
         iac_blocks=tuple(config["iac_blocks"]),

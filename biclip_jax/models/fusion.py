@@ -21,23 +21,26 @@ class TextMLP(nn.Module):
     Attributes:
       features: of the output.
       hidden: between the two layers; None: as many as `features`.
+      zero_start: whether the output begins at zero.
     """
 
     features: int = TEXT_DIM
     hidden: int | None = None
+    zero_start: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b f"]:
         x = dense(self.hidden or self.features, self.dtype, name="in")(x)
         x = gelu(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x))
-        return dense(self.features, self.dtype, name="out")(x)
+        return dense(self.features, self.dtype, name="out", zero_start=self.zero_start)(x)
 
 
 class TextRefiner(nn.Module):
-    """Vision to text: t' = t + g([t; i]); `hidden` as in `TextMLP`."""
+    """Vision to text: t' = t + g([t; i]); the fields are those of `TextMLP`."""
 
     hidden: int | None = None
+    zero_start: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -45,7 +48,7 @@ class TextRefiner(nn.Module):
         self, text: Float[Array, "b t"], image_embedding: Float[Array, "b i"]
     ) -> Float[Array, "b t"]:
         both = jnp.concatenate([text, image_embedding], axis=-1)
-        mlp = TextMLP(text.shape[-1], self.hidden, self.dtype, name="mlp")
+        mlp = TextMLP(text.shape[-1], self.hidden, self.zero_start, self.dtype, name="mlp")
         return text + full_precision(mlp(both))
 
 
@@ -58,11 +61,13 @@ class LevelFusion(nn.Module):
     Attributes:
       vision_to_text, text_to_vision: each direction can be off.
       hidden: of g_l.
+      zero_start: whether g_l begins at zero, so that the sentence comes through unchanged.
     """
 
     vision_to_text: bool = True
     text_to_vision: bool = True
     hidden: int = 256
+    zero_start: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -71,7 +76,8 @@ class LevelFusion(nn.Module):
     ) -> tuple[Float[Array, "b h w c"], Float[Array, "b t"]]:
         if self.vision_to_text:
             pooled = full_precision(features).mean(axis=(1, 2))
-            text = TextRefiner(self.hidden, self.dtype, name="refiner")(text, pooled)
+            refiner = TextRefiner(self.hidden, self.zero_start, self.dtype, name="refiner")
+            text = refiner(text, pooled)
         if self.text_to_vision:
             zeros = nn.initializers.zeros
             modulation = nn.Dense(

@@ -30,9 +30,10 @@ def full_precision(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def dense(features: int, dtype: Any, name: str | None = None) -> nn.Dense:
-    """A linear layer with the initialisation of the published network."""
-    return nn.Dense(features, dtype=dtype, kernel_init=fan_in_uniform, name=name)
+def dense(features: int, dtype: Any, name: str | None = None, zero_start: bool = False) -> nn.Dense:
+    """A linear layer that begins as the published network's do, or at zero."""
+    kernel_init = nn.initializers.zeros if zero_start else fan_in_uniform
+    return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
 
 
 def _lax_conv3x3(x, kernel):

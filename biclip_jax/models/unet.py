@@ -59,7 +59,7 @@ class UNet(nn.Module):
         twice the one before, since an up-convolution halves the channels.
       norm: "batch" or "group".
       fused_blocks: names of the blocks after which the sentence joins, see `block_names`.
-      vision_to_text, text_to_vision, fusion_hidden: of `fusion.LevelFusion`.
+      vision_to_text, text_to_vision, fusion_hidden, zero_start: of `fusion.LevelFusion`.
       axis_name: device axis over which BatchNorm takes its statistics.
       dtype: of the computation; parameters are float32.
       remat: whether the backward pass computes each block again instead of keeping its maps.
@@ -71,6 +71,7 @@ class UNet(nn.Module):
     vision_to_text: bool = True
     text_to_vision: bool = True
     fusion_hidden: int = 256
+    zero_start: bool = False
     axis_name: str | None = None
     dtype: Any = jnp.float32
     remat: bool = False
@@ -110,6 +111,7 @@ class UNet(nn.Module):
             self.vision_to_text,
             self.text_to_vision,
             self.fusion_hidden,
+            self.zero_start,
             self.dtype,
             name=f"fusion_{name}",
         )

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from scipy.special import erf
 
 from biclip_jax.configs import variants
@@ -202,6 +203,19 @@ def test_group_norm_keeps_no_statistics_and_is_the_formula():
     norm = moved["params"]["norm_0"]
     expected = maps.reshape(2, 5, 6, 12) * norm["scale"] + norm["bias"]
     np.testing.assert_allclose(seen["norm_0"]["__call__"][0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "refiners"), [("full", 6), ("published", 0)])
+def test_refiners_that_begin_at_zero_let_the_sentence_pass(method, refiners):
+    model, batch = tiny.model(method=method), tiny.batch(2)
+    sentence = biclip.text_inputs(batch)
+    one = {name: rows[:1] for name, rows in sentence.items()}
+    variables = biclip.init(model, jax.random.key(0), one)
+    _, named = model.apply(variables, biclip.to_unit_rgb(batch["image"]), **sentence)
+    assert np.array_equal(named["refined_text"], named["text"]) == bool(refiners)
+    flat = flatten_dict(variables["params"], sep="/")
+    outputs = [leaf for name, leaf in flat.items() if name.endswith("refiner/mlp/out/kernel")]
+    assert sum(not np.any(leaf) for leaf in outputs) == refiners
 
 
 def test_configurations_from_before_the_levels_give_the_published_model():
