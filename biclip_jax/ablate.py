@@ -291,7 +291,7 @@ def row_of(group: Sequence[Cell], root: Path, asked: Sequence[str]) -> dict[str,
         "variant": group[0].variant,
         "label_fraction": group[0].fraction,
         "num_labelled": read_json(group[0].workdir / "labels.json")["num_images"],
-        "image_encoder": model["image"]["encoder"] if "image" in model else model["variant"],
+        "image_encoder": image_encoder(model),
         **over_seeds([result["conditions"]["right"] for result in found.values()]),
         "missing_text": over_seeds([r["conditions"]["missing"] for r in found.values()]),
     }
@@ -307,6 +307,16 @@ def row_of(group: Sequence[Cell], root: Path, asked: Sequence[str]) -> dict[str,
         for cell, result in found.items()
     }
     return row
+
+
+def image_encoder(model: dict[str, Any]) -> str:
+    """Of a resolved configuration's `model`: what sees the picture for the sentence's sake.
+
+    MedCLIPSeg's is its pair of towers; "-" where no picture refines a sentence.
+    """
+    if "image" not in model:
+        return model["variant"]
+    return model["image"]["encoder"] if model["bmf"]["vision_to_text"] else "-"
 
 
 def asked_of(found: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -315,3 +315,16 @@ def test_sigterm_ends_the_runs_and_begins_nothing_more(tmp_path):
     assert ended.value.code == 143
     assert begun == cells[:1] and not running
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ("qata:small,full", "cnn"),
+        ("qata:small,ef_unet", "-"),
+        ("medclipseg", "unimedclip"),
+    ],
+)
+def test_the_image_encoder_is_named_where_a_picture_refines_a_sentence(config, expected):
+    model = cli.load_config(config, []).to_dict()["model"]
+    assert ablate.image_encoder(model) == expected

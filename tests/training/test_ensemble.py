@@ -1,5 +1,6 @@
 """K models in one program: each is the model that its seed gives alone."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,12 +104,20 @@ def test_a_shared_text_tower_encodes_once_for_all_members():
     np.testing.assert_allclose(logits, again, atol=1e-6)
 
 
+class Pixel(nn.Module):
+    """One weight a channel in the place of a network."""
+
+    @nn.compact
+    def __call__(self, image):
+        return nn.Dense(1, name="out")(image), {}
+
+
 def test_parameters_of_an_ensemble_are_initialised_apart():
-    batch = tiny.batch(1)
-    image = jnp.zeros((1, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3))
-    text = {name: batch[name] for name in ("text_ids", "text_mask")}
-    model = ensemble.Ensemble(tiny.model(), 2)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image, **text))
-    single = jax.eval_shape(lambda: tiny.model().init(jax.random.key(0), image, **text))
-    wanted = jax.tree.map(lambda x: (2, *x.shape), single["params"])
-    assert jax.tree.map(lambda x: x.shape, shapes["params"]["member"]) == wanted
+    image = jnp.asarray(np.random.default_rng(0).random((1, 2, 2, 3)), jnp.float32)
+    model = ensemble.Ensemble(Pixel(), 2)
+    variables = model.init(jax.random.key(0), image)
+    kernels = variables["params"]["member"]["out"]["kernel"]
+    assert kernels.shape == (2, 3, 1) and np.abs(kernels[0] - kernels[1]).min() > 1e-3
+    _, aux = model.apply(variables, image)
+    expected = np.einsum("bhwc,kcd->kbhwd", image, kernels)
+    np.testing.assert_allclose(aux["member_logits"], expected, rtol=1e-5)
