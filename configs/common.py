@@ -99,7 +99,7 @@ def _loss() -> ConfigDict:
     loss.iac_blocks = "decoder_0"  # U-Net blocks compared: decoder_0,decoder_1 ...; decoder
     loss.cycle_distance = "l1"  # l1 or l2
     loss.pseudo_labels = 0.0  # weight of FixMatch's pseudo-labels, on unlabelled pictures
-    loss.confidence = 0.95  # probability from which a pseudo-label counts
+    loss.confidence = 0.95  # probability from which a pseudo-label counts; data.teachers' all do
     loss.mean_teacher = 0.0  # weight of the squared error to the averaged model, likewise
     loss.ramp_steps = 0  # steps until both have their full weight
     return loss
