@@ -7,6 +7,7 @@ the pictures as they are, on views that the teachers never saw.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from biclip_jax import inference, parallel, places, sentences
 from biclip_jax.data import pipeline, subsets
 from biclip_jax.data.schema import Record
 from biclip_jax.errors import UserError
-from biclip_jax.evaluation import metrics, runner
+from biclip_jax.evaluation import metrics, runner, tta
 from biclip_jax.training import checkpoint
 
 FILE = "teacher_masks.npz"
@@ -85,6 +86,9 @@ def folders_of(config: ConfigDict) -> list[str]:
 def open_teacher(folder: str, records: Sequence[Record], config: ConfigDict) -> Teacher:
     """One trained model as a function: records -> probabilities (N, S, S, 1) float32.
 
+    With `data.teachers_flip` they are the mean over the picture and its mirror image, which is read
+    with the mirrored sentence.
+
     Args:
       folder: a run's work directory or a model folder.
       records: unlabelled, at S pixels.
@@ -109,11 +113,13 @@ def open_teacher(folder: str, records: Sequence[Record], config: ConfigDict) -> 
         _check_labels(Path(folder) / "labels.json", records)
     predict = runner.make_predict(model, sentences.without_tower(model, variables))
     encode = sentences.encoder(model, variables, processor)
+    names = ("identity", "horizontal_flip") if config.data.teachers_flip else ("identity",)
+    look = partial(tta.predict_views, predict, views=[tta.VIEWS[name] for name in names])
 
     def answer(records: Sequence[Record]) -> np.ndarray:
-        texts = encode([record["text"] for record in records])
+        texts = pipeline.sentence_fields(encode, [record["text"] for record in records])
         batches = pipeline.eval_batches(records, texts, batch_size=config.batch_size)
-        return np.concatenate([predict(batch)[batch["valid"]] for batch in batches])
+        return np.concatenate([look(batch)[batch["valid"], ..., :1] for batch in batches])
 
     return answer
 

@@ -48,6 +48,7 @@ def _data() -> ConfigDict:
     data.composed = 0  # pictures of two halves for each labelled one, see data/halves.py
     data.unlabelled = ""  # trained on without masks: rest (of the pictures), or a folder
     data.teachers = ""  # runs with commas, whose mean answer masks the unlabelled pictures
+    data.teachers_flip = False  # they answer mirror images, too, with the mirrored sentences
     data.unlabelled_ratio = 1.0  # unlabelled pictures for each labelled one of a batch
     data.num_examples = ConfigDict({"train": 0, "val": 0, "test": 0})  # synthetic only
     return data

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from biclip_jax import cli, inference, teaching
-from biclip_jax.data import pipeline
+from biclip_jax.data import pipeline, text
 from biclip_jax.errors import UserError
 
 
@@ -48,6 +48,25 @@ def test_masks_are_the_teachers_mean_at_one_half(student, trained, tmp_path, mon
     np.testing.assert_array_equal(masks[clear], (expected >= 0.5)[clear])
     for before, after in zip(records, taught, strict=True):
         assert before["id"] == after["id"] and before["text"] == after["text"]
+
+
+def test_teachers_answer_mirror_images_too_where_asked(student, trained):
+    config, records = student
+    predictor = inference.load(trained)
+
+    def alone(image, sentence):
+        return predictor.predict(np.ascontiguousarray(image), sentence).probability
+
+    plain = [alone(r["image"], r["text"]) for r in records]
+    mirrored = [alone(r["image"][:, ::-1], text.mirror(r["text"]))[:, ::-1] for r in records]
+    folder = str(trained / "model")
+    found = teaching.open_teacher(folder, records, config)(records)
+    np.testing.assert_allclose(found[..., 0], plain, atol=1e-5)
+    config.data.teachers_flip = True
+    both = teaching.open_teacher(folder, records, config)(records)
+    assert both.shape == (16, 56, 56, 1) and both.dtype == np.float32
+    assert not np.allclose(both, found, atol=1e-3)
+    np.testing.assert_allclose(both[..., 0], np.mean([plain, mirrored], 0), atol=1e-5)
 
 
 def test_without_teachers_nothing_changes(student, tmp_path):
