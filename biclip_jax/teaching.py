@@ -114,7 +114,9 @@ def open_teacher(folder: str, records: Sequence[Record], config: ConfigDict) -> 
     predict = runner.make_predict(model, sentences.without_tower(model, variables))
     encode = sentences.encoder(model, variables, processor)
     names = ("identity", "horizontal_flip") if config.data.teachers_flip else ("identity",)
-    look = partial(tta.predict_views, predict, views=[tta.VIEWS[name] for name in names])
+    look: runner.Predict = partial(
+        tta.predict_views, predict, views=[tta.VIEWS[name] for name in names]
+    )
 
     def answer(records: Sequence[Record]) -> np.ndarray:
         texts = pipeline.sentence_fields(encode, [record["text"] for record in records])

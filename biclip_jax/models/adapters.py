@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from biclip_jax.models.layers import fan_in_uniform, full_precision
+from biclip_jax.models.layers import Dense, fan_in_uniform, full_precision
 
 # Full width at half maximum of a Gaussian, in standard deviations, as the authors round it.
 BETA = 2.35
@@ -154,7 +154,7 @@ def linear(
     features: int, inputs: int, dtype: Any, use_bias: bool = True, name: str | None = None
 ) -> nn.Dense:
     """A linear layer of `inputs` features with the published framework's first values."""
-    return nn.Dense(
+    return Dense(
         features,
         use_bias=use_bias,
         dtype=dtype,

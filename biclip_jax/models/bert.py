@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from biclip_jax.models.layers import dense, gelu
+from biclip_jax.models.layers import Dense, dense, gelu
 from biclip_jax.models.transformer import Block, drop, fold_keys
 
 
@@ -142,8 +142,8 @@ class ProjectionMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b e"]:
         hidden = (x.shape[-1] + self.features) // 2
-        x = gelu(nn.Dense(hidden, use_bias=False, dtype=self.dtype, name="hidden")(x))
-        return nn.Dense(self.features, use_bias=False, dtype=self.dtype, name="out")(x)
+        x = gelu(Dense(hidden, use_bias=False, dtype=self.dtype, name="hidden")(x))
+        return Dense(self.features, use_bias=False, dtype=self.dtype, name="out")(x)
 
 
 def build(config: Mapping[str, Any], dtype: str = "float32") -> Bert:

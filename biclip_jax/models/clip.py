@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from biclip_jax.models import bert
-from biclip_jax.models.layers import full_precision
+from biclip_jax.models.layers import Dense, full_precision
 from biclip_jax.models.resnet import ModifiedResNet
 from biclip_jax.models.transformer import Block, interpolate_positions
 
@@ -81,14 +81,14 @@ class VisionTransformer(nn.Module):
     def setup(self):
         table = nn.initializers.normal(self.width**-0.5)
         num_positions = (self.image_size // self.patch_size) ** 2 + 1
-        self.patches = nn.Dense(self.width, use_bias=self.patch_bias, dtype=self.dtype)
+        self.patches = Dense(self.width, use_bias=self.patch_bias, dtype=self.dtype)
         self.class_token = self.param("class_token", table, (self.width,))
         self.positions = self.param("positions", table, (num_positions, self.width))
         if self.stem_norm:
             self.norm_pre = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype)
         self.blocks = _blocks(self)
         self.norm_post = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype)
-        self.projection = nn.Dense(self.embedding_size, use_bias=False, dtype=self.dtype)
+        self.projection = Dense(self.embedding_size, use_bias=False, dtype=self.dtype)
 
     def __call__(
         self, image: Float[Array, "b h w 3"]
@@ -158,7 +158,7 @@ class TextTransformer(nn.Module):
         self.positions = self.param("positions", positions, (self.max_length, self.width))
         self.blocks = _blocks(self)
         self.norm_post = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype)
-        self.projection = nn.Dense(self.embedding_size, use_bias=False, dtype=self.dtype)
+        self.projection = Dense(self.embedding_size, use_bias=False, dtype=self.dtype)
 
     def __call__(
         self, text_ids: Int[Array, "b l"], text_mask: Bool[Array, "b l"] | None = None

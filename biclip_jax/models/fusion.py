@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from biclip_jax.models.layers import UpConv4x4, conv3x3, dense, full_precision, gelu
+from biclip_jax.models.layers import Dense, UpConv4x4, conv3x3, dense, full_precision, gelu
 
 SEED_SIZE = 28  # the refined sentence is read as a SEED_SIZE x SEED_SIZE map
 TEXT_DIM = SEED_SIZE**2
@@ -80,7 +80,7 @@ class LevelFusion(nn.Module):
             text = refiner(text, pooled)
         if self.text_to_vision:
             zeros = nn.initializers.zeros
-            modulation = nn.Dense(
+            modulation = Dense(
                 2 * features.shape[-1], dtype=self.dtype, kernel_init=zeros, name="modulation"
             )
             gamma, beta = jnp.split(modulation(text)[:, None, None], 2, axis=-1)

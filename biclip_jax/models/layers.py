@@ -27,13 +27,56 @@ def gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
 
 def full_precision(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """float32 where `x` is narrower: statistics, losses and probabilities need it."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(_wide(x))
+
+
+def _wide(x):
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def product(x: Float[Array, "*b c"], kernel: Float[Array, "c d"]) -> Float[Array, "*b d"]:
+    """x @ kernel; values narrower than float32 are summed in float32, forwards and backwards.
+
+    GPUs and TPUs sum so by themselves. A CPU has units for bfloat16 that are used for such sums
+    alone; without them it is slower than with float32. Of narrow values `jax.jvp` raises TypeError.
+    """
+    return x @ kernel if x.dtype == _wide(x) else _narrow_product(x, kernel)
+
+
+@jax.custom_vjp
+def _narrow_product(x, kernel):
+    return _summed_wide(x, kernel, -1, 0)
+
+
+def _narrow_backwards(residuals, given):
+    x, kernel = residuals
+    rows = x.reshape(-1, x.shape[-1])
+    to_kernel = _summed_wide(rows, given.reshape(-1, given.shape[-1]), 0, 0)
+    return _summed_wide(given, kernel, -1, 1), to_kernel
+
+
+_narrow_product.defvjp(lambda *given: (_narrow_product(*given), given), _narrow_backwards)
+
+
+def _summed_wide(a, b, axis_a, axis_b):
+    """The product over one axis of each; the result is as narrow as they are."""
+    over = (((axis_a % a.ndim,), (axis_b,)), ((), ()))
+    return jax.lax.dot_general(a, b, over, preferred_element_type=_wide(a)).astype(a.dtype)
+
+
+def _product_as_linen_calls(x, kernel, dimension_numbers, **_: Any):
+    assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ()))
+    return product(x, kernel)
+
+
+# linen's own but for the sums of narrow values, see `product`.
+Dense = functools.partial(nn.Dense, dot_general=_product_as_linen_calls)
 
 
 def dense(features: int, dtype: Any, name: str | None = None, zero_start: bool = False) -> nn.Dense:
     """A linear layer that begins as the published network's do, or at zero."""
     kernel_init = nn.initializers.zeros if zero_start else fan_in_uniform
-    return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
+    return Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
 
 
 def _lax_conv3x3(x, kernel):
@@ -131,7 +174,7 @@ def conv1x1(features: int, dtype: Any, name: str | None = None) -> nn.Conv:
         features,
         (1, 1),
         dtype=dtype,
-        conv_general_dilated=lambda x, kernel, *_, **__: x @ kernel[0, 0],
+        conv_general_dilated=lambda x, kernel, *_, **__: product(x, kernel[0, 0]),
         name=name,
     )
 
@@ -219,7 +262,7 @@ class UpConv2x2(nn.Module):
         bias = self.param("bias", self.bias_init, (self.features,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         kernel = kernel.transpose(2, 0, 1, 3).reshape(x.shape[-1], 4 * self.features)
-        return depth_to_space(x @ kernel) + bias
+        return depth_to_space(product(x, kernel)) + bias
 
 
 def subpixel_kernel(kernel: Float[Array, "4 4 c d"]) -> Float[Array, "3 3 c 4*d"]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from biclip_jax.models.layers import BatchNorm, full_precision
+from biclip_jax.models.layers import BatchNorm, Dense, full_precision
 from biclip_jax.models.transformer import interpolate_positions
 
 
@@ -121,14 +121,14 @@ class AttentionPool(nn.Module):
         x = x + interpolate_positions(table, (height, wide)).astype(x.dtype)
 
         def heads(name, x):
-            x = nn.Dense(width, dtype=self.dtype, name=name)(x)
+            x = Dense(width, dtype=self.dtype, name=name)(x)
             return x.reshape(b, -1, self.num_heads, width // self.num_heads)
 
         query, key, value = heads("query", x[:, :1]), heads("key", x), heads("value", x)
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
         weights = jax.nn.softmax(full_precision(scores), axis=-1).astype(value.dtype)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(b, width)
-        return nn.Dense(self.embedding_size, dtype=self.dtype, name="out")(mixed)
+        return Dense(self.embedding_size, dtype=self.dtype, name="out")(mixed)
 
 
 def _conv(features: int, size: int, stride: int, dtype: Any, name: str) -> nn.Conv:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from biclip_jax.models.layers import full_precision, gelu
+from biclip_jax.models.layers import Dense, full_precision, gelu, product
 
 
 def quick_gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
@@ -77,7 +77,7 @@ class Projections(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (3 * width,))
         part = slice(first * width, last * width)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel[:, part], bias[part], dtype=self.dtype)
-        return tuple(jnp.split(x @ kernel + bias, last - first, axis=-1))
+        return tuple(jnp.split(product(x, kernel) + bias, last - first, axis=-1))
 
 
 class Attention(nn.Module):
@@ -112,7 +112,7 @@ class Attention(nn.Module):
           values_only: every token's own value in place of the mixture.
         """
         project = Projections(self.dtype, name="qkv")
-        out = nn.Dense(x.shape[-1], dtype=self.dtype, name="out")
+        out = Dense(x.shape[-1], dtype=self.dtype, name="out")
         if values_only:
             return out(*project(x, 2, 3))
         if queries is None:
@@ -175,8 +175,8 @@ class Block(nn.Module):
           values_only: the attention's output projection of every token's own value, alone.
         """
         attention = Attention(self.num_heads, self.dropout, self.dtype, name="attention")
-        mlp_in = nn.Dense(self.mlp_width, dtype=self.dtype, name="mlp_in")
-        mlp_out = nn.Dense(x.shape[-1], dtype=self.dtype, name="mlp_out")
+        mlp_in = Dense(self.mlp_width, dtype=self.dtype, name="mlp_in")
+        mlp_out = Dense(x.shape[-1], dtype=self.dtype, name="mlp_out")
         norm_0 = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm_0")
         norm_1 = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm_1")
         activation = ACTIVATIONS[self.activation]

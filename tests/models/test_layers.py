@@ -174,3 +174,43 @@ def test_depth_to_space_orders_rows_then_columns():
 def test_full_precision_widens_only():
     assert layers.full_precision(jnp.ones(1, jnp.bfloat16)).dtype == jnp.float32
     assert layers.full_precision(jnp.ones(1, jnp.float32)).dtype == jnp.float32
+
+
+def test_products_of_narrow_values_are_summed_in_float32_forwards_and_backwards():
+    x, kernel, weight = (noise(*shape) for shape in ((3, 5, 256), (256, 40), (3, 5, 40)))
+    narrow = [one.astype(jnp.bfloat16) for one in (x, kernel, weight)]
+    wide = [np.asarray(one, np.float64) for one in narrow]
+    found, pull = jax.vjp(layers.product, *narrow[:2])
+    rows, given = wide[0].reshape(15, 256), wide[2].reshape(15, 40)
+    expected = (wide[0] @ wide[1], wide[2] @ wide[1].T, rows.T @ given)
+    for ours, exact in zip((found, *pull(narrow[2])), expected, strict=True):
+        assert ours.dtype == jnp.bfloat16 and ours.shape == exact.shape
+        # one rounding, at the end: half a unit in the last of 8 bits
+        np.testing.assert_allclose(np.asarray(ours, np.float64), exact, rtol=2**-8, atol=1e-5)
+
+
+def test_linear_layers_of_narrow_values_ask_for_sums_in_float32():
+    layer = layers.dense(4, jnp.bfloat16)
+    variables = layer.init(jax.random.key(0), jnp.ones((2, 3)))
+
+    def loss(variables, x):
+        return jnp.square(layer.apply(variables, x)).astype(jnp.float32).sum()
+
+    lowered = jax.jit(jax.grad(loss, (0, 1))).lower(variables, jnp.ones((2, 3)))
+    products = [line for line in lowered.as_text().splitlines() if "dot_general" in line]
+    assert len(products) == 3
+    for line in products:
+        inputs, result = line.rsplit(" : ", 1)[1].split("->")
+        assert inputs.count("bf16") == 2 and "xf32>" in result
+
+
+def test_linear_layers_are_linen_s_in_float32_and_have_a_forward_derivative():
+    x = noise(2, 5, 3)
+    ours, stock = layers.Dense(4), nn.Dense(4)
+    variables = stock.init(jax.random.key(0), x)
+    np.testing.assert_array_equal(ours.apply(variables, x), stock.apply(variables, x))
+    tangents = [
+        jax.jvp(lambda x, layer=layer: layer.apply(variables, x), (x,), (x,))[1]
+        for layer in (ours, stock)
+    ]
+    np.testing.assert_array_equal(*tangents)
