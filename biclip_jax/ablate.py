@@ -22,7 +22,6 @@ import os
 import queue
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -33,15 +32,14 @@ from typing import Any, NamedTuple
 
 from biclip_jax import cli, places
 from biclip_jax.errors import UserError
-from biclip_jax.evaluation import arguments, reporting, runner
+from biclip_jax.evaluation import arguments, comparison, runner
 
 # How a training ends by SIGINT or SIGTERM: then the comparison ends, too. Whatever else kills one,
 # such as want of memory, leaves the others to run.
 STOPPED = {-2: 130, -15: 143, 130: 130, 143: 143}
 Cores = set[int] | None  # of the CPU, that a run is kept to
-METRICS = ("dice_global", "dice_mean", "iou_global", "iou_mean")
+KEPT = (*comparison.METRICS, "interval_95")  # of each run's test
 FINISHED = "finished"  # in the folder of an evaluation that ended well
-COLUMNS = ("labels", "variant", "image_encoder", *METRICS, "missing_text", "degraded", "seeds")
 
 
 class Cell(NamedTuple):
@@ -99,8 +97,8 @@ def compare(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any
     }
     runner.write_json(root / "ablation.json", outcome)
     with places.written_whole(root / "ablation.md") as part:
-        part.write_text(markdown(rows), encoding="utf-8")
-    print(table(rows))
+        part.write_text(comparison.markdown(rows), encoding="utf-8")
+    print(comparison.table(rows))
     print(f"table  {root / 'ablation.md'}\njson   {root / 'ablation.json'}")
     if failed:
         names = ", ".join(str(cell.workdir) for cell in failed)
@@ -291,64 +289,22 @@ def row_of(group: Sequence[Cell], root: Path, asked: Sequence[str]) -> dict[str,
         "variant": group[0].variant,
         "label_fraction": group[0].fraction,
         "num_labelled": read_json(group[0].workdir / "labels.json")["num_images"],
-        "image_encoder": image_encoder(model),
-        **over_seeds([result["conditions"]["right"] for result in found.values()]),
-        "missing_text": over_seeds([r["conditions"]["missing"] for r in found.values()]),
+        "image_encoder": comparison.image_encoder(model),
+        **comparison.over_seeds([result["conditions"]["right"] for result in found.values()]),
+        "missing_text": comparison.over_seeds([r["conditions"]["missing"] for r in found.values()]),
     }
     if asked:
         paths = [asked_folder(cell, asked) / "results.json" for cell in group]
-        row["asked"] = asked_of([read_json(path) for path in paths])
+        row["asked"] = comparison.asked_of([read_json(path) for path in paths])
     row["config"] = config
     row["seeds"] = {
         str(cell.seed): {
             "run": str(cell.workdir.relative_to(root)),
-            **{name: result["conditions"]["right"][name] for name in METRICS},
+            **{name: result["conditions"]["right"][name] for name in KEPT},
         }
         for cell, result in found.items()
     }
     return row
-
-
-def image_encoder(model: dict[str, Any]) -> str:
-    """Of a resolved configuration's `model`: what sees the picture for the sentence's sake.
-
-    MedCLIPSeg's is its pair of towers; "-" where no picture refines a sentence.
-    """
-    if "image" not in model:
-        return model["variant"]
-    return model["image"]["encoder"] if model["bmf"]["vision_to_text"] else "-"
-
-
-def asked_of(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What --evaluate found of a row's runs: conditions and degradations, over the seeds."""
-    conditions = [result["conditions"] for result in found]
-    asked: dict[str, Any] = {
-        "num_images": found[0]["num_images"],
-        "conditions": {name: over_seeds([c[name] for c in conditions]) for name in conditions[0]},
-    }
-    scores = [result["degradations"] for result in found if "degradations" in result]
-    if scores:
-        mean = over_seeds([s["mean"] for s in scores])
-        cells = {name: rows for name, rows in scores[0].items() if name != "mean"}
-        asked["degradations"] = {
-            name: {level: over_seeds([s[name][level] for s in scores]) for level in rows}
-            for name, rows in cells.items()
-        } | {"mean": mean}
-    if "mirroring" in found[0]:
-        asked["mirroring"] = over_seeds([result["mirroring"] for result in found])
-    return asked
-
-
-def over_seeds(scores: Sequence[dict[str, float]]) -> dict[str, dict[str, float | None]]:
-    """{metric: {"mean", "sd"}} of one score a seed."""
-    columns = {name: [score[name] for score in scores] for name in METRICS}
-    return {
-        name: {
-            "mean": statistics.fmean(values),
-            "sd": statistics.stdev(values) if len(values) > 1 else None,
-        }
-        for name, values in columns.items()
-    }
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -361,43 +317,6 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: damaged ({error}); delete its run and start again") from error
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The console's table, in percent."""
-    return reporting.format_table([_cells(row) for row in rows], COLUMNS)
-
-
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table with every seed linked to its run."""
-    head = f"| {' | '.join(COLUMNS)} | runs |\n|{'---|' * (len(COLUMNS) + 1)}\n"
-    lines = []
-    for row in rows:
-        cells = _cells(row)
-        runs = " ".join(f"[{seed}]({found['run']})" for seed, found in row["seeds"].items())
-        lines.append(f"| {' | '.join(cells[name] for name in COLUMNS)} | {runs} |\n")
-    note = (
-        "\nPercent; mean and standard deviation over the seeds; missing_text is dice_global, "
-        "degraded the mean of dice_global over what --evaluate asked for.\n"
-    )
-    return head + "".join(lines) + note
-
-
-def _cells(row: dict[str, Any]) -> dict[str, str]:
-    def percent(value: dict[str, Any]) -> str:
-        spread = "" if value["sd"] is None else f" ± {100 * value['sd']:.2f}"
-        return f"{100 * value['mean']:.2f}{spread}"
-
-    degraded = row.get("asked", {}).get("degradations")
-    return {
-        "labels": f"{100 * row['label_fraction']:g} % ({row['num_labelled']})",
-        "variant": row["variant"],
-        "image_encoder": row["image_encoder"],
-        **{name: percent(row[name]) for name in METRICS},
-        "missing_text": percent(row["missing_text"]["dice_global"]),
-        "degraded": percent(degraded["mean"]["dice_global"]) if degraded else "-",
-        "seeds": str(len(row["seeds"])),
-    }
 
 
 def _list(text: str, option: str, kind: type) -> list[Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from biclip_jax import ablate, cli
+from biclip_jax.evaluation import comparison
 
 SCORES = {"unet": {0: 0.5, 1: 0.7}, "full": {0: 0.8, 1: 0.9}}
 needs_affinity = pytest.mark.skipif(
@@ -42,8 +43,9 @@ def trainings(monkeypatch):
         workdir = Path(command[-1])
         if (variant, seed) in broken:
             return broken[variant, seed]
-        score = dict.fromkeys(ablate.METRICS, SCORES[variant][seed])
-        conditions = {"right": score, "missing": dict.fromkeys(ablate.METRICS, 0.1)}
+        score = dict.fromkeys(comparison.METRICS, SCORES[variant][seed])
+        score["interval_95"] = {name: [0.1, 0.9] for name in comparison.METRICS}
+        conditions = {"right": score, "missing": dict.fromkeys(comparison.METRICS, 0.1)}
         (workdir / "test").mkdir(parents=True)
         (workdir / "test/results.json").write_text(json.dumps({"conditions": conditions}))
         (workdir / "labels.json").write_text('{"num_images": 32}')
@@ -57,7 +59,7 @@ def trainings(monkeypatch):
         evaluations.append(asked)
         workdir, folder = Path(asked[1]), Path(asked[-1])
         right = json.loads((workdir / "test/results.json").read_text())["conditions"]["right"]
-        low = {name: value - 0.2 for name, value in right.items()}
+        low = {name: right[name] - 0.2 for name in comparison.METRICS}
         found = {"num_images": 8, "conditions": {"right": right}, "mirroring": right}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "results.json").write_text(json.dumps(found))
@@ -108,6 +110,7 @@ def test_the_table_has_mean_and_spread_and_links_every_run(trainings, tmp_path, 
         for seed, score in scores.items():
             run = rows[variant]["seeds"][str(seed)]
             assert run["dice_mean"] == score
+            assert run["interval_95"]["dice_mean"] == [0.1, 0.9]
             assert (tmp_path / run["run"] / "test/results.json").exists()
             assert run["run"] in (tmp_path / "ablation.md").read_text()
             assert run["run"] in outcome["runs"]
@@ -315,16 +318,3 @@ def test_sigterm_ends_the_runs_and_begins_nothing_more(tmp_path):
     assert ended.value.code == 143
     assert begun == cells[:1] and not running
     assert signal.getsignal(signal.SIGTERM) is before
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ("qata:small,full", "cnn"),
-        ("qata:small,ef_unet", "-"),
-        ("medclipseg", "unimedclip"),
-    ],
-)
-def test_the_image_encoder_is_named_where_a_picture_refines_a_sentence(config, expected):
-    model = cli.load_config(config, []).to_dict()["model"]
-    assert ablate.image_encoder(model) == expected
