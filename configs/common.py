@@ -65,6 +65,7 @@ def _model() -> ConfigDict:
     model.norm = "batch"  # of the U-Net: batch, or group (no statistics of the batch)
     model.remat = False  # true: less memory, more time: the U-Net's blocks are computed twice
     model.pseudo_image = True  # the sentence becomes a picture, the U-Net's second input
+    model.pseudo_contrast = False  # whether it begins with the sentence's contrast, or even grey
     model.bmf = ConfigDict()  # bidirectional multimodal fusion
     model.bmf.vision_to_text = True  # the picture refines the sentence
     model.bmf.text_to_vision = True  # the sentence modulates the levels' features

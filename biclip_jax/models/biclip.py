@@ -25,6 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "norm": "batch",
     "remat": False,
     "pseudo_image": True,
+    "pseudo_contrast": False,
     "bmf": {
         "vision_to_text": True,
         "text_to_vision": True,
@@ -92,6 +93,7 @@ class BiCLIP(nn.Module):
       remat: of the U-Net's blocks, see `unet.UNet`.
       encoder_widths, cycle_widths: channels of the image encoder and of the cycle head.
       pseudo_image: whether the sentence becomes a picture, the U-Net's second input.
+      pseudo_contrast: how the generator begins, see `fusion.Generator`.
       vision_to_text: whether the picture refines the sentence, at the input and at the levels.
       text_to_vision: whether the sentence modulates the levels.
       levels: blocks of the U-Net where both meet again, see `unet.block_names`.
@@ -113,6 +115,7 @@ class BiCLIP(nn.Module):
     encoder_widths: Sequence[int] = (64, 256)
     cycle_widths: Sequence[int] = (32, 64)
     pseudo_image: bool = True
+    pseudo_contrast: bool = False
     vision_to_text: bool = True
     text_to_vision: bool = True
     levels: Sequence[str] = ()
@@ -161,7 +164,9 @@ class BiCLIP(nn.Module):
             self.image_encoder = self.image_tower or encoder
             self.refiner = fusion.TextRefiner(zero_start=self.zero_start, dtype=self.dtype)
         if self.pseudo_image:
-            self.generator = fusion.Generator(self.image_size, dtype=self.dtype)
+            self.generator = fusion.Generator(
+                self.image_size, self.pseudo_contrast, dtype=self.dtype
+            )
         if self.pseudo_image and "cycle" in self.heads:
             self.cycle_head = fusion.CycleHead(widths=self.cycle_widths, dtype=self.dtype)
 
@@ -304,6 +309,7 @@ def build(
         encoder_widths=(width, 4 * width),
         cycle_widths=(width // 2, width),
         pseudo_image=config["pseudo_image"],
+        pseudo_contrast=config["pseudo_contrast"],
         vision_to_text=bmf["vision_to_text"],
         text_to_vision=bmf["text_to_vision"],
         levels=named_blocks(bmf["levels"], num_levels),

@@ -9,7 +9,16 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from biclip_jax.models.layers import Dense, UpConv4x4, conv3x3, dense, full_precision, gelu
+from biclip_jax.models.layers import (
+    Dense,
+    UpConv4x4,
+    contrast_uniform,
+    conv3x3,
+    dense,
+    fan_in_uniform,
+    full_precision,
+    gelu,
+)
 
 SEED_SIZE = 28  # the refined sentence is read as a SEED_SIZE x SEED_SIZE map
 TEXT_DIM = SEED_SIZE**2
@@ -103,18 +112,26 @@ class ImageEncoder(nn.Module):
 
 
 class Generator(nn.Module):
-    """Text to vision: the refined sentence becomes a pseudo-image in [0, 1]."""
+    """Text to vision: the refined sentence becomes a pseudo-image in [0, 1].
+
+    Attributes:
+      image_size: of the pseudo-image.
+      contrast: whether its kernels begin so that the sentence's variance comes through; the
+        published ones let so little of it through that the pseudo-image begins as an even grey.
+    """
 
     image_size: int = 224
+    contrast: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, refined_text: Float[Array, "b t"]) -> Float[Array, "b h w 3"]:
         hidden = generator_widths(self.image_size)
         x = refined_text.reshape(-1, SEED_SIZE, SEED_SIZE, 1)  # row-major
+        init = contrast_uniform if self.contrast else fan_in_uniform
         for i, width in enumerate(hidden):
-            x = nn.relu(UpConv4x4(width, dtype=self.dtype, name=f"up_{i}")(x))
-        x = UpConv4x4(3, dtype=self.dtype, name=f"up_{len(hidden)}")(x)
+            x = nn.relu(UpConv4x4(width, init, self.dtype, name=f"up_{i}")(x))
+        x = UpConv4x4(3, init, self.dtype, name=f"up_{len(hidden)}")(x)
         return nn.sigmoid(full_precision(x))
 
 

@@ -17,6 +17,10 @@ from jaxtyping import Array, Float
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the default of the published network's framework.
 fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
+# For transposed 4x4 kernels of stride 2, where four of the 16 taps meet in an output: each layer
+# with a ReLU behind it keeps the variance of what it sees.
+contrast_uniform = nn.initializers.variance_scaling(8.0, "fan_in", "uniform")
+
 LARGEST_PRODUCT = 2**23  # elements of a gradient's intermediate product on a CPU
 
 
@@ -290,11 +294,12 @@ class UpConv4x4(nn.Module):
     """
 
     features: int
+    kernel_init: nn.initializers.Initializer = fan_in_uniform
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w d"]:
-        kernel = self.param("kernel", fan_in_uniform, (4, 4, x.shape[-1], self.features))
+        kernel = self.param("kernel", self.kernel_init, (4, 4, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         return depth_to_space(convolve3x3(x, subpixel_kernel(kernel))) + bias

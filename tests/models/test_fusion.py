@@ -1,5 +1,7 @@
 """Fusion at the U-Net's levels: zero at first, the formula by hand, each direction off."""
 
+import itertools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -227,3 +229,19 @@ def test_configurations_from_before_the_levels_give_the_published_model():
     assert set(tree["params"]) == PUBLISHED | CYCLE | IAC
     same = tree_of(tiny.model(method="published"))
     assert jax.tree.map(lambda x: x.shape, tree) == jax.tree.map(lambda x: x.shape, same)
+
+
+def test_the_pseudo_image_begins_with_the_sentence_s_contrast_at_any_size():
+    """What differs between sentences, which the published first values lose by a factor a layer."""
+    sentences = jnp.asarray(RNG.standard_normal((16, 784)), jnp.float32)
+
+    def contrast(size, begins):
+        module = fusion.Generator(size, begins)
+        pictures, _ = module.init_with_output(jax.random.key(0), sentences)
+        return float(pictures.std(axis=0).mean())
+
+    kept = [contrast(size, True) for size in (56, 112, 224)]
+    lost = [contrast(size, False) for size in (56, 112, 224)]
+    assert min(kept) > 0.1 and max(kept) < 1.5 * min(kept)
+    assert all(large > 3 * small for large, small in itertools.pairwise(lost))
+    assert lost[-1] < 0.01
