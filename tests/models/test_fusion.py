@@ -245,3 +245,8 @@ def test_the_pseudo_image_begins_with_the_sentence_s_contrast_at_any_size():
     assert min(kept) > 0.1 and max(kept) < 1.5 * min(kept)
     assert all(large > 3 * small for large, small in itertools.pairwise(lost))
     assert lost[-1] < 0.01
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_configuration_says_how_the_generator_begins(begins):
+    assert tiny.model(pseudo_contrast=begins).bind({}).generator.contrast is begins
