@@ -113,13 +113,15 @@ def open_teacher(folder: str, records: Sequence[Record], config: ConfigDict) -> 
         _check_labels(Path(folder) / "labels.json", records)
     predict = runner.make_predict(model, sentences.without_tower(model, variables))
     encode = sentences.encoder(model, variables, processor)
-    names = ("identity", "horizontal_flip") if config.data.teachers_flip else ("identity",)
+    names, read = ["identity"], encode
+    if config.data.teachers_flip:
+        names, read = [*names, "horizontal_flip"], partial(pipeline.sentence_fields, encode)
     look: runner.Predict = partial(
         tta.predict_views, predict, views=[tta.VIEWS[name] for name in names]
     )
 
     def answer(records: Sequence[Record]) -> np.ndarray:
-        texts = pipeline.sentence_fields(encode, [record["text"] for record in records])
+        texts = read([record["text"] for record in records])
         batches = pipeline.eval_batches(records, texts, batch_size=config.batch_size)
         return np.concatenate([look(batch)[batch["valid"], ..., :1] for batch in batches])
 

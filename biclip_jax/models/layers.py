@@ -41,8 +41,9 @@ def _wide(x):
 def product(x: Float[Array, "*b c"], kernel: Float[Array, "c d"]) -> Float[Array, "*b d"]:
     """x @ kernel; values narrower than float32 are summed in float32, forwards and backwards.
 
-    GPUs and TPUs sum so by themselves. A CPU has units for bfloat16 that are used for such sums
-    alone; without them it is slower than with float32. Of narrow values `jax.jvp` raises TypeError.
+    GPUs and TPUs sum so by themselves. A CPU's units for bfloat16 are used for such sums alone;
+    other products of bfloat16 are slower there than float32's. Of narrow values `jax.jvp` raises
+    TypeError.
     """
     return x @ kernel if x.dtype == _wide(x) else _narrow_product(x, kernel)
 
