@@ -106,6 +106,11 @@ def model_fields(config: ConfigDict) -> dict[str, Any]:
     refines = config.model.bmf.vision_to_text
     if config.model.image.encoder != "cnn" and not refines:
         raise ValueError("model.image.encoder is a tower, but bmf.vision_to_text is off; set cnn")
+    if config.model.pseudo_contrast and not config.model.pseudo_image:
+        raise ValueError(
+            "model.pseudo_contrast is of the pseudo-image, and model.pseudo_image is false; "
+            "leave it false"
+        )
     heads = [head for head in biclip.HEADS if config.loss[head] > 0]
     return fields | {"heads": heads, "iac_blocks": list(blocks)}
 

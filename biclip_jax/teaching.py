@@ -36,10 +36,15 @@ def with_masks(records: Sequence[Record], config: ConfigDict, workdir: Path) -> 
       workdir: of the run.
 
     Raises:
-      UserError: nothing would look at the masks, a teacher does not fit, or the kept masks are
-        damaged or of other pictures.
+      UserError: nothing would look at the masks, nobody would answer, a teacher does not fit, or
+        the kept masks are damaged or of other pictures.
     """
     if not config.data.teachers:
+        if config.data.teachers_flip:
+            raise UserError(
+                "--config.data.teachers_flip: there are no teachers to answer mirror images; "
+                "name them in data.teachers, or leave it false"
+            )
         return records
     if not records or not config.loss.get("pseudo_labels"):
         raise UserError(

@@ -128,6 +128,7 @@ def test_a_run_s_length_is_counted_in_labelled_pictures(monkeypatch):
         ("smoke,full", "loss.pseudo_labels=1.0", r"set data\.unlabelled, or both to 0"),
         ("smoke,full", "model.bmf.levels=encoder_7", "is no block of the U-Net"),
         ("smoke,full", "loss.iac_blocks=encoder_0", "expected decoder blocks"),
+        ("smoke,unet", "model.pseudo_contrast=True", r"model\.pseudo_image is false; leave it"),
         ("smoke,full", "optim.accumulate=8", "expected an even number"),
         ("smoke,semi", "optim.accumulate=2", "unlabelled pictures need 1"),
         ("smoke", "model.image_size=60", r"model\.image_size is 60; expected one of \[56, 112"),

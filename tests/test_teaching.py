@@ -73,6 +73,9 @@ def test_without_teachers_nothing_changes(student, tmp_path):
     config, records = student
     config.data.teachers = ""
     assert teaching.with_masks(records, config, tmp_path) is records
+    config.data.teachers_flip = True
+    with pytest.raises(UserError, match=r"data\.teachers_flip: there are no teachers"):
+        teaching.with_masks(records, config, tmp_path)
 
 
 def test_masks_are_kept_for_a_run_that_goes_on(student, tmp_path, monkeypatch):
