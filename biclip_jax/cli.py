@@ -200,6 +200,7 @@ AT_LEAST = {
 # from, and up to but without
 BETWEEN = {
     "model.text.dropout": (0, 1),
+    "model.bmf.dropout": (0, 1),
     "model.towers.dropout": (0, 1),
     "optim.ema_decay": (0, 1),
     "loss.confidence": (0.5, 1),

@@ -72,6 +72,7 @@ def _model() -> ConfigDict:
     model.bmf.levels = ""  # blocks beside the input: all, encoder, bottleneck, decoder_1 ...
     model.bmf.hidden = 256  # features of the levels' refiners
     model.bmf.zero_start = False  # whether the refiners begin at zero: the sentence as it is
+    model.bmf.dropout = 0.0  # probability that the levels get no sentence in training
     model.image = ConfigDict()  # the encoder whose embedding refines the sentence
     model.image.encoder = "cnn"  # trained with the rest; clip_vit_b16, clip_rn50: a tower
     model.image.weights = ""  # of a tower: a folder that biclip_jax.convert clip wrote

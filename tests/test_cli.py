@@ -73,6 +73,7 @@ def test_overrides_take_the_field_s_type(override, path, value):
         ("qata", "--config.loss.confidence=1.5", "0.5 <= value < 1"),
         ("qata", "--config.optim.ema_decay=1.5", "0 <= value < 1"),
         ("qata", "--config.model.text.dropout=1.0", "0 <= value < 1"),
+        ("qata", "--config.model.bmf.dropout=1.0", "0 <= value < 1"),
         ("qata", "--config.data.unlabelled_ratio=-1.0", "at least 0"),
         ("qata", "--config.views.strong.cutmix=2.0", "a probability"),
         ("qata", "--config.views.strong.noise=-0.1", "at least 0"),

@@ -14,7 +14,7 @@ from biclip_jax.models.biclip import BiCLIP, Fused, Segmented, View, text_inputs
 from biclip_jax.training import losses, views
 from biclip_jax.training.state import TrainState
 
-TEXT_STREAM = 2  # of an example's key; 0 and 1 are the two views'
+TEXT_STREAM, LEVEL_STREAM = 2, 3  # of an example's key; 0 and 1 are the two views'
 
 
 class Recipe(NamedTuple):
@@ -35,6 +35,7 @@ class Recipe(NamedTuple):
       iac_learner: see `losses.consistency_loss`.
       cycle_distance: see `losses.cycle_loss`.
       text_dropout: probability that an example loses its sentence.
+      level_dropout: probability that it loses it at the U-Net's levels, see `drop_at_levels`.
       labelled: share of a batch that has masks.
       given_masks: whether pseudo-labels are the batch's masks (`data.teachers`), or the teacher's.
       confidence: see `losses.pseudo_label_loss`.
@@ -54,6 +55,7 @@ class Recipe(NamedTuple):
     iac_learner: str = "weak"
     cycle_distance: str = "l1"
     text_dropout: float = 0.0
+    level_dropout: float = 0.0
     labelled: float = 1.0
     given_masks: bool = False
     confidence: float = 0.95
@@ -99,7 +101,7 @@ def make_recipe(config: Mapping[str, Any], labelled: float = 1.0) -> Recipe:
     """The recipe of a resolved configuration.
 
     Args:
-      config: with the fields loss, views, data.teachers, model.text.dropout and optim.ema_decay.
+      config: with the fields loss, views, model, data.teachers and optim.ema_decay.
       labelled: share of a batch that has masks.
 
     Raises:
@@ -125,6 +127,7 @@ def make_recipe(config: Mapping[str, Any], labelled: float = 1.0) -> Recipe:
         iac_learner=loss["iac_learner"],
         cycle_distance=loss["cycle_distance"],
         text_dropout=config["model"]["text"]["dropout"],
+        level_dropout=config["model"]["bmf"]["dropout"],
         labelled=labelled,
         given_masks=bool(config["data"]["teachers"]),
         confidence=loss["confidence"],
@@ -145,6 +148,12 @@ def _check(config: Mapping[str, Any], labelled: float) -> None:
             "loss.gen and loss.cycle look at the pseudo-image, and model.pseudo_image is false; "
             "set both to 0"
         )
+    fused = model["bmf"]["levels"] and model["bmf"]["text_to_vision"]
+    if model["bmf"]["dropout"] > 0 and not (fused and model["pseudo_image"]):
+        raise ValueError(
+            "model.bmf.dropout leaves the sentence to the pseudo-image where the levels have both, "
+            "and one of them is off; set it to 0"
+        )
     if loss["views"] == "one" and labelled == 1:
         raise ValueError(
             "loss.views=one shows the strong view of unlabelled pictures, and there are none; "
@@ -155,7 +164,6 @@ def _check(config: Mapping[str, Any], labelled: float) -> None:
             f"loss.iac_learner is {loss['iac_learner']}, and with loss.views=one the weak view has "
             "no gradient; set loss.iac_learner to strong, or loss.views to both"
         )
-    fused = model["bmf"]["levels"] and model["bmf"]["text_to_vision"]
     if fused and views_config["horizontal_flip"] > 0 and not views_config["geometry_first"]:
         raise ValueError(
             "model.bmf.levels bring the sentence to pictures that views.horizontal_flip has "
@@ -208,6 +216,9 @@ def objective(
     example = read(batch, keys, geometry_keys, recipe)
     variables = {"params": {**params, **state.frozen}, "batch_stats": state.batch_stats}
     fused = model.apply(variables, example.image, **example.text, train=True, method=model.fuse)
+    if recipe.level_dropout and fused.refined_text is not None:
+        heard = drop_at_levels(fused.refined_text, keys, recipe.level_dropout)
+        fused = fused._replace(refined_text=heard)
     weak, mask = weak_view(example, fused, geometry_keys, recipe)
     height, width = mask.shape[1:3]
     deformation = views.random_deformation(strong_keys, height, width, recipe.strong)
@@ -277,6 +288,25 @@ def move(
     (image, mask), flipped = views.move(geometry_keys, (image, mask), geometry)
     text = {name: _choose(flipped, batch[f"mirrored_{name}"], text[name]) for name in text}
     return image, jnp.round(mask), text
+
+
+def drop_at_levels(
+    text: Float[Array, "b t"], keys: Key[Array, " b"], probability: float
+) -> Float[Array, "b t"]:
+    """The sentence for the U-Net's levels: zeros in the place of some examples' own.
+
+    A level is modulated alike at every place, and can hardly tell left from right. The
+    pseudo-image can, but learns little of a sentence that the levels have already made use of;
+    where they are silent, it must say all.
+
+    Args:
+      text: of the batch, what its pseudo-images were made of.
+      keys: (B,) one key an example.
+      probability: that an example's levels get zeros.
+    """
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, LEVEL_STREAM)
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - probability))(keys)
+    return keep[:, None] * text
 
 
 def weak_view(

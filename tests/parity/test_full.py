@@ -105,7 +105,8 @@ def check_training_step(norm, box):
         parameter.data = parameter.grad
     gradients = flatten_dict(to_flax(twin)["params"], sep="/")
 
-    recipe = tiny.recipe("full", geometry=views.Geometry(1.0, 0.0, 0.0), text_dropout=0.0)
+    geometry = views.Geometry(1.0, 0.0, 0.0)
+    recipe = tiny.recipe("full", geometry=geometry, text_dropout=0.0, level_dropout=0.0)
     bound = functools.partial(objective.objective, model=model, recipe=recipe)
     # Every example is flipped: the mirrored sentence alone may be looked at.
     batch = {"image": pixels, "mask": mask, "text_features": jnp.full(text.shape, jnp.nan)}

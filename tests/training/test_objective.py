@@ -266,6 +266,22 @@ def test_sentences_are_lost_with_their_probability_and_never_found():
     assert kept[some].mean() == pytest.approx(0.7, abs=0.05)
 
 
+def test_levels_lose_the_sentence_with_their_probability():
+    text = jnp.arange(1, 1001, dtype=jnp.float32)[:, None] * jnp.ones(3)
+    keys = jax.random.split(jax.random.key(0), 1000)
+    heard = objective.drop_at_levels(text, keys, 0.3)
+    kept = np.asarray(heard).any(-1)
+    assert kept.mean() == pytest.approx(0.7, abs=0.05)
+    np.testing.assert_array_equal(heard, np.where(kept[:, None], text, 0))
+
+
+def test_silent_levels_learn_nothing_and_the_pseudo_image_goes_on():
+    made = recipe({"gen": 0.0})
+    spoken, silent = run(made)[2], run(made._replace(level_dropout=1.0))[2]
+    assert spoken["level"] != 0 and silent["level"] == 0
+    assert spoken["pseudo"] != 0 and silent["pseudo"] != 0
+
+
 def test_a_flip_swaps_the_sentence_exactly_where_it_happens():
     batch = many(32, mirrored_has_text=np.zeros(32, bool))
     geometry = views.Geometry(horizontal_flip=0.5, vertical_flip=0.0, affine=0.0)
@@ -308,6 +324,7 @@ def test_a_recipe_is_what_the_configuration_says():
     assert full.strong == views.Strong(False, 0.1, 0.0, 0.3, 0.01, 0.5)
     assert (full.geometry_first, full.segment_strong, full.text_dropout) == (True, True, 0.1)
     assert (full.iac_learner, full.cycle_distance, full.labelled) == ("strong", "l2", 1.0)
+    assert (published.level_dropout, full.level_dropout) == (0.0, 0.5)
     semi = tiny.recipe("semi", 0.25)
     assert (semi.labelled, semi.ema_teacher, semi.ramp_steps) == (0.25, True, 200)
     assert semi.learns_from_teacher and not full.learns_from_teacher
@@ -323,6 +340,9 @@ def test_losses_of_unlabelled_pictures_need_some():
     [
         ("full", "model.pseudo_image", False, "loss.gen and loss.cycle look at the pseudo-image"),
         ("published", "model.bmf.levels", "all", "set views.geometry_first"),
+        ("full", "model.bmf.levels", "", "leaves the sentence to the pseudo-image"),
+        ("full", "model.bmf.text_to_vision", False, "leaves the sentence to the pseudo-image"),
+        ("no_generator", "model.bmf.dropout", 0.5, "leaves the sentence to the pseudo-image"),
     ],
 )
 def test_what_does_not_go_together_is_refused(method, field, value, said):
@@ -330,6 +350,7 @@ def test_what_does_not_go_together_is_refused(method, field, value, said):
     with pytest.raises(ValueError, match=said):
         objective.make_recipe(config)
     config["views"]["horizontal_flip"] = config["loss"]["gen"] = config["loss"]["cycle"] = 0.0
+    config["model"]["bmf"]["dropout"] = 0.0
     assert objective.make_recipe(config).weights["gen"] == 0
 
 
