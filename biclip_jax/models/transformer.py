@@ -20,6 +20,9 @@ def quick_gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return x * nn.sigmoid(1.702 * x)
 
 
+# Added to the score of a key that is not seen: float32 keeps nothing else of the sum.
+HIDDEN = -1e30
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": gelu, "quick_gelu": quick_gelu}
 
 
@@ -120,18 +123,39 @@ class Attention(nn.Module):
         else:
             (query,), (key, value) = project(queries, 0, 1), project(x, 1, 3)
         query, key, value = (self._by_head(part) for part in (query, key, value))
-        scores = full_precision(query @ key.swapaxes(-1, -2)) * query.shape[-1] ** -0.5
+        scores = full_precision((query * query.shape[-1] ** -0.5) @ key.swapaxes(1, 2))
         if mask is not None:
-            scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-        weights = jax.nn.softmax(scores, axis=-1)
+            scores = scores + self._hidden(mask)
+        # The sums divide what is mixed, which is less than the weights, and CPUs take the whole as
+        # one kernel.
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        total = weights.sum(-1, keepdims=True)
         if keys is not None and self.dropout:
-            weights = drop(weights, keys, self.dropout)
-        mixed = (weights.astype(value.dtype) @ value).transpose(0, 2, 1, 3)
-        return out(mixed.reshape(*mixed.shape[:2], x.shape[-1]))
+            weights = self._drop(weights, keys)
+        mixed = ((weights.astype(value.dtype) @ value) / total).astype(self.dtype)
+        return out(self._side_by_side(mixed))
 
     def _by_head(self, x):
+        """(B, L, D) to (B * heads, L, D / heads)."""
         b, length, width = x.shape
-        return x.reshape(b, length, self.num_heads, width // self.num_heads).transpose(0, 2, 1, 3)
+        x = x.reshape(b, length, self.num_heads, width // self.num_heads).transpose(0, 2, 1, 3)
+        return x.reshape(-1, *x.shape[2:])
+
+    def _side_by_side(self, x):
+        """The inverse of `_by_head`."""
+        _, length, width = x.shape
+        x = x.reshape(-1, self.num_heads, length, width).transpose(0, 2, 1, 3)
+        return x.reshape(*x.shape[:2], self.num_heads * width)
+
+    def _hidden(self, mask):
+        """What the scores are lowered by where a key is not seen; (1 or B * heads, #Q, L)."""
+        mask = mask[:, 0]
+        mask = mask if len(mask) == 1 else jnp.repeat(mask, self.num_heads, axis=0)
+        return jnp.where(mask, 0.0, HIDDEN)
+
+    def _drop(self, weights, keys):
+        by_example = weights.reshape(-1, self.num_heads, *weights.shape[1:])
+        return drop(by_example, keys, self.dropout).reshape(weights.shape)
 
 
 class Block(nn.Module):
