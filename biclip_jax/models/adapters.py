@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from biclip_jax.models.layers import Dense, fan_in_uniform, full_precision
+from biclip_jax.models.layers import Dense, LayerNorm, fan_in_uniform, full_precision
 
 # Full width at half maximum of a Gaussian, in standard deviations, as the authors round it.
 BETA = 2.35
@@ -52,8 +52,8 @@ class ProbabilisticAttention(nn.Module):
         self.key = linear(2 * self.width, self.width, self.dtype)
         self.value = linear(2 * self.width, self.width, self.dtype)
         self.out = linear(self.width, self.width, self.dtype)
-        self.norm_key = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)
-        self.norm_value = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)
+        self.norm_key = LayerNorm(epsilon=1e-5, dtype=self.dtype)
+        self.norm_value = LayerNorm(epsilon=1e-5, dtype=self.dtype)
         self.gate = self.param("gate", nn.initializers.constant(self.gate_init), ())
 
     def attend(self, x: Float[Array, "b q c"], context: Float[Array, "b k c"]) -> Attended:

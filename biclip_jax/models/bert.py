@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from biclip_jax.models.layers import Dense, dense, gelu
+from biclip_jax.models.layers import Dense, LayerNorm, dense, gelu
 from biclip_jax.models.transformer import Block, drop, fold_keys
 
 
@@ -51,7 +51,7 @@ class Bert(nn.Module):
         self.words = nn.Embed(self.vocab_size, self.width, embedding_init=table)
         self.positions = self.param("positions", table, (self.max_length, self.width))
         self.segments = self.param("segments", table, (self.num_segments, self.width))
-        self.norm = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype)
+        self.norm = LayerNorm(epsilon=self.epsilon, dtype=self.dtype)
         self.blocks = [
             Block(
                 self.num_heads,
@@ -129,7 +129,7 @@ class ProjectionHead(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b e"]:
         x = gelu(dense(self.features, self.dtype, name="hidden")(x))
-        x = nn.LayerNorm(epsilon=1e-12, dtype=self.dtype, name="norm")(x)
+        x = LayerNorm(epsilon=1e-12, dtype=self.dtype, name="norm")(x)
         return dense(self.features, self.dtype, name="out")(x)
 
 

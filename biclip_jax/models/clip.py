@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from biclip_jax.models import bert
-from biclip_jax.models.layers import Dense, full_precision
+from biclip_jax.models.layers import Dense, LayerNorm, full_precision
 from biclip_jax.models.resnet import ModifiedResNet
 from biclip_jax.models.transformer import Block, interpolate_positions
 
@@ -85,9 +85,9 @@ class VisionTransformer(nn.Module):
         self.class_token = self.param("class_token", table, (self.width,))
         self.positions = self.param("positions", table, (num_positions, self.width))
         if self.stem_norm:
-            self.norm_pre = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype)
+            self.norm_pre = LayerNorm(epsilon=self.epsilon, dtype=self.dtype)
         self.blocks = _blocks(self)
-        self.norm_post = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype)
+        self.norm_post = LayerNorm(epsilon=self.epsilon, dtype=self.dtype)
         self.projection = Dense(self.embedding_size, use_bias=False, dtype=self.dtype)
 
     def __call__(
@@ -157,7 +157,7 @@ class TextTransformer(nn.Module):
         self.words = nn.Embed(self.vocab_size, self.width, embedding_init=words)
         self.positions = self.param("positions", positions, (self.max_length, self.width))
         self.blocks = _blocks(self)
-        self.norm_post = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype)
+        self.norm_post = LayerNorm(epsilon=self.epsilon, dtype=self.dtype)
         self.projection = Dense(self.embedding_size, use_bias=False, dtype=self.dtype)
 
     def __call__(

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from biclip_jax.models.layers import (
     Dense,
+    LayerNorm,
     UpConv4x4,
     contrast_uniform,
     conv3x3,
@@ -41,7 +42,7 @@ class TextMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b f"]:
         x = dense(self.hidden or self.features, self.dtype, name="in")(x)
-        x = gelu(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x))
+        x = gelu(LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x))
         return dense(self.features, self.dtype, name="out", zero_start=self.zero_start)(x)
 
 
@@ -174,4 +175,4 @@ class ConsistencyHead(nn.Module):
     def __call__(self, features: Float[Array, "b h w d"]) -> Float[Array, "b p"]:
         pooled = full_precision(features).mean(axis=(1, 2))
         embedding = dense(self.features, None, name="out")(pooled)
-        return nn.LayerNorm(epsilon=1e-5, name="norm")(embedding)
+        return LayerNorm(epsilon=1e-5, name="norm")(embedding)

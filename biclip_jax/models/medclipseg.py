@@ -18,12 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from biclip_jax.models import bert, clip
 from biclip_jax.models.adapters import BETA, Adapter, Prepared, bounded_uniform, linear
 from biclip_jax.models.biclip import IMAGENET_MEAN, IMAGENET_STD
-from biclip_jax.models.layers import (
-    UpConv2x2,
-    depthwise_conv3x3,
-    full_precision,
-    gelu,
-)
+from biclip_jax.models.layers import LayerNorm, UpConv2x2, depthwise_conv3x3, full_precision, gelu
 from biclip_jax.models.transformer import fold_keys
 
 FROZEN = ("image_tower", "text_tower", "logit_scale")
@@ -62,7 +57,7 @@ class Upscaler(nn.Module):
         x = gelu(UpConv2x2(self.features, bias_init, dtype=self.dtype, name="up")(x))
         kernel = self.param("depthwise", bounded_uniform(9), (3, 3, self.features))
         x = depthwise_conv3x3(x, kernel.astype(x.dtype))
-        return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
+        return LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
 
 
 class Head(nn.Module):

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from biclip_jax.models.layers import full_precision
+from biclip_jax.models.layers import LayerNorm, full_precision
 from biclip_jax.models.transformer import Block
 
 POOLINGS = ("all_tokens", "masked", "embedding")
@@ -41,7 +41,7 @@ class TextEncoder(nn.Module):
         for i in range(self.num_layers):
             block = Block(self.num_heads, 4 * self.width, dtype=self.dtype, name=f"block_{i}")
             x = block(x, text_mask[:, None, None, :])
-        x = nn.LayerNorm(epsilon=1e-5, name="norm")(full_precision(x))
+        x = LayerNorm(epsilon=1e-5, name="norm")(full_precision(x))
         weight = text_mask[..., None].astype(x.dtype)
         return (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1.0)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from biclip_jax.models.layers import Dense, full_precision, gelu, product
+from biclip_jax.models.layers import Dense, LayerNorm, full_precision, gelu, product
 
 
 def quick_gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
@@ -201,8 +201,8 @@ class Block(nn.Module):
         attention = Attention(self.num_heads, self.dropout, self.dtype, name="attention")
         mlp_in = Dense(self.mlp_width, dtype=self.dtype, name="mlp_in")
         mlp_out = Dense(x.shape[-1], dtype=self.dtype, name="mlp_out")
-        norm_0 = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm_0")
-        norm_1 = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm_1")
+        norm_0 = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm_0")
+        norm_1 = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm_1")
         activation = ACTIVATIONS[self.activation]
         attended = x if self.post_norm else norm_0(x)
         if values_only:

@@ -1,10 +1,13 @@
 """Layers against lax and linen where those have the same operation."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import ndtr
 
 from biclip_jax.models import layers
 
@@ -163,6 +166,71 @@ def test_batch_norm_over_an_axis_takes_the_whole_batch():
     np.testing.assert_allclose(halves.reshape(x.shape), whole, atol=1e-5)
     for name, value in whole_updates["batch_stats"].items():
         np.testing.assert_allclose(updates["batch_stats"][name][0], value, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [("float32", 2e-5), ("bfloat16", 2**-8)])
+def test_layer_norm_is_linen_s_forwards_and_backwards(dtype, rtol):
+    x, weight = ((3 * noise(2, 5, 24) + 1).astype(dtype) for _ in range(2))
+    stock, ours = (norm(epsilon=1e-6, dtype=dtype) for norm in (nn.LayerNorm, layers.LayerNorm))
+    variables = {"params": {"scale": 1 + noise(24), "bias": noise(24)}}
+    assert jax.tree.structure(ours.init(jax.random.key(0), x)) == jax.tree.structure(variables)
+    np.testing.assert_array_equal(ours.apply(variables, x), stock.apply(variables, x))
+
+    def gradients(layer, x):
+        def loss(variables, x):
+            return (layer.apply(variables, x).astype(jnp.float32) * weight).sum()
+
+        return jax.tree.map(lambda g: np.asarray(g, float), jax.grad(loss, (0, 1))(variables, x))
+
+    # Narrow, linen's own are rounded on the way.
+    expected = gradients(nn.LayerNorm(epsilon=1e-6), x.astype(jnp.float32))
+    close = functools.partial(np.testing.assert_allclose, rtol=rtol, atol=1e-5)
+    jax.tree.map(close, gradients(ours, x), expected)
+
+
+def test_layer_norm_sums_by_products_on_a_cpu_alone():
+    def gradient(x):
+        return jax.grad(lambda x: layers.layer_norm(x, jnp.ones(8), jnp.zeros(8), 1e-5).sum())(x)
+
+    traced = jax.jit(gradient).trace(noise(3, 8))
+    counts = [
+        traced.lower(lowering_platforms=(platform,)).as_text().count("dot_general")
+        for platform in ("cpu", "cuda")
+    ]
+    assert counts == [2, 0]
+
+
+def test_depthwise_convolution_is_lax_s_with_groups_forwards_and_backwards():
+    x, kernel, weight = noise(2, 5, 7, 3), noise(3, 3, 3), noise(2, 5, 7, 3)
+
+    def stock(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel[:, :, None],
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=3,
+        )
+
+    found = [
+        (one(x, kernel), *jax.grad(lambda *a, one=one: (one(*a) * weight).sum(), (0, 1))(x, kernel))
+        for one in (layers.depthwise_conv3x3, stock)
+    ]
+    for ours, lax_s in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, lax_s, rtol=1e-5, atol=1e-5)
+
+
+def test_gelu_is_exact_and_as_good_as_its_type():
+    x = np.linspace(-6, 6, 241)
+    exact = x * ndtr(x)
+    np.testing.assert_allclose(layers.gelu(jnp.asarray(x, jnp.float32)), exact, atol=5e-7)
+    narrow = jnp.asarray(x, jnp.bfloat16)
+    assert layers.gelu(narrow).dtype == jnp.bfloat16
+    wide = np.asarray(narrow, float)
+    np.testing.assert_allclose(
+        np.asarray(layers.gelu(narrow), float), wide * ndtr(wide), rtol=2**-8, atol=5e-7
+    )
 
 
 def test_depth_to_space_orders_rows_then_columns():
