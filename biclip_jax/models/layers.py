@@ -27,8 +27,8 @@ LARGEST_PRODUCT = 2**23  # elements of a gradient's intermediate product on a CP
 def gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """The exact form, x (1 + erf(x / sqrt(2))) / 2, as in the published network.
 
-    linen's default is tanh, its exact form erfc, which takes a CPU twice as long. Narrow values
-    are float32 inside, since 1 + erf of a negative one is a difference.
+    linen's default is tanh, its exact form erfc, which takes a CPU longer. Narrow values are
+    float32 inside, since 1 + erf of a negative one is a difference.
     """
     wide = full_precision(x)
     return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
@@ -358,8 +358,8 @@ def layer_norm(
 ) -> Float[Array, "*b d"]:
     """(x - mean) / sqrt(variance + epsilon) scale + bias over the last axis, float32 or wider.
 
-    Forwards it is linen's. Backwards it is written out: XLA's derivative sums products in two
-    kernels that take a CPU four times as long. `jax.jvp` raises TypeError.
+    Forwards it is linen's. Backwards it is written out, since the sums of products in XLA's
+    derivative are slow on a CPU. `jax.jvp` raises TypeError.
     """
     return _layer_norm_forwards(x, scale, bias, epsilon)[0]
 
