@@ -245,7 +245,8 @@ def depthwise_conv3x3(
     A sum of shifted maps: on a CPU an order of magnitude faster than a grouped convolution.
     `jax.jvp` raises TypeError.
     """
-    shifted = [part * weights for part, weights in zip(_shifts(x), _taps(kernel), strict=True)]
+    taps = kernel.reshape(9, -1)
+    shifted = [part * tap for part, tap in zip(_shifts(x), taps, strict=True)]
     return sum(shifted[1:], shifted[0])
 
 
@@ -254,10 +255,6 @@ def _shifts(x):
     _, h, w, _ = x.shape
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     return [padded[:, a : a + h, b : b + w] for a in range(3) for b in range(3)]
-
-
-def _taps(kernel):
-    return [kernel[a, b] for a in range(3) for b in range(3)]
 
 
 def _depthwise_backwards(residuals, given):
