@@ -107,9 +107,10 @@ def train_step(
     method="published",
     size=4,
     shares=1,
+    dtype="float32",
 ):
     """(step, state, batch, key) with everything but these bound; `semi` has half its masks."""
-    tiny = model(axis_name, method)
+    tiny = model(axis_name, method, dtype=dtype)
     fields = {"name": optimizer, "weight_decay": 0.01, "clip_norm": 0.0, "tower_learning_rate": 0.0}
     tx = optim.make_optimizer(fields, learning_rate)
     half = method == "semi"
@@ -123,5 +124,6 @@ def train_step(
         axis_name=axis_name,
         shares=shares,
     )
-    first = state.create(init(tiny), tx, average=half)
+    variables = jax.tree.map(lambda x: x.astype(dtype), init(tiny))
+    first = state.create(variables, tx, average=half)
     return step, first, batch(size, labelled=size // 2 if half else None), jax.random.key(1)

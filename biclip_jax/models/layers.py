@@ -335,18 +335,19 @@ class LayerNorm(nn.Module):
 
     Attributes:
       epsilon: added to the variance.
-      dtype: of the result; statistics are float32 or wider.
+      dtype: of the result; None: that of the statistics, which are float32 or wider.
     """
 
     epsilon: float = 1e-5
-    dtype: Any = jnp.float32
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         scale, bias = jnp.asarray(scale), jnp.asarray(bias)
-        return layer_norm(x, scale, bias, self.epsilon).astype(self.dtype)
+        normal = layer_norm(x, scale, bias, self.epsilon)
+        return normal if self.dtype is None else normal.astype(self.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
