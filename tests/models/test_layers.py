@@ -188,6 +188,18 @@ def test_layer_norm_is_linen_s_forwards_and_backwards(dtype, rtol):
     jax.tree.map(close, gradients(ours, x), expected)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_without_a_dtype_layer_norm_keeps_what_linen_s_keeps(dtype):
+    with jax.enable_x64(True):
+        x = noise(3, 8).astype(dtype)
+        stock, ours = nn.LayerNorm(epsilon=1e-6), layers.LayerNorm(epsilon=1e-6)
+        variables = stock.init(jax.random.key(0), x)
+        expected = stock.apply(variables, x)
+        found = ours.apply(variables, x)
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_layer_norm_sums_by_products_on_a_cpu_alone():
     def gradient(x):
         return jax.grad(lambda x: layers.layer_norm(x, jnp.ones(8), jnp.zeros(8), 1e-5).sum())(x)
