@@ -2,6 +2,7 @@
 
     python -m benchmarks.bench --suite cpu --output bench.jsonl
     python -m benchmarks.bench --suite cpu --cases published_train bert --batches 1
+    python -m benchmarks.bench --cases bert --implementations jax --before OLDER_CHECKOUT
     python -m benchmarks.bench --table bench.jsonl --plot bench.png
 
 The same shapes and threads, random weights, noise for pictures. Every case has one JSON line: the
@@ -82,6 +83,12 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny BiCLIP alone, to try it out")
     parser.add_argument("--repetitions", type=int, default=7, help="warm calls of each")
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS)
+    parser.add_argument(
+        "--before",
+        type=Path,
+        metavar="CHECKOUT",
+        help="of this project, whose code takes calls in turn, too",
+    )
     parser.add_argument("--output", type=Path, help="file of JSON lines that is added to")
     parser.add_argument("--retry-failed", action="store_true", help="cases of the file, too")
     parser.add_argument("--table", type=Path, help="prints such a file as tables and runs nothing")
@@ -159,10 +166,13 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         asked = [name for name in asked if name != "torch_compile"]
     rest = [case.name, str(case.batch), case.dtype]
     repetitions = min(args.repetitions, 3) if case.name.endswith("samples") else args.repetitions
+    commands = {name: [*command, name, *rest] for name in asked}
+    if args.before:
+        place = args.before.resolve()
+        there = ["env", "-C", str(place), f"PYTHONPATH={place}"]
+        commands["before"] = [*there, *command, "jax", *rest]
     # Two large networks at once are too much for a GPU's memory.
-    found = harness.in_turn(
-        {name: [*command, name, *rest] for name in asked}, repetitions, apart=args.suite == "gpu"
-    )
+    found = harness.in_turn(commands, repetitions, apart=args.suite == "gpu")
     line = {"case": case.name, "batch": case.batch, "dtype": case.dtype, "small": args.small}
     return line | harness.compare(found, case.batch)
 
@@ -270,9 +280,9 @@ def table(entries: Sequence[dict[str, Any]]) -> str:
     top = ceilings(entries)
     rows = [
         "| case | batch | dtype | ours, ms | torch | torch.compile | over eager | "
-        "over the better | images/s | of the ceiling | first call, s: ours / torch / compile | "
-        "peak MiB: ours / torch / compile |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "over the better | over before | images/s | of the ceiling | "
+        "first call, s: ours / torch / compile | peak MiB: ours / torch / compile |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for entry in entries:
 
@@ -282,7 +292,7 @@ def table(entries: Sequence[dict[str, Any]]) -> str:
         reached, ceiling = entry.get("jax_gflop_per_s"), top.get(entry["dtype"])
         share = f"{100 * reached / ceiling:.0f} %" if reached and ceiling else "-"
         cells = [entry["case"], str(entry["batch"]), entry["dtype"], *of("ms")]
-        cells += [str(entry.get(f"speed_over_{name}", "-")) for name in ("torch", "best")]
+        cells += [str(entry.get(f"speed_over_{name}", "-")) for name in ("torch", "best", "before")]
         cells += [of("images_per_s")[0], share]
         cells += [" / ".join(of("first_s")), " / ".join(of("peak_mib"))]
         rows.append(f"| {' | '.join(cells)} |")

@@ -84,7 +84,7 @@ def build(
       UserError: fields that do not go together.
     """
     rows = labelled_rows(config)
-    steps_per_epoch = max(num_labelled // rows, 1)
+    steps_per_epoch = -(-num_labelled // rows)  # the last batch is filled from the next epoch
     num_steps = config.num_steps or config.num_epochs * steps_per_epoch
     # A CPU runs a loop's convolutions on one core.
     at_once = 1 if jax.default_backend() == "cpu" else config.data.resident_steps

@@ -1,6 +1,8 @@
 """The benchmarks: workers in turn, what is made of their figures, the whole way at small size."""
 
+import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,12 +47,28 @@ def test_ratios_are_of_medians_and_above_one_where_ours_is_faster():
         "jax": measured(0.5, 2.0, 0.4, flops=2e9),
         "torch": measured(1.0, 1.5, 0.9),
         "torch_compile": measured(0.25, 0.2, 9.0),
+        "before": measured(0.1, 0.1, 0.1),
     }
     entry = harness.compare(found, batch=4)
+    assert entry["speed_over_before"] == 0.2
     assert (entry["jax_ms"], entry["jax_first_s"]) == (500.0, 9.0)
     assert (entry["jax_images_per_s"], entry["jax_gflop_per_s"]) == (8.0, 4.0)
     assert (entry["speed_over_torch"], entry["speed_over_torch_compile"]) == (2.0, 0.5)
     assert entry["speed_over_best"] == 0.5
+
+
+def test_older_code_takes_turns_with_ours(tmp_path):
+    """A checkout whose worker counts its calls in place of its memory."""
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks/bench.py").write_text(WORKER)
+    for name in ("__init__.py", "harness.py"):
+        shutil.copy(ROOT / "benchmarks" / name, tmp_path / "benchmarks")
+    args = argparse.Namespace(
+        small=True, implementations=["jax"], before=tmp_path, repetitions=2, suite="cpu"
+    )
+    entry = bench.measure(bench.Case(bench.CEILING, 1), args)
+    assert "speed_over_before" in entry and "speed_over_best" not in entry
+    assert entry["before_peak_mib"] == 3 < entry["jax_peak_mib"]
 
 
 def test_our_side_of_medclipseg_has_no_dropout_as_the_twin():

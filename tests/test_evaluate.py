@@ -175,6 +175,23 @@ def test_prompts_are_short_for_text_conditions(untrained, capsys):
     assert "expected one of them" in capsys.readouterr().err
 
 
+def test_prompts_of_every_published_kind_are_scored(untrained, monkeypatch):
+    """The predictor believes the sentence: the wrong side costs all, the right one nothing."""
+    said = {name: known.RIGHT if i % 2 else known.LEFT for i, name in enumerate(VARIANTS)}
+    monkeypatch.setattr(known, "RECORDS", [{**r, "variants": said} for r in known.RECORDS])
+    argv = ("--workdir", str(untrained), "--no-baselines", "--prompts", ",".join(VARIANTS))
+    assert run(*argv) == 0
+    folder = untrained / "evaluation/test"
+    found = results_of(folder)
+    assert set(found["conditions"]) >= {"right", *VARIANTS} and found["left_out"] == []
+    rows = list(csv.DictReader((folder / "per_image.csv").open()))
+    assert len(rows) == len(known.RECORDS)
+    for name, sentence in said.items():
+        told = [row["dice_right"] if row["text"] == sentence else "0.0" for row in rows]
+        assert [float(row[f"dice_{name}"]) for row in rows] == [float(dice) for dice in told]
+        assert 0 < sum(map(float, told)) < sum(float(row["dice_right"]) for row in rows)
+
+
 def test_disagreement_is_one_line(capsys):
     section = {"mean_entropy": 0.5, "mean_mutual_information": 0.25, "error_auroc": None}
     evaluate._print_disagreement("samples", section)

@@ -113,13 +113,13 @@ def test_a_run_s_length_is_counted_in_labelled_pictures(monkeypatch):
     assert build(configured("smoke,semi", *fields), 3, num_val=160).eval_every == 50
     monkeypatch.setattr(program, "FEWEST_STEPS", 1)
     whole, half = (build(configured(v, *fields), 33) for v in ("smoke,full", "smoke,semi"))
-    assert (whole.num_steps, whole.eval_every, whole.labelled_rows) == (12, 4, 8)
-    assert (half.num_steps, half.eval_every, half.labelled_rows) == (24, 8, 4)
+    assert (whole.num_steps, whole.eval_every, whole.labelled_rows) == (15, 5, 8)
+    assert (half.num_steps, half.eval_every, half.labelled_rows) == (27, 9, 4)
     few = build(configured("smoke,semi", *fields), 3)
     assert (few.num_steps, few.eval_every) == (3, 1)
     # Validation takes a pass a batch: it is not to take more of the time than training does.
     assert build(configured("smoke,semi", *fields), 3, num_val=160).eval_every == 20
-    assert build(configured("smoke,full", *fields), 33, num_val=16).eval_every == 4
+    assert build(configured("smoke,full", *fields), 33, num_val=16).eval_every == 5
 
 
 @pytest.mark.parametrize(

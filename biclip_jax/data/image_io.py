@@ -79,23 +79,22 @@ def bare_name(path: str | os.PathLike[str]) -> str:
     return PurePath(path).stem if is_picture_name(path) else PurePath(path).name
 
 
-def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
-    """Reads a mask: foreground is above 127, or nonzero where the maximum is 1.
+def read_mask(path: str | os.PathLike[str], foreground_from: int = 128) -> np.ndarray:
+    """Reads a mask: foreground is 128 and more, or nonzero where the maximum is 1.
 
-    16 bits are divided by 257 where they are used, and 255 is foreground where they are not. The
-    MedCLIPSeg reference counts 127 itself, too, when it trains, and takes a mask of 0 and 1 for
-    an empty one; masks of 0 and 255 are the same to both.
+    16 bits are divided by 257 where they are used, and 255 is foreground where they are not.
 
     Args:
       path: a picture file as `read_image` takes, but for DICOM; colour is turned into grey first.
+      foreground_from: the darkest foreground, of 255; see `foreground_from`.
 
     Returns:
       (H, W, 1) uint8 in {0, 1}.
 
     Raises:
       BadImageError: as `read_image`, and where the brightest pixel of a lossless file lies in
-        2..127: class numbers or a dim palette would silently become an empty mask; or where it is
-        a picture, by its many shades of grey.
+        2 to the darkest foreground: class numbers or a dim palette would silently become an empty
+        mask; or where it is a picture, by its many shades of grey.
     """
     if dicom.is_dicom(path):
         raise bad_image(path, "a DICOM file as a mask", "a picture file", "export the mask as PNG")
@@ -107,7 +106,7 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
     if pixels.dtype == np.uint16:  # some write 0 and 255 as 16 bits
         pixels = _to_8_bit(pixels) if pixels.max() > 255 else pixels.astype(np.uint8)
     noise = LOSSY_NOISE if file_format in LOSSY_FORMATS else 0
-    if noise < pixels.max() <= 127:
+    if noise < pixels.max() < foreground_from:
         raise bad_image(
             path,
             f"a mask whose brightest pixel is {pixels.max()}",
@@ -122,7 +121,13 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
             "0 and 1, or 0 and 255",
             "look whether this is a picture instead of its mask",
         )
-    return (pixels > 127).astype(np.uint8)[..., None]
+    return (pixels >= foreground_from).astype(np.uint8)[..., None]
+
+
+def foreground_from(method: str) -> int:
+    """The darkest foreground of a mask: with "opencv" of `RESIZE_METHODS`, 127, as the MedCLIPSeg
+    reference has it when it trains; 128 otherwise. Masks of 0 and 255 are the same to both."""
+    return 127 if method == "opencv" else 128
 
 
 def resize_image(image: np.ndarray, size: int, method: str = "antialiased") -> np.ndarray:

@@ -125,7 +125,7 @@ class VisionTransformer(nn.Module):
         x = self.patches(x.reshape(b, grid[0] * grid[1], size * size * channels))
         first = jnp.broadcast_to(self.class_token.astype(x.dtype), (b, 1, self.width))
         x = jnp.concatenate([first, x], axis=1) + interpolate_positions(self.positions, grid)
-        return self.norm_pre(x) if self.stem_norm else x
+        return self.norm_pre(x) if self.stem_norm else x.astype(self.dtype)
 
     def project(self, x: Float[Array, "b n d"]) -> Float[Array, "b n e"]:
         """States of the last block into the joint space, token by token."""

@@ -259,8 +259,9 @@ def _shifts(x):
 
 def _depthwise_backwards(residuals, given):
     x, kernel = residuals
-    to_taps = [(part * given).sum((0, 1, 2)) for part in _shifts(x)]
-    return depthwise_conv3x3(given, kernel[::-1, ::-1]), jnp.stack(to_taps).reshape(kernel.shape)
+    to_taps = jnp.stack([(part * given).sum((0, 1, 2)) for part in _shifts(x)])
+    to_x = depthwise_conv3x3(given, kernel[::-1, ::-1])
+    return to_x.astype(x.dtype), to_taps.reshape(kernel.shape).astype(kernel.dtype)
 
 
 depthwise_conv3x3.defvjp(
@@ -345,12 +346,10 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        scale, bias = jnp.asarray(scale), jnp.asarray(bias)
         normal = layer_norm(x, scale, bias, self.epsilon)
         return normal if self.dtype is None else normal.astype(self.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(
     x: Float[Array, "*b d"], scale: Float[Array, " d"], bias: Float[Array, " d"], epsilon: float
 ) -> Float[Array, "*b d"]:
@@ -359,11 +358,18 @@ def layer_norm(
     Forwards it is linen's. Backwards it is written out, since the sums of products in XLA's
     derivative are slow on a CPU. `jax.jvp` raises TypeError.
     """
+    dtype = jnp.result_type(x, scale, bias, jnp.float32)
+    # Here, so that the parameters' gradients are as narrow or wide as they are.
+    return _layer_norm(x, jnp.asarray(scale, dtype), jnp.asarray(bias, dtype), epsilon)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _layer_norm(x, scale, bias, epsilon):
     return _layer_norm_forwards(x, scale, bias, epsilon)[0]
 
 
 def _layer_norm_forwards(x, scale, bias, epsilon):
-    wide = full_precision(x)
+    wide = x.astype(scale.dtype)
     mean = wide.mean(-1, keepdims=True)
     variance = jnp.maximum(jnp.square(wide).mean(-1, keepdims=True) - jnp.square(mean), 0.0)
     factor = jax.lax.rsqrt(variance + epsilon)
@@ -372,7 +378,7 @@ def _layer_norm_forwards(x, scale, bias, epsilon):
 
 def _layer_norm_backwards(_, residuals, given):
     x, mean, factor, scale = residuals
-    normal = (full_precision(x) - mean) * factor
+    normal = (x.astype(scale.dtype) - mean) * factor
     by_normal = given * normal
     level, slope = (_weighted_mean(part, scale) for part in (given, by_normal))
     to_x = factor * (given * scale - level - normal * slope)
@@ -380,7 +386,7 @@ def _layer_norm_backwards(_, residuals, given):
     return to_x.astype(x.dtype), by_normal.sum(rows), given.sum(rows)
 
 
-layer_norm.defvjp(_layer_norm_forwards, _layer_norm_backwards)
+_layer_norm.defvjp(_layer_norm_forwards, _layer_norm_backwards)
 
 
 def _weighted_mean(x, weights):

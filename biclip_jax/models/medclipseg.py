@@ -266,7 +266,14 @@ class MedCLIPSeg(nn.Module):
                     f"noise has {len(noise)} arrays; expected {2 * len(self.layers)} (see "
                     "noise_shapes), or keys of jax.random.key, one an example"
                 )
-            return noise[2 * number : 2 * number + 2]
+            pair = noise[2 * number : 2 * number + 2]
+            expected = [(*s.shape[:2], self.adapter_width) for s in (u, x)]
+            if [part.shape for part in pair] != expected:
+                raise ValueError(
+                    f"noise of adapter {number} has the shapes {[part.shape for part in pair]}; "
+                    f"expected {expected} (see noise_shapes)"
+                )
+            return pair
         pairs = enumerate((u, x), 2 * number)
         return [_normal(fold_keys(noise, i), (s.shape[1], self.adapter_width)) for i, s in pairs]
 

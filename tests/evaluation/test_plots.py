@@ -1,5 +1,6 @@
 """The reliability diagram, from the points that it draws."""
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -41,3 +42,18 @@ def test_empty_bins_have_no_share():
     shares = plots._shares(rows)
     assert shares[0] == pytest.approx(0.75) and shares[-1] == pytest.approx(0.25)
     assert len(shares) == 15 and sum(shares) == pytest.approx(1)
+
+
+def test_uncertainty_has_one_scale_for_all_pictures(tmp_path):
+    """An even map has its own colour, whatever stands beside it; the bar has all of them."""
+    inferno = matplotlib.colormaps["inferno"]
+    for nats in (0.1, 0.6):
+        path = tmp_path / f"{nats}.png"
+        maps = {"all": np.full((40, 40), nats), "part": np.full((40, 40), nats / 2)}
+        plots.plot_uncertainty(maps, path)
+        for value in (nats, nats / 2):
+            shown = colored(path, matplotlib.colors.to_hex(inferno(value / np.log(2))))
+            assert len(shown) > 10_000, value
+        for share in (0.05, 0.5, 0.95):
+            bar = colored(path, matplotlib.colors.to_hex(inferno(share)))
+            assert (bar[:, 1] > 0.8).any(), share

@@ -200,6 +200,24 @@ def test_without_a_dtype_layer_norm_keeps_what_linen_s_keeps(dtype):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("inner", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("outer", ["bfloat16", "float32", "float64"])
+def test_gradients_are_of_their_variables_own_dtype(inner, outer):
+    with jax.enable_x64(True):
+        x, vector = noise(2, 4, 4, 8).astype(inner), noise(8).astype(outer)
+        taps = noise(3, 3, 8).astype(outer)
+
+        def norm(x, scale, bias):
+            return layers.layer_norm(x, scale, bias, 1e-5).sum()
+
+        def convolution(x, kernel):
+            return layers.depthwise_conv3x3(x, kernel).sum()
+
+        found = jax.grad(norm, (0, 1, 2))(x, vector, vector)
+        found += jax.grad(convolution, (0, 1))(x, taps)
+    assert [g.dtype for g in found] == [inner, outer, outer, inner, outer]
+
+
 def test_layer_norm_sums_by_products_on_a_cpu_alone():
     def gradient(x):
         return jax.grad(lambda x: layers.layer_norm(x, jnp.ones(8), jnp.zeros(8), 1e-5).sum())(x)

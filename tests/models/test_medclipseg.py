@@ -398,3 +398,30 @@ RESNET |= {"num_heads": 1, "embedding_size": 12}
 def test_what_does_not_go_together_is_refused(changes, said):
     with pytest.raises(ValueError, match=said):
         medclipseg.build({**FIELDS, **changes})
+
+
+@pytest.mark.parametrize("variant", medclipseg.TOWERS)
+def test_narrow_values_stay_narrow_and_logits_near(variant):
+    """bfloat16 keeps 8 bits: a hundredth or two of the largest logit are lost on the way."""
+    ids = tiny.batch(2)["text_ids"]
+    image = jnp.asarray(np.random.default_rng(1).random((2, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3)))
+    wide, narrow = (
+        medclipseg.build(tiny.fields(variant, dtype=dtype)) for dtype in ("float32", "bfloat16")
+    )
+    variables = tiny.variables(wide)
+    expected, _ = jax.jit(wide.apply)(variables, image, ids)
+    begun = jax.eval_shape(lambda *args: narrow.apply(*args, method="begin"), variables, image, ids)
+    assert {part.dtype for part in (begun.image, begun.text)} == {jnp.dtype("bfloat16")}
+    found, _ = jax.jit(narrow.apply)(variables, image, ids)
+    assert found.dtype == jnp.float32
+    difference = np.abs(found - expected).max() / np.abs(expected).max()
+    assert 0 < difference < 0.05
+
+
+def test_noise_of_other_shapes_is_refused(variables, given):
+    arrays = drawn(tiny.keys())
+    with pytest.raises(ValueError, match=r"has 3 arrays; expected 4 \(see noise_shapes\)"):
+        MODEL.apply(variables, *given, noise=arrays[:3])
+    one = [part[:1] for part in arrays]  # would do for all pictures
+    with pytest.raises(ValueError, match=r"adapter 0 has the shapes .*expected \[\(4, 6, 8\)"):
+        MODEL.apply(variables, *given, noise=one)

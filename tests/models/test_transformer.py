@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from scipy.special import ndtr
 
-from biclip_jax.models.transformer import ACTIVATIONS, Attention, Block, interpolate_positions
+from biclip_jax.models.transformer import (
+    ACTIVATIONS,
+    Attention,
+    Block,
+    drop,
+    interpolate_positions,
+)
 from tests.models.by_hand import dense, noise, norm
 
 HEADS, LENGTH, WIDTH = 2, 5, 8
@@ -15,18 +21,26 @@ BY_HAND = {"gelu": lambda x: x * ndtr(x), "quick_gelu": lambda x: x / (1 + np.ex
 
 CAUSAL = np.tril(np.ones((1, 1, LENGTH, LENGTH), bool))
 PADDED = (np.arange(LENGTH) < np.array([[5], [3], [1]]))[:, None, None, :]
+NOTHING = PADDED & (np.arange(3) < 2)[:, None, None, None]  # the last one sees no key at all
 MASKS = {"none": None, "broadcasts": CAUSAL, "per example": PADDED, "both": CAUSAL & PADDED}
+MASKS["nothing is seen"] = NOTHING
 
 
-def attention(params, x, mask=None):
-    """One head of one query at a time, over the keys that it sees."""
+def attention(params, x, mask=None, kept=None):
+    """One head of one query at a time, over the keys that it sees, evenly where it sees none.
+
+    `kept` (B, heads, L, L) are the factors of a dropout of the weights.
+    """
     query, key, value = np.split(dense(params["qkv"], x), 3, axis=-1)
     size, mixed = WIDTH // HEADS, np.zeros_like(query)
     mask = np.broadcast_to(True if mask is None else mask, (len(x), 1, LENGTH, LENGTH))
     for b, head, i in np.ndindex(len(x), HEADS, LENGTH):
         seen, part = np.flatnonzero(mask[b, 0, i]), slice(head * size, (head + 1) * size)
         weights = np.exp(key[b, seen, part] @ query[b, i, part] / np.sqrt(size))
-        mixed[b, i, part] = weights / weights.sum() @ value[b, seen, part]
+        if not len(seen):
+            seen, weights = np.arange(LENGTH), np.ones(LENGTH)
+        weights = weights / weights.sum() * (1 if kept is None else kept[b, head, i, seen])
+        mixed[b, i, part] = weights @ value[b, seen, part]
     return dense(params["out"], mixed)
 
 
@@ -37,6 +51,19 @@ def test_attention_is_a_loop_over_heads_and_queries(name):
     given = None if mask is None else jnp.asarray(mask)
     found = jax.jit(module.apply)({"params": params}, X, given)
     np.testing.assert_allclose(found, attention(params, np.asarray(X, float), mask), atol=1e-5)
+
+
+def test_dropout_takes_weights_and_the_others_keep_their_share_of_the_whole():
+    rate, keys = 0.4, jax.random.split(jax.random.key(3), len(X))
+    kept = np.asarray(drop(jnp.ones((len(X), HEADS, LENGTH, LENGTH)), keys, rate))
+    assert 0.3 < (kept == 0).mean() < 0.5 and kept.max() == np.float32(1 / 0.6)
+    module = Attention(HEADS, dropout=rate)
+    params = noise(module, X)["params"]
+    found = module.apply({"params": params}, X, jnp.asarray(PADDED), keys=keys)
+    expected = attention(params, np.asarray(X, float), PADDED, kept)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    without = module.apply({"params": params}, X, jnp.asarray(PADDED))
+    assert np.abs(without - expected).max() > 0.1
 
 
 def test_a_masked_key_has_no_influence():

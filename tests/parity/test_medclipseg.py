@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from biclip_jax import convert
 from biclip_jax.models import medclipseg
@@ -185,31 +186,58 @@ def check_gradients(twin, model, variables):
     assert compared == len(found) - 2 * len(model.layers)
 
 
-@pytest.mark.slow
-def test_the_published_size(tmp_path):
-    """OpenAI's towers, 224 px, ten adapters: converted by the command, opened, one noisy pass."""
-    import biclip_jax
-    from tests.conversions import save_clip_tokenizer
+# {variant: its twin's, the side of the twin's patches, tokens of a sentence, marks around it}
+SIZES = {
+    "clip": ("clip", 16, 77, ("<|startoftext|>", "<|endoftext|>")),
+    "pubmedclip": ("clip", 32, 77, ("<|startoftext|>", "<|endoftext|>")),
+    "unimedclip": ("unimedclip", 16, 256, ("[CLS]", "[SEP]")),
+}
 
-    twin = torch_clip.randomize_(torch_medclipseg.MedCLIPSeg("clip"), 0)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", SIZES)
+def test_the_published_size(tmp_path, variant):
+    """224 px, ten adapters: converted by the command, opened, a pass without and with noise."""
+    import biclip_jax
+
+    of_twin, patch, length, marks = SIZES[variant]
+    twin = torch_clip.randomize_(torch_medclipseg.MedCLIPSeg(of_twin, patch=patch), 0)
     source = tmp_path / "latest.pth"
     torch.save({"model": torch_medclipseg.state_dict_with_aliases(twin), "epoch": 100}, source)
-    words = save_clip_tokenizer(tmp_path / "tokenizer.json", 49408)
+    size = torch_medclipseg.TEXT_SIZES[of_twin]["vocab"]
+    words = save_tokenizer(tmp_path / "tokenizer.json", size, marks)
     argv = ["medclipseg", str(source), str(tmp_path / "out"), "--tokenizer", str(words)]
     with pytest.raises(SystemExit) as stopped:
         convert.main(argv)
     assert stopped.value.code == 0
     source.unlink()
-    described = json.loads((tmp_path / "out/config.json").read_text())
-    assert described["model"]["num_layers"] == 10
+    described = json.loads((tmp_path / "out/config.json").read_text())["model"]
+    assert described["num_layers"] == 10
+    for part, fields in medclipseg.TOWERS[variant].items():
+        assert fields.items() <= described[part].items()
     model, variables, processor = biclip_jax.load_model(tmp_path / "out")
     image = np.random.default_rng(0).random((1, 224, 224, 3)).astype(np.float32)
     ids = jnp.asarray(processor.encode(["w5 w7 w9 w30000"])["text_ids"])
-    assert ids.shape == (1, 77)
-    arrays = drawn(model, tiny.keys(1), 77)
-    logits, _ = jax.jit(model.apply)(variables, image, ids, noise=arrays)
-    with torch.no_grad():
-        theirs = [torch.tensor(part) for part in arrays]
-        expected = twin(*for_twin(model, image, ids), theirs).numpy()
-    assert expected.std() > 1e-2
-    np.testing.assert_allclose(logits[..., 0], expected, atol=TOLERANCE)
+    assert ids.shape == (1, length)
+    arrays, apply = drawn(model, tiny.keys(1), length), jax.jit(model.apply)
+    for scale in (0, 1):
+        noise = [scale * part for part in arrays]
+        logits, _ = apply(variables, image, ids, noise=noise)
+        with torch.no_grad():
+            theirs = [torch.tensor(part) for part in noise] if scale else None
+            expected = twin(*for_twin(model, image, ids), theirs).numpy()
+        assert expected.std() > 1e-2
+        np.testing.assert_allclose(logits[..., 0], expected, atol=TOLERANCE)
+
+
+def save_tokenizer(path, num_words, marks):
+    """Words w0, w1, ... after the padding, and last the two marks around a sentence."""
+    words = ["[PAD]", *(f"w{i}" for i in range(num_words - 3)), *marks]
+    ids = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{marks[0]} $A {marks[1]}", special_tokens=[(mark, ids[mark]) for mark in marks]
+    )
+    tokenizer.save(str(path))
+    return path

@@ -1,6 +1,7 @@
 """MedCLIPSeg's released checkpoints, and the files of its towers alone, to model folders."""
 
 import functools
+import gzip
 import json
 import re
 from pathlib import Path
@@ -35,6 +36,17 @@ PUBLISHED = {
     "unimedclip": (214_580_757, 18_677_268, 668),
     "biomedclip": (214_579_989, 18_677_268, 667),
 }
+
+
+def published_names():
+    """(variant, name, shape, "trained", "frozen" or "alias") of the authors' state dicts."""
+    path = Path(__file__).parent.parent / "fixtures/medclipseg_names.txt.gz"
+    for line in gzip.decompress(path.read_bytes()).decode().splitlines():
+        variant, name, shape, kind = line.split()
+        yield variant, name, tuple(int(n) for n in shape.split("x") if n != "-"), kind
+
+
+NAMES = tuple(published_names())
 
 
 twin = functools.cache(torch_medclipseg.tiny_twin)
@@ -252,18 +264,21 @@ def without_values(path, rule, sources, name, shape):
 )
 def test_all_names_and_shapes_of_the_published_files_are_known(variant, monkeypatch):
     monkeypatch.setattr(tables, "_parameter", without_values)
+    released = {name: (shape, kind) for of, name, shape, kind in NAMES if of == variant}
     with torch.device("meta"):
         model = torch_medclipseg.MedCLIPSeg(variant)
     state = torch_medclipseg.state_dict_with_aliases(model)
+    shapes = {name: shape for name, (shape, _) in released.items()}
+    assert {name: tuple(value.shape) for name, value in state.items()} == shapes
     total, trained, entries = PUBLISHED[variant]
-    assert len(state) == entries
+    assert len(released) == entries
     held = {
-        name: readers.Tensor(tuple(value.shape), np.dtype("float32"), lambda: np.zeros(0))
-        for name, value in state.items()
+        name: readers.Tensor(shape, np.dtype("float32"), lambda: np.zeros(0))
+        for name, shape in shapes.items()
     }
     found = convert_medclipseg(readers.Checkpoint(Path("x.pth"), "torch", held))
     assert found.report.fresh == ()
-    assert len(found.report.unused) == entries - len(model.state_dict())
+    assert set(found.report.unused) == {n for n, (_, kind) in released.items() if kind == "alias"}
     sizes = {name: value.size for name, value in found.variables.items()}
     frozen = tuple(f"params/{name}" for name in medclipseg.FROZEN)
     own = [size for name, size in sizes.items() if not name.startswith(frozen)]
@@ -276,6 +291,8 @@ def test_all_names_and_shapes_of_the_published_files_are_known(variant, monkeypa
 
 def test_every_table_row_has_one_source_of_its_own():
     table = keys.medclipseg(10, 2)
+    trained = {name for of, name, _, kind in NAMES if (of, kind) == ("unimedclip", "trained")}
+    assert {source for rule in table.values() for source in rule.sources} == trained
     sources = [source for rule in table.values() for source in rule.sources]
     assert len(sources) == len(set(sources)) == len(table) == 316
 

@@ -13,7 +13,13 @@ import tensorflow_datasets as tfds
 
 from biclip_jax.data.annotations import collected
 from biclip_jax.data.builders import records
-from biclip_jax.data.image_io import read_image, read_mask, resize_image, resize_mask
+from biclip_jax.data.image_io import (
+    foreground_from,
+    read_image,
+    read_mask,
+    resize_image,
+    resize_mask,
+)
 from biclip_jax.data.schema import SPLITS, Example, Record, Split
 from biclip_jax.errors import BadImageError
 
@@ -108,7 +114,7 @@ class LayoutDataset(tfds.core.GeneratorBasedBuilder):
 
 def read_record(example: Example, image_size: int, channels: int, resize: str) -> Record:
     """Reads one example's files and resizes them; its image has `channels` channels."""
-    image, mask = _read(example)
+    image, mask = _read(example, resize)
     image = resize_image(image[..., :channels], image_size, resize)
     return Record(
         id=example.id,
@@ -119,20 +125,21 @@ def read_record(example: Example, image_size: int, channels: int, resize: str) -
     )
 
 
-def _read(example: Example) -> tuple[np.ndarray, np.ndarray]:
+def _read(example: Example, resize: str) -> tuple[np.ndarray, np.ndarray]:
     """The picture and its mask; an empty one for a picture that has none."""
     image = read_image(example.image_path)
     if not example.mask_path:
         return image, np.zeros((*image.shape[:2], 1), np.uint8)
-    return image, read_mask(example.mask_path)
+    return image, read_mask(example.mask_path, foreground_from(resize))
 
 
-def survey(source: str, examples: list[Example]) -> int:
+def survey(source: str, examples: list[Example], resize: str) -> int:
     """Decodes every picture and mask once, before anything is written.
 
     Args:
       source: what to call the data set in an error.
       examples: the examples to look at.
+      resize: of `image_io.RESIZE_METHODS`, as they will be read.
 
     Returns:
       1 if all pictures are grey, be it stored as RGB with equal channels, else 3.
@@ -144,7 +151,7 @@ def survey(source: str, examples: list[Example]) -> int:
     channels = 1
     for example in examples:
         try:
-            image, mask = _read(example)
+            image, mask = _read(example, resize)
         except BadImageError as error:
             problems.append(str(error))
             continue

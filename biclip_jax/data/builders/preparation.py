@@ -156,7 +156,7 @@ def _from_folder(
             examples=examples,
             variants=variants,
             image_size=image_size,
-            channels=survey(os.fspath(source_dir), examples),
+            channels=survey(os.fspath(source_dir), examples, resize),
             resize=resize,
             file_format="array_record",
         )
