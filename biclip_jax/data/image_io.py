@@ -79,14 +79,14 @@ def bare_name(path: str | os.PathLike[str]) -> str:
     return PurePath(path).stem if is_picture_name(path) else PurePath(path).name
 
 
-def read_mask(path: str | os.PathLike[str], foreground_from: int = 128) -> np.ndarray:
-    """Reads a mask: foreground is 128 and more, or nonzero where the maximum is 1.
+def read_mask(path: str | os.PathLike[str], darkest: int = 128) -> np.ndarray:
+    """Reads a mask: foreground is `darkest` and more, or nonzero where the maximum is 1.
 
     16 bits are divided by 257 where they are used, and 255 is foreground where they are not.
 
     Args:
       path: a picture file as `read_image` takes, but for DICOM; colour is turned into grey first.
-      foreground_from: the darkest foreground, of 255; see `foreground_from`.
+      darkest: foreground, of 255; see `foreground_from`.
 
     Returns:
       (H, W, 1) uint8 in {0, 1}.
@@ -106,7 +106,7 @@ def read_mask(path: str | os.PathLike[str], foreground_from: int = 128) -> np.nd
     if pixels.dtype == np.uint16:  # some write 0 and 255 as 16 bits
         pixels = _to_8_bit(pixels) if pixels.max() > 255 else pixels.astype(np.uint8)
     noise = LOSSY_NOISE if file_format in LOSSY_FORMATS else 0
-    if noise < pixels.max() < foreground_from:
+    if noise < pixels.max() < darkest:
         raise bad_image(
             path,
             f"a mask whose brightest pixel is {pixels.max()}",
@@ -121,7 +121,7 @@ def read_mask(path: str | os.PathLike[str], foreground_from: int = 128) -> np.nd
             "0 and 1, or 0 and 255",
             "look whether this is a picture instead of its mask",
         )
-    return (pixels >= foreground_from).astype(np.uint8)[..., None]
+    return (pixels >= darkest).astype(np.uint8)[..., None]
 
 
 def foreground_from(method: str) -> int:

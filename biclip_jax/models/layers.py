@@ -346,7 +346,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        normal = layer_norm(x, scale, bias, self.epsilon)
+        normal = layer_norm(x, jnp.asarray(scale), jnp.asarray(bias), self.epsilon)
         return normal if self.dtype is None else normal.astype(self.dtype)
 
 
@@ -360,7 +360,7 @@ def layer_norm(
     """
     dtype = jnp.result_type(x, scale, bias, jnp.float32)
     # Here, so that the parameters' gradients are as narrow or wide as they are.
-    return _layer_norm(x, jnp.asarray(scale, dtype), jnp.asarray(bias, dtype), epsilon)
+    return _layer_norm(x, scale.astype(dtype), bias.astype(dtype), epsilon)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
