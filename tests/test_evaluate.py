@@ -304,11 +304,12 @@ def test_mistakes_end_in_a_sentence(trained, tmp_path, capsys):
     for names in ("wrong", "missing", "right,fog", ""):
         assert run("--workdir", str(trained), "--text-conditions", names) == 2
         assert "mirrored" in capsys.readouterr().err
-    for size in ("-1", "9"):
+    for size in ("-1", "0", "9"):
         assert run("--workdir", str(trained), "--no-baselines", "--subset", size) == 2
         assert f"--subset {size}" in capsys.readouterr().err
-    assert run("--workdir", str(trained), "--batch-size", "0") == 2
-    assert "at least 1" in capsys.readouterr().err
+    for option in ("--batch-size", "--num-samples"):
+        assert run("--workdir", str(trained), option, "0") == 2
+        assert f"{option} 0: expected at least 1" in capsys.readouterr().err
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run/config.json").write_text("{}")
     assert run("--workdir", str(tmp_path / "run")) == 2

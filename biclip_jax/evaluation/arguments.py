@@ -24,9 +24,9 @@ def parse(argv: list[str], description: str = "") -> argparse.Namespace:
     args = _parser(description).parse_args(argv)
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: expected at least 1 picture at a time")
-    if args.num_samples < 0:
+    if args.num_samples is not None and args.num_samples < 1:
         raise UserError(f"--num-samples {args.num_samples}: expected at least 1 pass")
-    if args.subset < 0:
+    if args.subset is not None and args.subset < 1:
         raise UserError(f"--subset {args.subset}: expected at least 1 picture")
     args.together = _together(args)
     args.text_conditions, args.argv = _asked(args), argv
@@ -51,7 +51,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--split", default="test", choices=SPLITS)
     parser.add_argument("--source", default="", help="another data set on disk, in any layout")
     parser.add_argument("--layout", default="", help="of --source (default: look and see)")
-    parser.add_argument("--subset", type=int, default=0, metavar="N", help="fixed N pictures of it")
+    parser.add_argument("--subset", type=int, metavar="N", help="fixed N pictures of it")
     parser.add_argument(
         "--text-conditions",
         metavar="A,B",
@@ -75,7 +75,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
         "--uncertainty", action="store_true", help="of MedCLIPSeg's samples: entropy, its parts"
     )
     parser.add_argument(
-        "--num-samples", type=int, default=0, metavar="S", help="of MedCLIPSeg (default: its own)"
+        "--num-samples", type=int, metavar="S", help="of MedCLIPSeg (default: its own)"
     )
     parser.add_argument("--calibration", action="store_true", help="of the pixels' probabilities")
     parser.add_argument(

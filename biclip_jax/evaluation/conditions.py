@@ -90,20 +90,20 @@ def _shuffled(spoken, split, seed) -> list[str] | None:
     return [of_picture[one["id"]] for one in spoken]
 
 
-def subset(records: Sequence[Record], size: int, seed: int = 0) -> Sequence[Record]:
+def subset(records: Sequence[Record], size: int | None, seed: int = 0) -> Sequence[Record]:
     """`size` fixed pictures, in the order of the SHA-256 of "seed:id": the same on every machine.
 
     A smaller subset is the beginning of a larger one.
 
     Args:
       records: of a split.
-      size: in pictures; 0 takes the split as it is.
+      size: in pictures; None takes the split as it is.
       seed: of the order.
 
     Raises:
       UserError: the split is smaller.
     """
-    if not size:
+    if size is None:
         return records
     if not 0 < size <= len(records):
         raise UserError(

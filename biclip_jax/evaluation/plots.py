@@ -77,7 +77,8 @@ def plot_uncertainty(
     panels = figure.subplots(1, len(maps), squeeze=False)[0]
     for axes, (name, values) in zip(panels, maps.items(), strict=True):
         drawn = axes.imshow(values, cmap="inferno", vmin=0.0, vmax=math.log(2))
-        axes.set_title(f"{name}, mean {values.mean():.4f} nats", fontsize=10)
+        figures = f"mean {values.mean():.2g}, largest {values.max():.2g} nats"
+        axes.set_title(f"{name}, {figures}", fontsize=10)
         axes.set_axis_off()
     bar = figure.colorbar(drawn, ax=list(panels), fraction=0.04, pad=0.02)
     bar.set_label("nats; 0 is sure, ln 2 = 0.693 is even odds")

@@ -180,6 +180,9 @@ class MedCLIPSeg(nn.Module):
         Returns:
           Logits, and features (B, patches, E) of the picture, text (B, E) of the sentence,
           low_logits (B, h, w) before the resize.
+
+        Raises:
+          ValueError: pictures of another size than the image tower's, or noise of other shapes.
         """
         return self.of_normalised(
             self.normalise(image), text_ids, text_mask, noise=noise, dropout_keys=dropout_keys
@@ -211,6 +214,11 @@ class MedCLIPSeg(nn.Module):
         dropout_keys: Key[Array, " b"] | None = None,
     ) -> Begun:
         """What is the same for every noise: normalised pictures up to the first adapter."""
+        if image.shape[1:3] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"pictures of {image.shape[1]} x {image.shape[2]}; expected {self.image_size} x "
+                f"{self.image_size}, the image tower's own size"
+            )
         if isinstance(self.text_tower, bert.Bert):
             mask = self.text_tower.attention_mask(text_ids, text_mask)
             u = self.text_tower.embed(text_ids, dropout_keys)
@@ -274,6 +282,8 @@ class MedCLIPSeg(nn.Module):
                     f"expected {expected} (see noise_shapes)"
                 )
             return pair
+        if noise.shape != (len(x),):
+            raise ValueError(f"noise is keys {noise.shape}; expected one an example, ({len(x)},)")
         pairs = enumerate((u, x), 2 * number)
         return [_normal(fold_keys(noise, i), (s.shape[1], self.adapter_width)) for i, s in pairs]
 

@@ -171,6 +171,11 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: no model folder ({error}); expected {CONFIG} and {WEIGHTS}; "
             "give the workdir of a run or a folder written by one"
         ) from error
+    if isinstance(config, dict) and "num_steps" in config:
+        raise UserError(
+            f"{folder}: a run that has saved no model yet; expected {CONFIG} and {WEIGHTS} in "
+            "its folder model; let it train up to its first checkpoint"
+        )
     described = isinstance(config, dict) and {"sha256", "tokenizer_sha256"} <= config.keys()
     if not described or config.get("format") != FORMAT:
         raise UserError(f"{folder / CONFIG}: not of the format {FORMAT}; write the folder anew")

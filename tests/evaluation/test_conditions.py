@@ -72,7 +72,7 @@ def test_subset_is_in_the_order_of_the_hashes_and_nested():
     for size in (1, 3, 5):
         assert conditions.subset(RECORDS, size) == expected[:size]
         assert conditions.subset(RECORDS[::-1], size) == expected[:size]
-    assert conditions.subset(RECORDS, 0) is RECORDS
+    assert conditions.subset(RECORDS, None) is RECORDS
     assert conditions.subset(RECORDS, 5, seed=3) != expected
     for size in (6, -1):
         with pytest.raises(UserError, match=r"--subset .*5 pictures"):

@@ -425,3 +425,12 @@ def test_noise_of_other_shapes_is_refused(variables, given):
     one = [part[:1] for part in arrays]  # would do for all pictures
     with pytest.raises(ValueError, match=r"adapter 0 has the shapes .*expected \[\(4, 6, 8\)"):
         MODEL.apply(variables, *given, noise=one)
+    with pytest.raises(ValueError, match=r"keys \(2,\); expected one an example, \(4,\)"):
+        # Not by `apply`, whose annotations the tests check, and a user's program does not.
+        MODEL.apply(variables, tiny.keys(2), 0, jnp.ones((4, 6, 2)), given[0], method="_noise")
+
+
+def test_pictures_of_another_size_are_refused(variables, given):
+    image, ids = given
+    with pytest.raises(ValueError, match="pictures of 24 x 32; expected 32 x 32, the image tower"):
+        MODEL.apply(variables, image[:, :24], ids)

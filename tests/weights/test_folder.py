@@ -90,6 +90,7 @@ def rewrite(path, **changes):
         (lambda p: (p / "config.json").unlink(), "no model folder"),
         (lambda p: (p / "config.json").write_text("{"), "no model folder"),
         (lambda p: (p / "config.json").write_text("[]"), "not of the format"),
+        (lambda p: (p / "config.json").write_text('{"num_steps": 9}'), "has saved no model yet"),
         (lambda p: (p / "config.json").write_text('{"format": "other"}'), "not of the format"),
     ],
 )
