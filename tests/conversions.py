@@ -27,9 +27,9 @@ def close(found, expected, atol=2e-5):
     np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=atol)
 
 
-def save_clip_tokenizer(path, num_words):
-    """Words w0, w1, ... between the two tokens that CLIP puts around a sentence."""
-    start, end = "<|startoftext|>", "<|endoftext|>"
+def save_clip_tokenizer(path, num_words, marks=("<|startoftext|>", "<|endoftext|>")):
+    """Words w0, w1, ... between the two tokens that CLIP, or another, puts around a sentence."""
+    start, end = marks
     words = [f"w{i}" for i in range(num_words - 2)] + [start, end]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

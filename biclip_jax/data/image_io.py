@@ -79,14 +79,15 @@ def bare_name(path: str | os.PathLike[str]) -> str:
     return PurePath(path).stem if is_picture_name(path) else PurePath(path).name
 
 
-def read_mask(path: str | os.PathLike[str], darkest: int = 128) -> np.ndarray:
-    """Reads a mask: foreground is `darkest` and more, or nonzero where the maximum is 1.
+def read_mask(path: str | os.PathLike[str], method: str = "antialiased") -> np.ndarray:
+    """Reads a mask: foreground is above 127, or nonzero where the maximum is 1.
 
     16 bits are divided by 257 where they are used, and 255 is foreground where they are not.
 
     Args:
       path: a picture file as `read_image` takes, but for DICOM; colour is turned into grey first.
-      darkest: foreground, of 255; see `foreground_from`.
+      method: of `RESIZE_METHODS`: with "opencv" 127 itself is foreground, too, as the MedCLIPSeg
+        reference has it when it trains; masks of 0 and 255 are the same to both.
 
     Returns:
       (H, W, 1) uint8 in {0, 1}.
@@ -99,6 +100,7 @@ def read_mask(path: str | os.PathLike[str], darkest: int = 128) -> np.ndarray:
     if dicom.is_dicom(path):
         raise bad_image(path, "a DICOM file as a mask", "a picture file", "export the mask as PNG")
     pixels, file_format = _decode(path)
+    darkest = 127 if method == "opencv" else 128
     if pixels.ndim == 3:
         pixels = np.asarray(Image.fromarray(pixels).convert("L"))
     if pixels.max() == 1:
@@ -122,12 +124,6 @@ def read_mask(path: str | os.PathLike[str], darkest: int = 128) -> np.ndarray:
             "look whether this is a picture instead of its mask",
         )
     return (pixels >= darkest).astype(np.uint8)[..., None]
-
-
-def foreground_from(method: str) -> int:
-    """The darkest foreground of a mask: with "opencv" of `RESIZE_METHODS`, 127, as the MedCLIPSeg
-    reference has it when it trains; 128 otherwise. Masks of 0 and 255 are the same to both."""
-    return 127 if method == "opencv" else 128
 
 
 def resize_image(image: np.ndarray, size: int, method: str = "antialiased") -> np.ndarray:

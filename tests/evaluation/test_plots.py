@@ -1,4 +1,4 @@
-"""The reliability diagram, from the points that it draws."""
+"""The reliability diagram and the uncertainty maps, from the points that they draw."""
 
 import matplotlib
 import numpy as np

@@ -22,8 +22,13 @@ BY_HAND = {"gelu": lambda x: x * ndtr(x), "quick_gelu": lambda x: x / (1 + np.ex
 CAUSAL = np.tril(np.ones((1, 1, LENGTH, LENGTH), bool))
 PADDED = (np.arange(LENGTH) < np.array([[5], [3], [1]]))[:, None, None, :]
 NOTHING = PADDED & (np.arange(3) < 2)[:, None, None, None]  # the last one sees no key at all
-MASKS = {"none": None, "broadcasts": CAUSAL, "per example": PADDED, "both": CAUSAL & PADDED}
-MASKS["nothing is seen"] = NOTHING
+MASKS = {
+    "none": None,
+    "broadcasts": CAUSAL,
+    "per example": PADDED,
+    "both": CAUSAL & PADDED,
+    "nothing is seen": NOTHING,
+}
 
 
 def attention(params, x, mask=None, kept=None):

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from biclip_jax import convert
 from biclip_jax.models import medclipseg
@@ -199,13 +198,14 @@ SIZES = {
 def test_the_published_size(tmp_path, variant):
     """224 px, ten adapters: converted by the command, opened, a pass without and with noise."""
     import biclip_jax
+    from tests.conversions import save_clip_tokenizer
 
     of_twin, patch, length, marks = SIZES[variant]
     twin = torch_clip.randomize_(torch_medclipseg.MedCLIPSeg(of_twin, patch=patch), 0)
     source = tmp_path / "latest.pth"
     torch.save({"model": torch_medclipseg.state_dict_with_aliases(twin), "epoch": 100}, source)
     size = torch_medclipseg.TEXT_SIZES[of_twin]["vocab"]
-    words = save_tokenizer(tmp_path / "tokenizer.json", size, marks)
+    words = save_clip_tokenizer(tmp_path / "tokenizer.json", size, marks)
     argv = ["medclipseg", str(source), str(tmp_path / "out"), "--tokenizer", str(words)]
     with pytest.raises(SystemExit) as stopped:
         convert.main(argv)
@@ -228,16 +228,3 @@ def test_the_published_size(tmp_path, variant):
             expected = twin(*for_twin(model, image, ids), theirs).numpy()
         assert expected.std() > 1e-2
         np.testing.assert_allclose(logits[..., 0], expected, atol=TOLERANCE)
-
-
-def save_tokenizer(path, num_words, marks):
-    """Words w0, w1, ... after the padding, and last the two marks around a sentence."""
-    words = ["[PAD]", *(f"w{i}" for i in range(num_words - 3)), *marks]
-    ids = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{marks[0]} $A {marks[1]}", special_tokens=[(mark, ids[mark]) for mark in marks]
-    )
-    tokenizer.save(str(path))
-    return path

@@ -13,13 +13,7 @@ import tensorflow_datasets as tfds
 
 from biclip_jax.data.annotations import collected
 from biclip_jax.data.builders import records
-from biclip_jax.data.image_io import (
-    foreground_from,
-    read_image,
-    read_mask,
-    resize_image,
-    resize_mask,
-)
+from biclip_jax.data.image_io import read_image, read_mask, resize_image, resize_mask
 from biclip_jax.data.schema import SPLITS, Example, Record, Split
 from biclip_jax.errors import BadImageError
 
@@ -130,7 +124,7 @@ def _read(example: Example, resize: str) -> tuple[np.ndarray, np.ndarray]:
     image = read_image(example.image_path)
     if not example.mask_path:
         return image, np.zeros((*image.shape[:2], 1), np.uint8)
-    return image, read_mask(example.mask_path, foreground_from(resize))
+    return image, read_mask(example.mask_path, resize)
 
 
 def survey(source: str, examples: list[Example], resize: str) -> int:
