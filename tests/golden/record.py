@@ -1,0 +1,438 @@
+"""Records what the package computes, to compare it after a change that must not change any number.
+
+    python -m tests.golden.record FOLDER [NAME ...]
+
+Bits are comparable on one kind of processor alone; `machine` says which. Every record also has
+values that agree to 1e-6 elsewhere: those are computed in float64, or from parameters that NumPy
+drew.
+"""
+
+import ast
+import csv
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests import conftest  # noqa: F401  sets XLA's flags before jax is imported
+
+import jax  # isort: skip
+import jax.numpy as jnp
+import numpy as np
+
+from biclip_jax import cli, evaluate, feeding, inference, places, train
+from biclip_jax.assembly import stream
+from biclip_jax.configs import medclipseg, variants
+from biclip_jax.data import pipeline
+from biclip_jax.program import FAMILIES, build, labelled_rows
+from biclip_jax.training import steps
+from biclip_jax.training import state as train_state
+from biclip_jax.weights import folder as model_folder
+
+ROOT = Path(__file__).parent.parent.parent
+OWN_VARIANTS = {"default": ("no_text",), "qata": ("cxr_bert",)}
+SENTENCE = "one large lesion, upper left lung, none in the right one."
+# Smaller than `smoke`.
+MEDCLIPSEG = {
+    "model.towers.patch_size": 14,
+    "model.towers.num_layers": 2,
+    "model.num_layers": 1,
+    "model.num_upscales": 1,
+    "model.num_samples": 2,
+}
+SECTIONS = (
+    *("--calibration", "--tta", "--mirroring", "--surface", "--degradations", "all"),
+    *("--severities", "2,4", "--batch-size", "8"),
+)
+
+
+def machine():
+    """The processor's instruction set, and the versions that numbers depend on."""
+    return {"instructions": places._instructions(), "jax": jax.__version__}
+
+
+def configs():
+    """Every config and variant, resolved: whole for the config, differences for its variants."""
+    found = {}
+    for name in cli.config_names():
+        whole = fields_of(name)
+        found[name] = whole
+        methods = medclipseg.VARIANTS if name == "medclipseg" else variants.METHODS
+        own = () if name == "medclipseg" else ("small", "smoke", *OWN_VARIANTS.get(name, ()))
+        for variant in (*methods, *own):
+            fields = fields_of(f"{name}:{variant}")
+            changed = {k: v for k, v in fields.items() if k not in whole or whole[k] != v}
+            changed |= {k: None for k in whole if k not in fields}
+            found[f"{name}:{variant}"] = changed
+    return found
+
+
+def fields_of(name):
+    return dict(cli.leaves(json.loads(cli.load_config(name, []).to_json())))
+
+
+def rules():
+    """What `cli.check` accepts of each field, and the fields that a resumed run may change."""
+    return {
+        "choices": {name: list(values) for name, values in cli.CHOICES.items()},
+        "at_least": dict(cli.AT_LEAST),
+        "between": {name: list(ends) for name, ends in cli.BETWEEN.items()},
+        "weights": list(cli.WEIGHTS),
+        "free": list(cli.FREE_FIELDS),
+    }
+
+
+def train_steps():
+    """Eight steps of every method and of MedCLIPSeg: losses, gradient and state."""
+    found = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for method in variants.METHODS:
+            found[method] = eight_steps(f"default:smoke,{method}", cache, {})
+        found["medclipseg"] = eight_steps("medclipseg:smoke", cache, MEDCLIPSEG)
+    return found
+
+
+def eight_steps(name, cache, fields):
+    """Bits in float32, values in float64."""
+    if name.endswith("semi"):
+        fields = {**fields, "data.label_fraction": 0.5}
+    overrides = [f"--config.{field}={value}" for field, value in fields.items()]
+    config = cli.load_config(name, [*overrides, f"--config.data.cache_dir={cache}"])
+    found = {"float32": run_steps(config, "float32")}
+    with jax.enable_x64(True):
+        found["float64"] = run_steps(config, "float64")
+    print(name, found["float64"]["loss"][-1], flush=True)
+    return found
+
+
+def run_steps(config, dtype):
+    """The first steps of a run, as `train` takes them."""
+    config = config.copy_and_resolve_references().unlock()
+    config.model.dtype = dtype
+    family, data = FAMILIES[config.model.kind], config.data.to_dict()
+    towers = family.open_towers(config)
+    prepared = pipeline.prepare(data, config.model.image_size)
+    splits = pipeline.open_splits(prepared, data)
+    unlabelled = pipeline.open_unlabelled(prepared, data, config.model.image_size)
+    num_labelled = len(splits["train"])
+    records = pipeline.joined(splits["train"], unlabelled)
+    texts = {"train": [record["text"] for record in records]}
+    texts["val"] = [record["text"] for record in splits["val"]]
+    spoken = family.read_sentences(config, texts, towers, prepared)
+    program = build(config, num_labelled, spoken, towers)
+    initial = cast(program.initial, dtype)
+    key = stream(config, "augment")
+    # The gradient is taken by plain jit, where no device axis has a name.
+    alone = config.copy_and_resolve_references()
+    alone.parallel.mode = "mesh"
+    built = family.assemble(alone, spoken, towers, labelled_rows(config) / config.batch_size)
+    fields = spoken.fields["train"]
+    first = first_batch(config, program, records, fields)
+    keys = steps.example_keys(key, initial.step, first["row"])
+    gradient = jax.jit(jax.grad(built.objective, has_aux=True))
+    grads, _ = gradient(initial.params, initial, first, keys)
+    advance = feeding.open_feed(config.to_dict(), program, records, fields, 0)
+    state, losses = program.place(initial), []
+    for step in range(8):
+        state, metrics = advance(state, key, step, 1)
+        total, count = jax.device_get(metrics[0]["loss"])
+        losses.append(float(total) / float(count))
+    values = train_state.variables_of(state)["params"]
+    found = {"loss": losses, "gradient": norm(grads), "params": norm(values)}
+    if dtype == "float32":
+        found |= {"gradient_sha256": digest(grads), "state_sha256": digest(state)}
+    return found
+
+
+def first_batch(config, program, records, fields):
+    """The batch of step 0, on this process."""
+    rows = pipeline.training_order(
+        len(records),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        num_labelled=program.num_labelled,
+        labelled_rows=program.labelled_rows,
+    )
+    batch = next(pipeline.train_batches(records, fields, rows, 0))
+    return {name: jnp.asarray(value) for name, value in batch.items()}
+
+
+def cast(tree, dtype):
+    """A tree whose floating-point arrays have this dtype."""
+
+    def one(x):
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(one, tree)
+
+
+def norm(tree):
+    """The square root of the sum of all squares, in float64."""
+    leaves = [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)]
+    return float(np.sqrt(sum(np.square(x).sum() for x in leaves)))
+
+
+def digest(tree):
+    """SHA-256 over all arrays, whatever they are called."""
+    arrays = [np.asarray(x) for x in jax.tree.leaves(tree)]
+    each = sorted(
+        hashlib.sha256(f"{x.dtype}{x.shape}".encode() + x.tobytes()).hexdigest() for x in arrays
+    )
+    return hashlib.sha256("".join(each).encode()).hexdigest()
+
+
+def evaluations():
+    """results.json and per_image.csv with every section, and predictions on five images."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        for name, config, fields, options in (
+            ("biclip", "default:smoke", {}, ()),
+            ("ensemble", "default:smoke", {"ensemble": 2}, ("--text-conditions", "right")),
+            ("medclipseg", "medclipseg:smoke", MEDCLIPSEG, ("--uncertainty",)),
+        ):
+            workdir = drawn_run(base, name, config, fields)
+            argv = ["--workdir", workdir, *SECTIONS, *options]
+            found[name] = evaluated(argv, base, workdir / "evaluation/test")
+            found[f"{name}_predictions"] = predictions(workdir)
+        apart = base / "apart"
+        argv = ["--workdir", base / "biclip", "--together", drawn_run(base, "other", seed=1)]
+        argv += ["--output", apart, "--text-conditions", "right", "--no-baselines", "--tta"]
+        found["together"] = evaluated(argv, base, apart)
+        argv = ["--workdir", base / "biclip", "--subset", "5", "--text-conditions"]
+        argv += ["right,shuffled,mirrored", "--no-baselines"]
+        found["subset"] = evaluated(argv, base, base / "biclip/evaluation/test-5")
+    return found
+
+
+def drawn_run(base, name, config="default:smoke", fields=None, seed=0):
+    """The work directory of a run of one step whose model has parameters drawn by NumPy."""
+    workdir = base / name
+    fields = {"num_steps": 1, "eval_every": 1, "final_test": False, **(fields or {})}
+    overrides = [f"--config.{field}={value}" for field, value in fields.items()]
+    resolved = cli.load_config(config, [*overrides, f"--config.data.cache_dir={base / 'cache'}"])
+    train.train_and_evaluate(resolved, workdir)
+    path = workdir / "model"
+    described, variables = model_folder.read(path)
+    described = {k: v for k, v in described.items() if not k.endswith("sha256")}
+    tokenizer = (path / "tokenizer/tokenizer.json").read_text(encoding="utf-8")
+    drawn = jax.tree_util.tree_map_with_path(Draw(seed), variables)
+    model_folder.write(path, config=described, variables=drawn, tokenizer=tokenizer, card="")
+    return workdir
+
+
+class Draw:
+    """Parameters from NumPy's generator, in the order of the tree: the same on every machine."""
+
+    def __init__(self, seed):
+        self.rng = np.random.default_rng(seed)
+
+    def __call__(self, path, x):
+        x = np.asarray(x)
+        values = self.rng.standard_normal(x.shape)
+        last = path[-1].key
+        if last in ("scale", "var"):
+            values = 1 + 0.1 * np.abs(values)
+        elif x.ndim > 1:
+            values = 1.5 * values / np.sqrt(max(x[..., 0].size, 1))
+        else:
+            values = 0.1 * values
+        return values.astype(x.dtype)
+
+
+def evaluated(argv, base, folder):
+    """The files of one evaluation, without what tells of the machine and the folder."""
+    try:
+        evaluate.main([str(arg) for arg in argv])
+    except SystemExit as stopped:
+        assert not stopped.code, argv
+    results = json.loads((folder / "results.json").read_text())
+    for name in ("versions", "device", "config"):
+        results.pop(name)
+    text = json.dumps(results).replace(str(base), "BASE")
+    with open(folder / "per_image.csv", newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    return {"results": json.loads(text), "per_image": lines}
+
+
+def predictions(workdir):
+    """Masks, probabilities and uncertainty of five images: bits, and some of the values."""
+    predictor, rng = inference.load(workdir), np.random.default_rng(7)
+    found = []
+    for size in ((56, 56), (40, 90), (131, 77), (224, 224), (33, 57)):
+        image = rng.integers(0, 256, (*size, 1 + 2 * (size[0] % 2)), np.uint8)
+        prediction = predictor.predict(image, SENTENCE)
+        views = predictor.predict_views(image, SENTENCE)
+        arrays = (*prediction, *views)
+        found.append(
+            {
+                "sha256": digest([np.asarray(x) for x in arrays]),
+                "values": [float(x.ravel()[k]) for x in arrays for k in (0, x.size // 2, -1)],
+                "means": [float(np.asarray(x, np.float64).mean()) for x in arrays],
+            }
+        )
+    return found
+
+
+REFUSED = (
+    ("default:smoke", "model.dtype=float16"),
+    ("default:smoke", "batch_size=0"),
+    ("default:smoke", "model.text.dropout=1.0"),
+    ("default:smoke", "views.strong.cutmix=1.5"),
+    ("default:smoke", "parallel.shard=all"),
+    ("default:smoke", "no.such.field=1"),
+    ("default:smoke", "batch_size=many"),
+    ("default:smoke,full", "loss.pseudo_labels=1.0"),
+    ("default:smoke,full", "model.bmf.levels=encoder_7"),
+    ("default:smoke,full", "loss.iac_blocks=encoder_0"),
+    ("default:smoke,unet", "model.pseudo_contrast=True"),
+    ("default:smoke,unet", "loss.gen=0.1"),
+    ("default:smoke,full", "optim.accumulate=8"),
+    ("default:smoke,full", "views.geometry_first=False"),
+    ("default:smoke,full", "loss.views=one"),
+    ("default:smoke,full", "model.image.weights=somewhere"),
+    ("default:smoke,full", "model.text.weights=somewhere"),
+    ("default:smoke,full", "model.text.encoder=bert"),
+    ("default:smoke,full", "model.image.encoder=clip_rn50"),
+    ("default:smoke,unet", "model.image.encoder=clip_rn50"),
+    ("default:smoke,semi", "optim.accumulate=2"),
+    ("default:smoke,semi", "data.label_fraction=1.0"),
+    ("default:smoke,semi", "loss.iac_learner=weak"),
+    ("default:smoke,semi", "data.unlabelled_ratio=100.0"),
+    ("default:smoke,full", "data.teachers_flip=True"),
+    ("default:smoke,full", "data.teachers=runs/none"),
+    ("default:smoke,no_generator", "model.bmf.dropout=0.5"),
+    ("default:smoke", "model.image_size=60"),
+    ("default:smoke,unet", "model.image_size=58"),
+    ("default:smoke", "data.label_fraction=2.0"),
+    ("default:smoke", "data.composed=8"),
+    ("medclipseg:smoke", "data.unlabelled=rest"),
+    ("medclipseg:smoke", "ensemble=2"),
+    ("medclipseg:smoke", "optim.tower_learning_rate=0.1"),
+    ("medclipseg:smoke", "optim.accumulate=2"),
+    ("medclipseg:smoke", "model.image_size=112"),
+    ("medclipseg:smoke", "model.variant=clip"),
+    ("medclipseg:smoke", "model.max_length=1000"),
+    ("medclipseg:smoke", "views.whole_degrees=True"),
+    ("medclipseg:smoke", "model.towers.weights=somewhere"),
+)
+COMMANDS = (
+    "train --help",
+    "train --config nothing",
+    "train --config default:smoke --config.batch_size",
+    "train --unknown",
+    "evaluate --help",
+    "evaluate",
+    "evaluate --workdir nowhere",
+    "evaluate --workdir nowhere --subset 0",
+    "predict --help",
+    "convert --help",
+    "convert bert nowhere out",
+    "convert clip nowhere out --max-length 3",
+    "prepare --help",
+    "prepare --config default --output wrong.txt",
+    "ablate --help",
+    "ablate --config default --variants full --seeds a",
+    "report --help",
+    "report --workdir nowhere",
+    "generalization --help",
+    "generalization nowhere",
+)
+
+
+def refusals():
+    """What a run says to fields that do not go together, and exit codes of commands."""
+    fields, codes = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (name, override) in enumerate(REFUSED):
+            overrides = [f"--config.{override}", f"--config.data.cache_dir={folder}/cache"]
+            overrides += ["--config.num_steps=1", "--config.final_test=False"]
+            if "semi" in name and "label_fraction" not in override:
+                overrides.append("--config.data.label_fraction=0.5")
+            said = "accepted"
+            try:
+                config = cli.load_config(name, overrides)
+                train.train_and_evaluate(config, Path(folder) / str(number))
+            except Exception as error:
+                said = f"{type(error).__name__}: {error}".replace(folder, "FOLDER")
+            fields[f"{name} {override}"] = said
+            print(name, override, said, flush=True)
+        for command in COMMANDS:
+            door, *argv = command.split()
+            done = subprocess.run(
+                [sys.executable, "-m", f"biclip_jax.{door}", *argv],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )
+            codes[command] = done.returncode
+            assert "Traceback" not in done.stderr, done.stderr
+    return {"fields": fields, "exit_codes": codes}
+
+
+def names_of_tests():
+    """{file: names of its test functions}."""
+    return {
+        str(path.relative_to(ROOT)): [
+            node.name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+        ]
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+    }
+
+
+def messages():
+    """Every `raise` with a message: [file, function, exception, template]."""
+    found = []
+    for path in sorted((ROOT / "biclip_jax").rglob("*.py")):
+        if "configs" in path.relative_to(ROOT / "biclip_jax").parts:
+            continue
+        tree = ast.parse(path.read_text())
+        visit(tree, str(path.relative_to(ROOT / "biclip_jax")), "", found)
+    return found
+
+
+def visit(node, file, function, found):
+    """Adds the messages below a node, in the order of the file."""
+    for child in ast.iter_child_nodes(node):
+        inside = child.name if isinstance(child, ast.FunctionDef) else function
+        if isinstance(child, ast.Raise) and isinstance(child.exc, ast.Call):
+            template = " ".join(ast.unparse(argument) for argument in child.exc.args)
+            found.append([file, inside, ast.unparse(child.exc.func), tidy(template)])
+        visit(child, file, inside, found)
+
+
+def tidy(template):
+    return re.sub(r"\s+", " ", template)
+
+
+RECORDS = {
+    "machine": machine,
+    "configs": configs,
+    "rules": rules,
+    "steps": train_steps,
+    "evaluations": evaluations,
+    "refusals": refusals,
+    "tests": names_of_tests,
+    "messages": messages,
+}
+
+
+def main(argv):
+    """Writes the records that are named, or all of them."""
+    folder = Path(argv[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in argv[1:] or RECORDS:
+        text = json.dumps(RECORDS[name](), indent=1)
+        (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        print(f"{name}: {len(text)} bytes", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
