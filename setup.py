@@ -18,8 +18,7 @@ setup(
     python_requires=">=3.11",
     # The experiment configurations lie at the top level and are installed inside the package.
     package_data={"biclip_jax.evaluation": ["*.jinja"]},
-    packages=[*find_packages(include=["biclip_jax", "biclip_jax.*"]), "biclip_jax.configs"],
-    package_dir={"biclip_jax.configs": "configs"},
+    packages=find_packages(include=["biclip_jax", "biclip_jax.*"]),
     install_requires=[
         "jax>=0.10.2,<0.13",
         "flax>=0.12.8,<0.13",

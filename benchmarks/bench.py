@@ -23,9 +23,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import biclip, harness, medclipseg, towers
+from benchmarks import biclip, harness, medclipseg
+from benchmarks import encoders as encoders
 from benchmarks.harness import Work
-from biclip_jax import cli
+from biclip_jax.core import config as config_lib
+from biclip_jax.core import runtime
 
 IMPLEMENTATIONS = ("jax", "torch", "torch_compile")
 CEILING = "matmul_4096"
@@ -180,10 +182,10 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 def work(implementation: str, case: Case, small: bool) -> None:
     """A worker: what `harness.answer` is sent and says, by standard input and output."""
     if implementation == "jax":
-        cli.set_xla_flags()
-        cli.keep_memory()
+        runtime.set_xla_flags()
+        runtime.keep_freed_memory()
     # As training does after its first step.
-    settle = cli.give_back_memory if implementation == "jax" else lambda: None
+    settle = runtime.trim_memory if implementation == "jax" else lambda: None
     make = partial(MAKERS[case.name], case, small, implementation)
     harness.answer(make, partial(peak_mib, implementation), settle)
 
@@ -204,7 +206,7 @@ def peak_mib(implementation: str) -> int:
 
 def biclip_work(method: str, kind: str, case: Case, small: bool, implementation: str) -> Work:
     """One method of `configs/variants.py` at 224 px and width 64."""
-    config = cli.load_config(PAGES[method] + ",smoke" * small, [])
+    config = config_lib.load_config(PAGES[method] + ",smoke" * small, [])
     config.batch_size, config.model.dtype = case.batch, case.dtype
     # Pairs need two rows.
     config.views.strong.cutmix = config.views.strong.cutmix if case.batch > 1 else 0.0
@@ -236,11 +238,11 @@ def matmul(case: Case, small: bool, implementation: str) -> Work:
     return Work(repeat, count)
 
 
-def towers_work(case: Case, _small: bool, implementation: str) -> Work:
+def encoders_work(case: Case, _small: bool, implementation: str) -> Work:
     """A forward pass of a tower with all hidden states."""
     if implementation == "jax":
-        return towers.ours(case.name, case.batch)
-    return towers.twin(case.name, case.batch, implementation == "torch_compile")
+        return encoders.ours(case.name, case.batch)
+    return encoders.twin(case.name, case.batch, implementation == "torch_compile")
 
 
 def medclipseg_work(variant: str, kind: str, case: Case, _small: bool, implementation: str) -> Work:
@@ -257,7 +259,7 @@ MAKERS: dict[str, Callable[[Case, bool, str], Work]] = {
         for method in PAGES
         for kind in ("train", "inference")
     },
-    **dict.fromkeys(towers.NAMES, towers_work),
+    **dict.fromkeys(encoders.NAMES, encoders_work),
     **{
         f"medclipseg_{variant}_{kind}": partial(medclipseg_work, variant, kind)
         for variant in medclipseg.VARIANTS

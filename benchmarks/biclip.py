@@ -26,30 +26,33 @@ def noise(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
     return image, (image > 200).astype(np.uint8)
 
 
-def sentences_of_noise(config: ConfigDict) -> tuple[Any, dict[str, np.ndarray]]:
+def noise_prompts(config: ConfigDict) -> tuple[Any, dict[str, np.ndarray]]:
     """Sentences as long as they can be, and a host batch of noise with them."""
-    from biclip_jax import sentences
+    from biclip_jax.encoders import text as text_encoders
 
     image, mask = noise(config)
     rows = config.batch_size
-    sentence = " ".join(f"word{i % 27}" for i in range(config.model.text.max_length - 1))
-    spoken = sentences.read(config.model.text.to_dict(), {"train": [sentence] * rows}, None)
+    prompt = " ".join(f"word{i % 27}" for i in range(config.model.text.max_length - 1))
+    encoded_text = text_encoders.encode_splits(
+        config.model.text.to_dict(), {"train": [prompt] * rows}, None
+    )
     batch = {"image": image, "mask": mask, "row": np.arange(rows, dtype=np.int32)}
-    return spoken, {**batch, **spoken.fields["train"]}
+    return encoded_text, {**batch, **encoded_text.fields["train"]}
 
 
 def train_step_ours(config: ConfigDict) -> Work:
     """One call is one step of the training program itself: views, losses, backward, AdamW."""
     import jax
 
-    from biclip_jax import assembly, parallel, program
+    from biclip_jax.core import distributed, rng
+    from biclip_jax.experiment import program
 
-    spoken, batch = sentences_of_noise(config)
-    built = program.build(config, config.batch_size, spoken)
-    labelled = np.arange(config.batch_size) < built.labelled_rows
+    encoded_text, batch = noise_prompts(config)
+    built = program.build(config, config.batch_size, encoded_text)
+    labelled = np.arange(config.batch_size) < built.num_labelled_rows
     batch = built.shard({**batch, "labelled": labelled})
     state = built.place(built.initial)
-    key = parallel.replicate(assembly.stream(config, "augment"))
+    key = distributed.replicate(rng.stream(config, "augment"))
     count = flops.count(built.train_step, state, batch, key)
 
     def repeat() -> None:
@@ -63,11 +66,11 @@ def inference_ours(config: ConfigDict) -> Work:
     """One call is the probabilities of a batch, by the step that `predict` runs."""
     import jax
 
-    from biclip_jax import biclip_program
     from biclip_jax.evaluation.steps import predict_step
+    from biclip_jax.experiment import biclip_spec
 
-    spoken, batch = sentences_of_noise(config)
-    model, (variables,) = biclip_program.build_model(config, spoken, None, None)
+    encoded_text, batch = noise_prompts(config)
+    model, (variables,) = biclip_spec.build_model(config, encoded_text, None, None)
     predict = jax.jit(partial(predict_step, model=model.clone(axis_name=None)))
     variables, batch = jax.device_put((variables, batch))
     return Work(
@@ -80,7 +83,7 @@ def twin(config: ConfigDict, work: str, compiled: bool) -> Work:
     """One call of the twin: `train` (as published or as in full) or `inference`."""
     import torch
 
-    from tests.torch_twin import TorchBiCLIP
+    from reference.torch_biclip import TorchBiCLIP
 
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -160,15 +163,17 @@ def _moved(pixels: Any) -> tuple[Any, Callable]:
 def _published(pixels: Any, masks: Any, text: Any, compiler: Callable, model: Any) -> Callable:
     import torch
 
-    from tests.torch_twin import published_loss
+    from reference.torch_biclip import published_loss
 
     compiled = compiler(published_loss)
 
     def loss_of() -> Any:
         image, move = _moved(pixels)
         mask, weak = masks.float(), move(image)
-        light = (weak.clamp_min(1e-3) ** 1.05 * 1.1 + 0.01 * torch.randn_like(weak)).clamp(0, 1)
-        views = (weak, move, move(mask).round()), (light, move)
+        photometric = (weak.clamp_min(1e-3) ** 1.05 * 1.1 + 0.01 * torch.randn_like(weak)).clamp(
+            0, 1
+        )
+        views = (weak, move, move(mask).round()), (photometric, move)
         return compiled(model, image, text, mask, *views)[0]
 
     return loss_of
@@ -177,7 +182,7 @@ def _published(pixels: Any, masks: Any, text: Any, compiler: Callable, model: An
 def _full(pixels: Any, masks: Any, text: Any, compiler: Callable, model: Any) -> Callable:
     import torch
 
-    from tests.torch_twin import full_loss
+    from reference.torch_biclip import full_loss
 
     compiled = compiler(full_loss)
 

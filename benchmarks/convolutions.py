@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from biclip_jax import cli
+from biclip_jax.core import runtime
 
 # (side, channels in, channels out) of the published U-Net at 224 px.
 SHAPES = [
@@ -36,8 +36,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--repetitions", type=int, default=7)
     args = parser.parse_args()
-    cli.set_xla_flags()
-    cli.keep_memory()
+    runtime.set_xla_flags()
+    runtime.keep_freed_memory()
     for batch in args.batch:
         for shape in SHAPES:
             print(json.dumps(measure(batch, *shape, args.repetitions)), flush=True)

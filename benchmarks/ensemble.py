@@ -16,7 +16,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from biclip_jax import cli
+from biclip_jax.core import config as config_lib
+from biclip_jax.core import rng, runtime
 
 
 def main() -> None:
@@ -27,8 +28,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="warm steps")
     parser.add_argument("--only", default="single,in_turn,loop,vmap", metavar="A,B")
     args, overrides = parser.parse_known_args()
-    cli.set_xla_flags()
-    config = cli.load_config(args.config, [*overrides, f"--config.ensemble={args.members}"])
+    runtime.set_xla_flags()
+    config = config_lib.load_config(args.config, [*overrides, f"--config.ensemble={args.members}"])
     takers = {name: take for name, take in build(config).items() if name in args.only.split(",")}
     first = {name: seconds_of(take) for name, take in takers.items()}
     warm: dict[str, list[float]] = {name: [] for name in takers}
@@ -58,12 +59,13 @@ def build(config: Any) -> dict[str, Callable[[], Any]]:
     import jax
     import numpy as np
 
-    from benchmarks.biclip import sentences_of_noise
-    from biclip_jax import assembly, biclip_program
-    from biclip_jax.training import objective, optim, state, steps
+    from benchmarks.biclip import noise_prompts
+    from biclip_jax.experiment import biclip_spec
+    from biclip_jax.training import optim, state, steps
+    from biclip_jax.training.objectives import biclip as objective
 
-    spoken, batch = sentences_of_noise(config)
-    model, variables = biclip_program.build_model(config, spoken, None, None)
+    encoded_text, batch = noise_prompts(config)
+    model, variables = biclip_spec.build_model(config, encoded_text, None, None)
     optimizer = optim.make_optimizer(config.optim.to_dict(), config.optim.learning_rate)
     recipe = objective.make_recipe(config.to_dict())
     step = partial(
@@ -72,17 +74,17 @@ def build(config: Any) -> dict[str, Callable[[], Any]]:
         optimizer=optimizer,
     )
     states = [state.create(fresh, optimizer) for fresh in variables]
-    keys = assembly.member_keys(config, "augment")
+    keys = rng.member_keys(config, "augment")
     batches = {name: np.stack([rows] * len(states)) for name, rows in batch.items()}
-    together, stacked_keys = state.stack(states), assembly.stream(config, "augment")
+    ensemble_with, stacked_keys = state.stack(states), rng.stream(config, "augment")
     single = jax.jit(step)
-    in_turn, mapped = jax.jit(steps.in_turn(step)), jax.jit(jax.vmap(step))
+    in_turn, mapped = jax.jit(steps.ensemble_step(step)), jax.jit(jax.vmap(step))
     loop = jax.jit(lambda *members: jax.lax.map(lambda one: step(*one), members))
     return {
         "single": lambda: [single(s, batch, key) for s, key in zip(states, keys, strict=True)],
-        "in_turn": lambda: in_turn(together, batches, stacked_keys),
-        "loop": lambda: loop(together, batches, stacked_keys),
-        "vmap": lambda: mapped(together, batches, stacked_keys),
+        "in_turn": lambda: in_turn(ensemble_with, batches, stacked_keys),
+        "loop": lambda: loop(ensemble_with, batches, stacked_keys),
+        "vmap": lambda: mapped(ensemble_with, batches, stacked_keys),
     }
 
 

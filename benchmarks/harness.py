@@ -86,7 +86,7 @@ class _Worker(NamedTuple):
 
 
 def _start(command: Sequence[str]) -> _Worker:
-    log = tempfile.TemporaryFile("w+")  # noqa: SIM115, read when the worker has ended
+    log = tempfile.TemporaryFile("w+")  # noqa: SIM115
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     return _Worker(subprocess.Popen(command, text=True, stderr=log, **pipes), log)
 

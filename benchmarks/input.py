@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from biclip_jax import cli, parallel
+from biclip_jax.core import config as config_lib
+from biclip_jax.core import distributed
 from biclip_jax.data import pipeline
 from biclip_jax.data import text as text_lib
 from biclip_jax.training import writers
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--config", default="qata")
     parser.add_argument("--rounds", type=int, default=5)
     args, overrides = parser.parse_known_args()
-    config = cli.load_config(args.config, overrides)
+    config = config_lib.load_config(args.config, overrides)
     facts = {"config": config.name, "image_size": config.model.image_size}
     facts |= {"batch_size": config.batch_size}
     for name, seconds in feeds(config, args.rounds).items():
@@ -68,13 +69,13 @@ def feeds(config: Any, rounds: int) -> dict[str, float]:
     tokenizer = text_lib.build_tokenizer([r["text"] for r in records])
 
     encode = partial(text_lib.encode_fields, tokenizer, max_length=config.model.text.max_length)
-    texts = pipeline.sentence_fields(encode, [r["text"] for r in records])
+    texts = pipeline.text_fields(encode, [r["text"] for r in records])
     rows = pipeline.training_order(len(records), batch_size=config.batch_size, seed=0)
     streamed = pipeline.train_batches(records, texts, rows)
     steps = iter(range(10**9))
     ways = {
-        "streamed": lambda: parallel.shard(next(streamed)),
-        "resident": lambda: parallel.shard(rows(next(steps))),
+        "streamed": lambda: distributed.shard_batch(next(streamed)),
+        "on_device": lambda: distributed.shard_batch(rows(next(steps))),
     }
     return {name: median_seconds(way, NUM_BATCHES, rounds) for name, way in ways.items()}
 

@@ -43,7 +43,7 @@ def make(variant: str, checkpoint: Path) -> None:
     import torch
     from tokenizers import Tokenizer, models, processors
 
-    from tests import torch_clip, torch_medclipseg
+    from reference import torch_clip, torch_medclipseg
 
     model = torch_clip.randomize_(torch_medclipseg.MedCLIPSeg(variant), 0)
     torch.save({"model": torch_medclipseg.state_dict_with_aliases(model), "epoch": 100}, checkpoint)
@@ -69,7 +69,7 @@ def torch(variant: str, checkpoint: Path) -> None:
     """Prints what the twin takes, its random values replaced by the checkpoint's."""
     import torch
 
-    from tests import torch_medclipseg
+    from reference import torch_medclipseg
 
     def load():
         model = torch_medclipseg.MedCLIPSeg(variant, as_published=True)

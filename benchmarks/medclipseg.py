@@ -52,10 +52,10 @@ def model_ours(variant: str):
     """The model of the published sizes, without dropout, as the twin and as training's default."""
     from biclip_jax.models import medclipseg
 
-    towers = medclipseg.TOWERS[variant]
+    encoders = medclipseg.ENCODERS[variant]
     config = {
-        "image": towers["image"],
-        "text": {n: 0.0 if n == "dropout" else value for n, value in towers["text"].items()},
+        "image": encoders["image"],
+        "text": {n: 0.0 if n == "dropout" else value for n, value in encoders["text"].items()},
         "adapter_width": 256,
         "beta": medclipseg.BETA,
         "gate_init": 0.0,
@@ -135,8 +135,8 @@ def train_step_ours(variant: str, given: Inputs) -> Work:
     import optax
 
     from biclip_jax.models import medclipseg
-    from biclip_jax.training import objective_medclipseg as objective
     from biclip_jax.training import state, steps, views
+    from biclip_jax.training.objectives import medclipseg as objective
 
     model, variables = build_ours(variant)
     recipe = objective.Recipe(
@@ -154,7 +154,7 @@ def train_step_ours(variant: str, given: Inputs) -> Work:
         "mask": given.mask[..., None].astype(np.uint8),
         "row": np.arange(len(ids), dtype=np.int32),
         **text,
-        **{f"mirrored_{name}": value for name, value in text.items()},
+        **{f"swapped_{name}": value for name, value in text.items()},
     }
     batch = jax.device_put(batch)
     step = jax.jit(
@@ -180,7 +180,7 @@ def twin(variant: str, work: str, batch: int, compiled: bool) -> Work:
     """One call of a work of `BATCHES`, on as many threads as there are cores."""
     import torch
 
-    from tests import torch_clip, torch_medclipseg, torch_medclipseg_losses
+    from reference import torch_clip, torch_medclipseg, torch_medclipseg_losses
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     given = inputs(variant, batch)

@@ -18,7 +18,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from benchmarks import biclip
-from biclip_jax import cli
+from biclip_jax.core import config as config_lib
+from biclip_jax.core import runtime
 
 # Of a CPU's host plane: what runs programs, not what an operation does.
 _RUNTIME = re.compile(
@@ -33,9 +34,9 @@ def main() -> None:
     parser.add_argument("--config", default="qata")
     parser.add_argument("--output", type=Path, required=True, help="folder of the trace")
     args, overrides = parser.parse_known_args()
-    config = cli.load_config(args.config, overrides)
-    cli.set_xla_flags()
-    cli.keep_memory()
+    config = config_lib.load_config(args.config, overrides)
+    runtime.set_xla_flags()
+    runtime.keep_freed_memory()
     seconds = record(config, args.output)
     facts = {"config": config.name, "batch_size": config.batch_size, "step_s": round(seconds, 4)}
     print(json.dumps(facts | {"dtype": config.model.dtype}))

@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks.biclip import sentences_of_noise
+from benchmarks.biclip import noise_prompts
 from benchmarks.flops import equations, flops_of
-from biclip_jax import assembly, cli, parallel, program
+from biclip_jax.core import config as config_lib
+from biclip_jax.core import distributed, rng
+from biclip_jax.experiment import program
 from biclip_jax.training.state import num_parameters
 
 EFFICIENCY = 0.4  # share of the peak that the products are assumed to reach: the project's goal
@@ -81,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="qata")
     args, overrides = parser.parse_known_args()
-    for entry in entries(count_step(cli.load_config(args.config, overrides))):
+    for entry in entries(count_step(config_lib.load_config(args.config, overrides))):
         print(json.dumps(entry))
 
 
@@ -126,19 +128,19 @@ def num_bytes(arrays: Iterable[Any]) -> int:
 def traced(config, rows: int) -> tuple[Any, Any]:
     """(jaxpr of the training program's step, shapes of the state), of `rows` pictures a device."""
     config = config.copy_and_resolve_references()
-    config.batch_size = rows * parallel.num_devices() * config.optim.accumulate
-    spoken, batch = sentences_of_noise(config)
+    config.batch_size = rows * distributed.num_devices() * config.optim.accumulate
+    encoded_text, batch = noise_prompts(config)
     built = []
 
     def initial():
-        built.append(program.build(config, config.batch_size, spoken))
+        built.append(program.build(config, config.batch_size, encoded_text))
         return built[0].initial
 
     # Shapes are enough: parameters are neither drawn nor stored.
     state = jax.eval_shape(initial)
-    labelled = np.arange(config.batch_size) < built[0].labelled_rows
-    batch = parallel.shard({**batch, "labelled": labelled})
-    key = assembly.stream(config, "augment")
+    labelled = np.arange(config.batch_size) < built[0].num_labelled_rows
+    batch = distributed.shard_batch({**batch, "labelled": labelled})
+    key = rng.stream(config, "augment")
     return jax.make_jaxpr(built[0].train_step)(state, batch, key).jaxpr, state
 
 
@@ -152,8 +154,8 @@ def count_step(config) -> dict[str, Any]:
     for rows in ROWS:
         jaxpr, state = traced(config, rows)
         found.append(count(jaxpr))
-    pictures = (ROWS[1] - ROWS[0]) * config.optim.accumulate
-    each = Counter({name: (found[1][name] - found[0][name]) // pictures for name in found[0]})
+    images = (ROWS[1] - ROWS[0]) * config.optim.accumulate
+    each = Counter({name: (found[1][name] - found[0][name]) // images for name in found[0]})
     parts = (state.params, state.opt_state, state.ema)
     gradient, optimizer, average = (num_bytes(jax.tree.leaves(part)) for part in parts)
     state_bytes = 2 * gradient + optimizer + average  # the parameters' are the gradient's

@@ -2,14 +2,14 @@
 
     python -m biclip_jax.ablate --config qata:small --variants ef_unet,published,full \\
         --seeds 0,1,2 --label-fractions 0.01,1 --workdir runs/ablation --config.data.source=DIR \\
-        --evaluate "--subset 500 --degradations motion_blur,low_contrast --severities 2,4"
+        --evaluate "--subset 500 --corruptions motion_blur,low_contrast --severities 2,4"
 
 Each run is `biclip_jax.train` in WORKDIR/VARIANT/FRACTION/SEED and tested there; --evaluate adds
 `biclip_jax.evaluate` with those arguments. The same command again goes on where it stopped and
 repeats nothing; runs that were added are trained, too. Writes ablation.json and ablation.md, the
 table with mean and spread over the seeds.
 
---at-once 2 has two runs at a time, each on its share of the CPU's cores: several small programs use
+--jobs 2 has two runs at a time, each on its share of the CPU's cores: several small programs use
 them better than one large one. On a GPU or TPU leave it at 1.
 """
 
@@ -30,9 +30,11 @@ from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from biclip_jax import cli, places
-from biclip_jax.errors import UserError
-from biclip_jax.evaluation import arguments, comparison, runner
+from biclip_jax.core import config as config_lib
+from biclip_jax.core import files, runtime
+from biclip_jax.core.errors import UserError
+from biclip_jax.evaluation import arguments
+from biclip_jax.evaluation.report import comparison
 
 # How a training ends by SIGINT or SIGTERM: then the comparison ends, too. Whatever else kills one,
 # such as want of memory, leaves the others to run.
@@ -84,7 +86,7 @@ def compare(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any
         lambda cell: train(cell, commands[cell], running),
         lambda cell: evaluate(cell, args.evaluate, running),
     )
-    failed = failures(cells, tasks, args.at_once, running)
+    failed = failures(cells, tasks, args.jobs, running)
     finished = [cell for cell in cells if cell not in failed]
     rows = [row_of(group, root, args.evaluate) for group in grouped(finished)]
     outcome = {
@@ -95,8 +97,8 @@ def compare(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any
             for cell, command in commands.items()
         },
     }
-    runner.write_json(root / "ablation.json", outcome)
-    with places.written_whole(root / "ablation.md") as part:
+    files.write_json(root / "ablation.json", outcome)
+    with files.atomic_write(root / "ablation.md") as part:
         part.write_text(comparison.markdown(rows), encoding="utf-8")
     print(comparison.table(rows))
     print(f"table  {root / 'ablation.md'}\njson   {root / 'ablation.json'}")
@@ -126,7 +128,7 @@ def check(cell: Cell, command: Sequence[str]) -> bool:
     Raises:
       UserError: a run cannot be, or another one lies in its place.
     """
-    config = cli.load_config(command[1], list(command[2:-2]))
+    config = config_lib.load_config(command[1], list(command[2:-2]))
     if not config.final_test:
         raise UserError("--config.final_test: the table is made of the test results; leave it on")
     if config.data.unlabelled == "rest" and cell.fraction == 1:
@@ -136,11 +138,11 @@ def check(cell: Cell, command: Sequence[str]) -> bool:
     if not path.exists():
         return True
     # Written by the run, not configured.
-    towers = ("model.text.tower", "model.image.tower", "model.towers.tower")
-    changed = cli.changed_fields(path, json.loads(config.to_json()), towers)
+    encoders = ("model.text.sha256", "model.image.sha256", "model.encoders.sha256")
+    changed = config_lib.changed_fields(path, json.loads(config.to_json()), encoders)
     if changed:
         raise UserError(
-            f"{path}: a run with another configuration lies there: {cli.listed(changed)}; "
+            f"{path}: a run with another configuration lies there: {config_lib.format_changes(changed)}; "
             "give another --workdir, or the same fields"
         )
     return True
@@ -149,7 +151,7 @@ def check(cell: Cell, command: Sequence[str]) -> bool:
 def failures(
     cells: Sequence[Cell],
     tasks: Sequence[Callable[[Cell], bool]],
-    at_once: int,
+    jobs: int,
     running: set[subprocess.Popen],
 ) -> list[Cell]:
     """Does the tasks of every cell in turn, some cells at once; the cells where one is false.
@@ -163,7 +165,7 @@ def failures(
       at_once: cells at a time.
       running: the processes that the tasks have begun.
     """
-    num_workers = min(at_once, len(cells))
+    num_workers = min(jobs, len(cells))
     shares: queue.SimpleQueue[Cores] = queue.SimpleQueue()
     for cores in shares_of_cores(num_workers):
         shares.put(cores)
@@ -188,9 +190,9 @@ def failures(
     before = signal.signal(signal.SIGTERM, end)
     try:
         with futures.ThreadPoolExecutor(num_workers, initializer=keep_to_cores) as pool:
-            jobs = [pool.submit(work, cell) for cell in cells]
+            runs = [pool.submit(work, cell) for cell in cells]
             try:
-                done = [job.result() for job in jobs]
+                done = [run.result() for run in runs]
             except KeyboardInterrupt:
                 stop.set()
                 sys.exit(STOPPED[-signal.SIGINT])
@@ -199,14 +201,14 @@ def failures(
     return [cell for cell, well in zip(cells, done, strict=True) if not well]
 
 
-def shares_of_cores(at_once: int) -> list[Cores]:
+def shares_of_cores(jobs: int) -> list[Cores]:
     """This process's cores in equal shares; None where one run has all, or the system asks not."""
-    if at_once == 1 or not hasattr(os, "sched_setaffinity"):
-        return [None] * at_once
+    if jobs == 1 or not hasattr(os, "sched_setaffinity"):
+        return [None] * jobs
     cores = sorted(os.sched_getaffinity(0))
-    if at_once > len(cores):
-        raise UserError(f"--at-once {at_once}: expected at most {len(cores)}, the cores there are")
-    return [set(cores[i::at_once]) for i in range(at_once)]
+    if jobs > len(cores):
+        raise UserError(f"--jobs {jobs}: expected at most {len(cores)}, the cores there are")
+    return [set(cores[i::jobs]) for i in range(jobs)]
 
 
 def train(cell: Cell, command: Sequence[str], running: set[subprocess.Popen]) -> bool:
@@ -221,7 +223,7 @@ def train(cell: Cell, command: Sequence[str], running: set[subprocess.Popen]) ->
 
 def evaluate(cell: Cell, asked: Sequence[str], running: set[subprocess.Popen]) -> bool:
     """Runs one evaluation as --evaluate asks for it; true when it is there or none is asked."""
-    folder = asked_folder(cell, asked)
+    folder = evaluation_folder(cell, asked)
     if not asked or (folder / FINISHED).exists():
         return True
     print(f"{cell.workdir}: is evaluated", flush=True)
@@ -255,10 +257,10 @@ def results_path(cell: Cell) -> Path:
     return cell.workdir / "test" / "results.json"
 
 
-def asked_folder(cell: Cell, asked: Sequence[str]) -> Path:
+def evaluation_folder(cell: Cell, asked: Sequence[str]) -> Path:
     """Where the results of --evaluate are: each question has a folder."""
     digest = hashlib.sha256(shlex.join(asked).encode()).hexdigest()[:8]
-    return cell.workdir / "asked" / digest
+    return cell.workdir / "evaluation" / digest
 
 
 def grouped(cells: Sequence[Cell]) -> list[list[Cell]]:
@@ -290,17 +292,17 @@ def row_of(group: Sequence[Cell], root: Path, asked: Sequence[str]) -> dict[str,
         "label_fraction": group[0].fraction,
         "num_labelled": read_json(group[0].workdir / "labels.json")["num_images"],
         "image_encoder": comparison.image_encoder(model),
-        **comparison.over_seeds([result["conditions"]["right"] for result in found.values()]),
-        "missing_text": comparison.over_seeds([r["conditions"]["missing"] for r in found.values()]),
+        **comparison.over_seeds([result["conditions"]["original"] for result in found.values()]),
+        "empty_text": comparison.over_seeds([r["conditions"]["empty"] for r in found.values()]),
     }
     if asked:
-        paths = [asked_folder(cell, asked) / "results.json" for cell in group]
-        row["asked"] = comparison.asked_of([read_json(path) for path in paths])
+        paths = [evaluation_folder(cell, asked) / "results.json" for cell in group]
+        row["evaluation"] = comparison.summarize_evaluations([read_json(path) for path in paths])
     row["config"] = config
     row["seeds"] = {
         str(cell.seed): {
             "run": str(cell.workdir.relative_to(root)),
-            **{name: result["conditions"]["right"][name] for name in KEPT},
+            **{name: result["conditions"]["original"][name] for name in KEPT},
         }
         for cell, result in found.items()
     }
@@ -319,7 +321,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged ({error}); delete its run and start again") from error
 
 
-def _list(text: str, option: str, kind: type) -> list[Any]:
+def _parse_list(text: str, option: str, kind: type) -> list[Any]:
     try:
         values = [kind(part) for part in text.split(",") if part]
     except ValueError as error:
@@ -343,29 +345,29 @@ def _evaluation(text: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    cli.run(_main, argv)
+    runtime.run_command(_main, argv)
 
 
 def _main(argv: list[str]) -> None:
-    parser = cli.config_parser(__doc__)
+    parser = config_lib.config_parser(__doc__)
     parser.add_argument("--variants", required=True, metavar="A,B")
     parser.add_argument("--seeds", default="0", metavar="0,1")
     parser.add_argument("--label-fractions", default="1", metavar="0.01,1")
     parser.add_argument(
         "--evaluate", default="", metavar="'ARGS'", help="also biclip_jax.evaluate with ARGS"
     )
-    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
     args, overrides = parser.parse_known_args(argv)
     for field, option in (("seed", "--seeds"), ("data.label_fraction", "--label-fractions")):
         if any(override.startswith(f"--config.{field}=") for override in overrides):
             raise UserError(f"--config.{field}: belongs to the table here; give {option}")
-    if args.at_once < 1:
-        raise UserError(f"--at-once {args.at_once}: expected at least 1 run at a time")
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: expected at least 1 run at a time")
     args.evaluate = _evaluation(args.evaluate)
     args.argv, args.workdir = argv, args.workdir or "runs/ablation"
-    args.variants = _list(args.variants, "--variants", str)
-    args.seeds = _list(args.seeds, "--seeds", int)
-    args.label_fractions = _list(args.label_fractions, "--label-fractions", float)
+    args.variants = _parse_list(args.variants, "--variants", str)
+    args.seeds = _parse_list(args.seeds, "--seeds", int)
+    args.label_fractions = _parse_list(args.label_fractions, "--label-fractions", float)
     compare(args, overrides)
 
 

@@ -23,12 +23,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from biclip_jax import cli, medclipseg_towers, sentences
+from biclip_jax.core import runtime
+from biclip_jax.core.errors import UserError
 from biclip_jax.data import tokenizers
-from biclip_jax.errors import UserError
+from biclip_jax.encoders import clip_pair
+from biclip_jax.encoders import text as text_encoders
 from biclip_jax.models.transformer import ACTIVATIONS
-from biclip_jax.weights import architectures, readers
-from biclip_jax.weights import folder as model_folder
+from biclip_jax.weights import architectures, model_folder, readers
 from biclip_jax.weights.medclipseg import convert_medclipseg
 
 KINDS = ("bert", "clip", "biclip", "medclipseg")
@@ -46,14 +47,14 @@ def convert(args: argparse.Namespace) -> Path:
     origin = {"source": source.resolve().name, "read_as": checkpoint.format}
     if args.kind == "biclip":
         max_length = 32 if args.max_length is None else args.max_length
-        network, tower = architectures.convert_biclip(checkpoint, hf_config, max_length)
-        longest = tower.config["max_length"]
+        network, encoder = architectures.convert_biclip(checkpoint, hf_config, max_length)
+        longest = encoder.config["max_length"]
         if not 3 <= max_length <= longest:
             raise UserError(f"--max-length {max_length}: expected 3 to {longest} tokens")
-        tokenizer = read_tokenizer("bert", source, args.tokenizer, tower)
-        shutil.rmtree(output / medclipseg_towers.TOWERS, ignore_errors=True)
-        folder = output / sentences.TEXT_ENCODER
-        identity = write_tower("bert", tower, tokenizer, folder, origin)
+        tokenizer = read_tokenizer("bert", source, args.tokenizer, encoder)
+        shutil.rmtree(output / clip_pair.ENCODERS_FOLDER, ignore_errors=True)
+        folder = output / text_encoders.TEXT_ENCODER
+        identity = write_encoder("bert", encoder, tokenizer, folder, origin)
         write_biclip(network, tokenizer, output, origin, identity)
         return output
     load = {
@@ -68,9 +69,9 @@ def convert(args: argparse.Namespace) -> Path:
         assumed = " and ".join(sorted({name for name in parts if name}))
         print(f"no config.json beside the weights: {assumed} assumed (--activation)")
     # A model that is replaced may have had towers inside.
-    for inside in (sentences.TEXT_ENCODER, medclipseg_towers.TOWERS):
+    for inside in (text_encoders.TEXT_ENCODER, clip_pair.ENCODERS_FOLDER):
         shutil.rmtree(output / inside, ignore_errors=True)
-    write_tower(args.kind, converted, tokenizer, output, origin)
+    write_encoder(args.kind, converted, tokenizer, output, origin)
     return output
 
 
@@ -140,9 +141,9 @@ def read_tokenizer(
     try:
         tokenizer = tokenizers.read_tokenizer("bert" if is_bert else "clip", place)
     except UserError as error:
-        mend = "" if given else " Or give the tokenizer's file or folder by --tokenizer."
-        raise UserError(f"{error}{mend}") from error
-    sentences.check_vocabulary(place, tokenizer, text["vocab_size"])
+        fix = "" if given else " Or give the tokenizer's file or folder by --tokenizer."
+        raise UserError(f"{error}{fix}") from error
+    text_encoders.check_vocabulary(place, tokenizer, text["vocab_size"])
     return tokenizer
 
 
@@ -201,7 +202,7 @@ def _from_open_clip(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def write_tower(
+def write_encoder(
     kind: str,
     converted: architectures.Converted,
     tokenizer: Any,
@@ -218,7 +219,7 @@ Converted by biclip_jax; the licence is that of the original weights.
     report = converted.report._asdict()
     described: dict[str, Any] = {"model": converted.config}
     if kind == "medclipseg":  # its towers lie inside; it tells no number of steps
-        described |= {"towers": "", "name": origin["source"], "data": "unknown", "step": 0}
+        described |= {"encoders_sha256": "", "name": origin["source"], "data": "unknown", "step": 0}
     model_folder.write(
         output,
         config={**described, "kind": kind, "origin": {**origin, "report": report}},
@@ -235,14 +236,14 @@ def write_biclip(
     tokenizer: Any,
     output: Path,
     origin: dict[str, Any],
-    tower: str,
+    encoder_sha256: str,
 ) -> None:
     """Writes the folder of the published network, whose text tower lies inside already."""
     config = {
         "kind": "biclip",
         "model": network.config,
         "vocab_size": tokenizer.get_vocab_size(),
-        "tower": tower,
+        "text_encoder_sha256": encoder_sha256,
         "name": origin["source"],
         "data": "unknown",
         "step": 0,
@@ -268,7 +269,7 @@ the original weights. For research. Not a medical device.
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    cli.run(_main, argv)
+    runtime.run_command(_main, argv)
 
 
 def _main(argv: list[str]) -> None:

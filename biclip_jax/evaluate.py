@@ -1,10 +1,10 @@
 """Evaluates a trained model on a split, with every text condition and the image-free baselines.
 
     python -m biclip_jax.evaluate --workdir runs/qata --split test
-    python -m biclip_jax.evaluate --workdir runs/qata --calibration --tta --degradations all
+    python -m biclip_jax.evaluate --workdir runs/qata --calibration --tta --corruptions all
 
 Writes results.json, per_image.csv, overlays.png and uncertainty.png to WORKDIR/evaluation/SPLIT
-(SPLIT-N with --subset N), and plots for --calibration and --degradations; docs/evaluation.md says
+(SPLIT-N with --subset N), and plots for --calibration and --corruptions; docs/evaluation.md says
 what each number is. Sections of results.json that a call does not make stay, as long as model and
 pictures are the same.
 """
@@ -24,35 +24,28 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from biclip_jax import __version__, cli, inference, sentences
+from biclip_jax import __version__, inference
 from biclip_jax.configs import common
+from biclip_jax.core import files, runtime
+from biclip_jax.core.errors import UserError
 from biclip_jax.data import pipeline
 from biclip_jax.data.schema import SPLITS, Record
-from biclip_jax.errors import UserError
-from biclip_jax.evaluation import (
-    arguments,
-    calibration,
-    conditions,
-    earlier,
-    metrics,
-    mirroring,
-    plots,
-    reporting,
-    runner,
-    surface,
-    together,
-)
+from biclip_jax.encoders import text as text_encoders
+from biclip_jax.evaluation import arguments, ensemble, results_file, runner
+from biclip_jax.evaluation.metrics import calibration, overlap, surface
+from biclip_jax.evaluation.report import plots, tables
+from biclip_jax.evaluation.robustness import flip_consistency, text_conditions
 from biclip_jax.models.medclipseg import MedCLIPSeg
-from biclip_jax.weights import folder as model_folder
+from biclip_jax.weights import model_folder
 
 
-class Job(NamedTuple):
+class Evaluation(NamedTuple):
     """What every part of an evaluation takes.
 
     Attributes:
       make: damage -> predict, see `runner.make_predict`.
       predict: without damage.
-      members: the same, of each member of an ensemble or of --together; empty for a single model.
+      members: the same, of each member of an ensemble or of --ensemble-with; empty for a single model.
       samples: batch -> the samples' mean, its entropy and its epistemic part; None where these
         are not asked for.
       num_samples: passes of a prediction; None for models that draw none.
@@ -73,7 +66,7 @@ class Job(NamedTuple):
     folder: Path
 
 
-class Opened(NamedTuple):
+class OpenedModel(NamedTuple):
     """A trained model, its variables without a frozen text tower, and what makes its input."""
 
     folder: str
@@ -90,17 +83,21 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     job = _open(args, config)
     extra = _facts(args, config, job)
     if args.source and not args.output:
-        earlier.check_pictures(job.folder, extra)
+        results_file.check_same_images(job.folder, extra)
     trained = None
     if args.baselines:
         train, val = job.splits["train"], job.splits["val"]
         extra["baselines"] = runner.image_free_results(train, val, job.records)
         # Another data set's training pictures are not what the model was trained on.
-        trained = None if args.source else {one["text"] for one in conditions.spoken(train)}
+        trained = (
+            None if args.source else {one["text"] for one in text_conditions.prompt_fields(train)}
+        )
     columns: dict[str, list[float]] = {}
-    if args.surface:
+    if args.surface_metrics:
         columns = surface.per_image(job.predict, job.encode, job.records, args.batch_size)
-        extra["surface"] = surface.section(columns) | {"by_condition": surfaces(job, args)}
+        extra["surface_metrics"] = surface.summarize(columns) | {
+            "by_condition": surface_by_condition(job, args)
+        }
     outcome = runner.evaluate(
         job.predict,
         job.encode,
@@ -109,7 +106,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         conditions=args.text_conditions,
         batch_size=args.batch_size,
         extra=extra,
-        before=earlier.read(job.folder, extra),
+        before=results_file.read(job.folder, extra),
         split=job.splits[args.split],
         columns=columns,
         trained=trained,
@@ -122,23 +119,25 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         outcome["sampling"] = runner.evaluate_samples(
             job.samples, job.encode, job.records, batch_size=args.batch_size
         )
-    if args.mirroring:
-        counts = mirroring.agreement(job.predict, job.encode, job.records, args.batch_size)
-        outcome["mirroring"] = metrics.summarize(counts)
+    if args.flip_consistency:
+        counts = flip_consistency.count_agreement(
+            job.predict, job.encode, job.records, args.batch_size
+        )
+        outcome["flip_consistency"] = overlap.summarize(counts)
     if args.tta:
         outcome["tta"] = runner.evaluate_tta(
             job.predict, job.encode, job.records, batch_size=args.batch_size
         )
     if args.calibration:
-        outcome["calibration"] = calibrated(job, args.split, args.batch_size)
-    if args.degradations:
-        outcome["degradations"] = degraded(args, job, outcome)
-    runner.write_json(job.folder / "results.json", outcome)
+        outcome["calibration"] = calibration_section(job, args.split, args.batch_size)
+    if args.corruptions:
+        outcome["corruptions"] = corruption_section(args, job, outcome)
+    files.write_json(job.folder / "results.json", outcome)
     _print(args, job, outcome)
     return outcome
 
 
-def _facts(args: argparse.Namespace, config: dict[str, Any], job: Job) -> dict[str, Any]:
+def _facts(args: argparse.Namespace, config: dict[str, Any], job: Evaluation) -> dict[str, Any]:
     """What results.json says of an evaluation beside its figures."""
     workdir = Path(args.workdir)
     return {
@@ -146,45 +145,45 @@ def _facts(args: argparse.Namespace, config: dict[str, Any], job: Job) -> dict[s
         "subset": args.subset or None,
         "num_images": len(job.records),
         "num_samples": job.num_samples,
-        "pictures_sha256": earlier.digest(conditions.spoken(job.records)),
+        "images_sha256": results_file.digest(text_conditions.prompt_fields(job.records)),
         "data": Path(args.source).name if args.source else config["data"]["name"],
         "command": shlex.join(["python", "-m", "biclip_jax.evaluate", *args.argv]),
         "seed": config["seed"],
         **_model_facts(inference.model_path(workdir)),
-        "together": [_described(folder) for folder in args.together] or None,
+        "ensemble_with": [_described_model(folder) for folder in args.ensemble_with] or None,
         "config": config,
         "versions": {"biclip_jax": __version__, "jax": metadata.version("jax")},
         "device": jax.devices()[0].device_kind,
     }
 
 
-def _open(args: argparse.Namespace, config: dict[str, Any]) -> Job:
+def _open(args: argparse.Namespace, config: dict[str, Any]) -> Evaluation:
     # A run may be older than a field: the default is what it did.
     data = {**common.base().data.to_dict(), **config["data"]}
     if args.source:
         empty = dict.fromkeys(data["num_examples"], 0)
         data |= {"name": "folder", "source": args.source, "layout": args.layout}
         data |= {"prompt": "", "percent": 100, "num_examples": empty}
-    models = [_open_model(folder, args) for folder in (args.workdir, *args.together)]
-    first = _alike(models)
-    data["resize"] = first.processor.resizing
+    models = [_open_model(folder, args) for folder in (args.workdir, *args.ensemble_with)]
+    first = _require_same_input(models)
+    data["resize"] = first.processor.resize_method
     wanted = {args.split, *(("train", "val") if args.baselines else ())}
     wanted |= {"val"} if args.calibration else set()
     prepared = pipeline.prepare(data, first.processor.image_size)
     splits = pipeline.open_splits(prepared, data, [name for name in SPLITS if name in wanted])
     sampled = isinstance(first.model, MedCLIPSeg)
-    return Job(
-        **(_together(models) if args.together else _alone(first)),
-        samples=runner.make_samples(first.model, first.bare) if args.uncertainty else None,
+    return Evaluation(
+        **(_ensemble(models) if args.ensemble_with else _single(first)),
+        samples=runner.make_sample_predict(first.model, first.bare) if args.uncertainty else None,
         num_samples=first.model.num_samples if sampled else None,
         splits=dict(splits),
-        records=conditions.subset(splits[args.split], args.subset),
+        records=text_conditions.subset(splits[args.split], args.subset),
         folder=_output(args),
     )
 
 
-def _open_model(folder: str, args: argparse.Namespace) -> Opened:
-    model, variables, processor = inference.load_segmenter(folder)
+def _open_model(folder: str, args: argparse.Namespace) -> OpenedModel:
+    model, variables, processor = inference.load_segmentation_model(folder)
     if (args.num_samples or args.uncertainty) and not isinstance(model, MedCLIPSeg):
         raise UserError(
             f"--num-samples, --uncertainty: the model of {folder} draws no samples; leave them "
@@ -192,57 +191,65 @@ def _open_model(folder: str, args: argparse.Namespace) -> Opened:
         )
     if args.num_samples:
         model = model.clone(num_samples=args.num_samples)
-    encode = sentences.encoder(model, variables, processor)
-    return Opened(folder, model, sentences.without_tower(model, variables), encode, processor)
+    encode = text_encoders.make_encode(model, variables, processor)
+    return OpenedModel(
+        folder, model, text_encoders.without_text_encoder(model, variables), encode, processor
+    )
 
 
-def _alike(models: Sequence[Opened]) -> Opened:
+def _require_same_input(models: Sequence[OpenedModel]) -> OpenedModel:
     """The first of models that take pictures alike."""
     first, *others = models
-    wanted = (first.processor.image_size, first.processor.resizing)
+    wanted = (first.processor.image_size, first.processor.resize_method)
     for other in others:
-        found = (other.processor.image_size, other.processor.resizing)
+        found = (other.processor.image_size, other.processor.resize_method)
         if found != wanted:
             raise UserError(
-                f"--together: {other.folder} takes pictures of {found[0]} px, resized {found[1]}, "
+                f"--ensemble-with: {other.folder} takes pictures of {found[0]} px, resized {found[1]}, "
                 f"and {first.folder} of {wanted[0]} px, {wanted[1]}; give models of the same size"
             )
     return first
 
 
-def _alone(one: Opened) -> dict[str, Any]:
+def _single(one: OpenedModel) -> dict[str, Any]:
     make = partial(runner.make_predict, one.model, one.bare)
     members = runner.make_member_predicts(one.model, one.bare)
     return {"make": make, "predict": make(), "members": members, "encode": one.encode}
 
 
-def _together(models: Sequence[Opened]) -> dict[str, Any]:
+def _ensemble(models: Sequence[OpenedModel]) -> dict[str, Any]:
     makes = [partial(runner.make_predict, one.model, one.bare) for one in models]
-    members = together.predicts([make() for make in makes])
+    members = ensemble.member_predicts([make() for make in makes])
     return {
-        "make": together.maker(makes),
-        "predict": together.mean(members),
+        "make": ensemble.mean_predict_maker(makes),
+        "predict": ensemble.mean_predict(members),
         "members": members,
-        "encode": together.encoder([one.encode for one in models]),
+        "encode": ensemble.joint_encode([one.encode for one in models]),
     }
 
 
-def surfaces(job: Job, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def surface_by_condition(job: Evaluation, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The surface section's scores with the other sentences, {condition: scores}."""
-    spoken, whole = (conditions.spoken(r) for r in (job.records, job.splits[args.split]))
+    prompt_records, whole = (
+        text_conditions.prompt_fields(r) for r in (job.records, job.splits[args.split])
+    )
     found = {}
     for name in args.text_conditions:
-        asked = None if name == "right" else conditions.ask(name, spoken, split=whole)
+        asked = (
+            None
+            if name == "original"
+            else text_conditions.apply_condition(name, prompt_records, split=whole)
+        )
         if asked is not None:
             rows = [job.records[int(i)] for i in asked.rows]
-            pairs = zip(rows, asked.sentences, strict=True)
-            chosen = [Record({**record, "text": sentence}) for record, sentence in pairs]
+            pairs = zip(rows, asked.prompts, strict=True)
+            chosen = [Record({**record, "text": prompt}) for record, prompt in pairs]
             columns = surface.per_image(job.predict, job.encode, chosen, args.batch_size)
-            found[name] = surface.section(columns)
+            found[name] = surface.summarize(columns)
     return found
 
 
-def calibrated(job: Job, split: str, batch_size: int) -> dict[str, Any]:
+def calibration_section(job: Evaluation, split: str, batch_size: int) -> dict[str, Any]:
     """The calibration section, its temperature fitted on the whole validation split."""
     gather = partial(runner.pixel_histogram, job.predict, job.encode, batch_size=batch_size)
     counts = gather(job.records)
@@ -254,47 +261,49 @@ def calibrated(job: Job, split: str, batch_size: int) -> dict[str, Any]:
     return section
 
 
-def degraded(args: argparse.Namespace, job: Job, outcome: dict[str, Any]) -> dict[str, Any]:
+def corruption_section(
+    args: argparse.Namespace, job: Evaluation, outcome: dict[str, Any]
+) -> dict[str, Any]:
     """The degradations section, joined with that of `outcome`; draws degradations.png of it."""
-    found = runner.evaluate_degradations(
+    found = runner.evaluate_corruptions(
         job.make,
         job.encode,
         job.records,
-        names=args.degradations,
+        names=args.corruptions,
         severities=args.severities,
         batch_size=args.batch_size,
     )
-    scores = runner.degradation_results(found, outcome.get("degradations"))
+    scores = runner.corruption_results(found, outcome.get("corruptions"))
     cells = {name: rows for name, rows in scores.items() if name != "mean"}
-    right = outcome["conditions"]["right"]
-    reporting.plot_degradations(cells, right, job.folder / "degradations.png")
+    right = outcome["conditions"]["original"]
+    plots.plot_corruptions(cells, right, job.folder / "corruptions.png")
     return scores
 
 
-def _print(args: argparse.Namespace, job: Job, outcome: dict[str, Any]) -> None:
+def _print(args: argparse.Namespace, job: Evaluation, outcome: dict[str, Any]) -> None:
     print(f"{args.split}, {len(job.records)} pictures, percent, at {outcome['size']}:")
-    more = {"right_tta": outcome["tta"]["right_tta"]} if args.tta else {}
+    more = {"original_tta": outcome["tta"]["original_tta"]} if args.tta else {}
     more |= outcome.get("members", {})
-    print(runner.table_of({**outcome["conditions"], **more, **outcome.get("baselines", {})}))
+    print(runner.score_table({**outcome["conditions"], **more, **outcome.get("baselines", {})}))
     if job.members:
         _print_disagreement("members", outcome["ensemble_uncertainty"])
-    if args.surface:
-        _print_surface(outcome["surface"])
+    if args.surface_metrics:
+        _print_surface(outcome["surface_metrics"])
     if args.uncertainty:
         _print_disagreement("samples", outcome["sampling"])
-    if args.mirroring:
-        scores = {"mirrored against itself": outcome["mirroring"]}
-        print(runner.table_of(scores))
-    if outcome["left_out"]:
-        print(f"left out, as the {args.split} split has none: {', '.join(outcome['left_out'])}")
+    if args.flip_consistency:
+        scores = {"mirrored against itself": outcome["flip_consistency"]}
+        print(runner.score_table(scores))
+    if outcome["unavailable"]:
+        print(f"left out, as the {args.split} split has none: {', '.join(outcome['unavailable'])}")
     if args.calibration:
         _print_calibration(outcome["calibration"])
-    if args.degradations:
-        _print_degradations(outcome["degradations"])
+    if args.corruptions:
+        _print_degradations(outcome["corruptions"])
     files = {"results": "results.json", "images": "per_image.csv", "page": "overlays.png"}
-    files["unsure"] = "uncertainty.png"
+    files["uncertainty"] = "uncertainty.png"
     files |= {"curve": "reliability.png"} if args.calibration else {}
-    files |= {"plot": "degradations.png"} if args.degradations else {}
+    files |= {"plot": "corruptions.png"} if args.corruptions else {}
     for what, name in files.items():
         print(f"{what:8} {job.folder / name}")
 
@@ -325,20 +334,20 @@ def _print_calibration(section: dict[str, Any]) -> None:
     if section["at_limit"]:
         print("the temperature is at the end of its range: these pixels ask for more")
     rows = [{"": name, **section[name]} for name in ("before", "after")]
-    print(reporting.format_table(rows, ("", *section["before"])))
+    print(tables.format_table(rows, ("", *section["before"])))
 
 
 def _print_degradations(scores: dict[str, Any]) -> None:
     kinds = ("dice_global", "dice_mean")
     rows = [
-        {"degradation": name, "severity": severity, **{k: f"{100 * cell[k]:.2f}" for k in kinds}}
+        {"corruption": name, "severity": severity, **{k: f"{100 * cell[k]:.2f}" for k in kinds}}
         for name, cells in scores.items()
         if name != "mean"
         for severity, cell in cells.items()
     ]
     mean = {k: f"{100 * scores['mean'][k]:.2f}" for k in kinds}
-    rows.append({"degradation": "mean", "severity": "", **mean})
-    print(reporting.format_table(rows, ("degradation", "severity", *kinds)))
+    rows.append({"corruption": "mean", "severity": "", **mean})
+    print(tables.format_table(rows, ("corruption", "severity", *kinds)))
 
 
 def _output(args: argparse.Namespace) -> Path:
@@ -370,7 +379,7 @@ def _run_config(workdir: Path, elsewhere: bool) -> dict[str, Any]:
     return config
 
 
-def _described(folder: str) -> dict[str, Any]:
+def _described_model(folder: str) -> dict[str, Any]:
     return {"folder": folder, **_model_facts(inference.model_path(folder))}
 
 
@@ -386,7 +395,7 @@ def _model_facts(folder: Path) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    cli.run(_main, argv)
+    runtime.run_command(_main, argv)
 
 
 def _main(argv: list[str]) -> None:

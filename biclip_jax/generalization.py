@@ -1,7 +1,7 @@
 """Tells how runs do on data they were not trained on: in domain, out of domain, and both.
 
-    python -m biclip_jax.evaluate --workdir runs/busi --split test --surface
-    python -m biclip_jax.evaluate --workdir runs/busi --source DIR_OF_BUSUC --surface --no-baselines
+    python -m biclip_jax.evaluate --workdir runs/busi --split test --surface-metrics
+    python -m biclip_jax.evaluate --workdir runs/busi --source DIR_OF_BUSUC --surface-metrics --no-baselines
     python -m biclip_jax.generalization runs/busi runs/kvasir --output generalization.json
 
 Reads what `evaluate` left in each run's folder `evaluation`: `test` is in domain (ID), every
@@ -20,12 +20,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from biclip_jax import cli, places
-from biclip_jax.errors import UserError
-from biclip_jax.evaluation import reporting
+from biclip_jax.core import files, runtime
+from biclip_jax.core.errors import UserError
+from biclip_jax.evaluation.report import tables
 
 ID, OOD, HM = "ID", "OOD", "HM"
-# The last two are there where every evaluation had --surface.
+# The last two are there where every evaluation had --surface-metrics.
 METRICS = ("dice_global", "dice_mean", "dsc", "nsd_2d")
 
 
@@ -91,7 +91,7 @@ def table(found: Mapping[str, Any]) -> str:
         summary = "harmonic mean of both" if domain == HM else f"mean, {domain}"
         lines.append(dict.fromkeys(lines[0], "") | {"trained_on": summary, **percent(scores)})
     columns = ("trained_on", "tested_on", "domain", "num_images", *metrics)
-    return reporting.format_table(lines, columns)
+    return tables.format_table(lines, columns)
 
 
 def _rows(workdir: Path) -> list[dict[str, Any]]:
@@ -114,8 +114,8 @@ def _read(path: Path) -> tuple[str, dict[str, float]]:
     """The data set's name, and the number of pictures and the scores of the right sentences."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        data, right = results["data"], results["conditions"]["right"]
-        scores = {**right, **results.get("surface", {})}
+        data, right = results["data"], results["conditions"]["original"]
+        scores = {**right, **results.get("surface_metrics", {})}
         if data == "folder":
             data = Path(results["config"]["data"]["source"]).name
         found = {name: float(scores[name]) for name in METRICS if name in scores}
@@ -126,7 +126,7 @@ def _read(path: Path) -> tuple[str, dict[str, float]]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    cli.run(_main, argv)
+    runtime.run_command(_main, argv)
 
 
 def _main(argv: list[str]) -> None:
@@ -139,7 +139,7 @@ def _main(argv: list[str]) -> None:
     found = compare(args.workdirs)
     print(table(found))
     if args.output:
-        with places.written_whole(args.output) as part:
+        with files.atomic_write(args.output) as part:
             part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

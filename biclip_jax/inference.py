@@ -13,17 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from biclip_jax import image_towers, medclipseg_towers, sentences
+from biclip_jax.core.errors import UserError
 from biclip_jax.data import image_io, tokenizers
 from biclip_jax.data import text as text_lib
-from biclip_jax.errors import UserError
-from biclip_jax.evaluation import tta
+from biclip_jax.encoders import clip_pair
+from biclip_jax.encoders import image as image_encoders
+from biclip_jax.encoders import text as text_encoders
+from biclip_jax.evaluation.robustness import tta
 from biclip_jax.evaluation.steps import predict_step, sample_step
 from biclip_jax.models import bert, biclip, clip, medclipseg
 from biclip_jax.models.ensemble import Ensemble
-from biclip_jax.models.text import PooledTower
-from biclip_jax.weights import architectures
-from biclip_jax.weights import folder as model_folder
+from biclip_jax.models.text import PooledTextEncoder
+from biclip_jax.weights import architectures, model_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -45,7 +46,7 @@ class Processor:
     image_size: int
     max_length: int
     threshold: float = 0.5
-    resizing: str = "antialiased"
+    resize_method: str = "antialiased"
 
     def __call__(self, images: Sequence[np.ndarray], texts: Sequence[str]) -> dict[str, Any]:
         """uint8 pictures (H, W, 1 or 3) of any size, one sentence each, to a `Batch`'s fields.
@@ -63,14 +64,14 @@ class Processor:
         """Pictures alone: (B, S, S, 3) uint8; Raises as `__call__`."""
         if not self.image_size:
             raise ValueError("this is a text tower; it takes sentences alone: processor.encode")
-        size, method = self.image_size, self.resizing
+        size, method = self.image_size, self.resize_method
         resized = [image_io.resize_image(image, size, method) for image in images]
         shape = (self.image_size, self.image_size, 3)
         return np.stack([np.broadcast_to(image, shape) for image in resized])
 
     def encode(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """Sentences alone: text_ids (B, L) int32, text_mask (B, L) bool, has_text (B,) bool."""
-        text_lib.warn_of_cut(self.tokenizer, texts, self.max_length)
+        text_lib.warn_truncated(self.tokenizer, texts, self.max_length)
         return text_lib.encode_fields(self.tokenizer, texts, self.max_length)
 
 
@@ -104,18 +105,18 @@ class SampledPrediction(NamedTuple):
     epistemic: np.ndarray
 
 
-class Predictor:
+class Segmenter:
     """A loaded model as a function of a picture and a sentence."""
 
     def __init__(self, model: nn.Module, variables: Mapping[str, Any], processor: Processor):
         self.processor = processor
-        self._encode = sentences.encoder(model, variables, processor)
-        self._variables = jax.device_put(sentences.without_tower(model, variables))
+        self._encode = text_encoders.make_encode(model, variables, processor)
+        self._variables = jax.device_put(text_encoders.without_text_encoder(model, variables))
         self.samples = isinstance(model, medclipseg.MedCLIPSeg)
         step = sample_step if self.samples else predict_step
         self._step = jax.jit(partial(step, model=model))
 
-    def predict(self, image: np.ndarray | str | Path, sentence: str = "") -> Prediction:
+    def predict(self, image: np.ndarray | str | Path, prompt: str = "") -> Prediction:
         """Segments one picture: a uint8 array (H, W), (H, W, 1 or 3), or a file.
 
         Raises:
@@ -123,13 +124,13 @@ class Predictor:
           ValueError: an array of another shape or dtype, or no array; a sentence that is no str.
         """
         if self.samples:
-            return Prediction(*self.predict_samples(image, sentence)[:3])
-        (probs,) = self._maps(image, sentence)
+            return Prediction(*self.predict_samples(image, prompt)[:3])
+        (probs,) = self._maps(image, prompt)
         uncertainty = tta.entropy(probs).astype(np.float32)
         return Prediction(probs >= self.processor.threshold, probs, uncertainty)
 
     def predict_samples(
-        self, image: np.ndarray | str | Path, sentence: str = ""
+        self, image: np.ndarray | str | Path, prompt: str = ""
     ) -> SampledPrediction:
         """`predict`, with the uncertainty's parts apart; for models that sample (`samples`).
 
@@ -138,25 +139,23 @@ class Predictor:
         """
         if not self.samples:
             raise ValueError("this model draws no samples; use predict")
-        return self._pooled(self._maps(image, sentence))
+        return self._pooled(self._maps(image, prompt))
 
-    def predict_views(
-        self, image: np.ndarray | str | Path, sentence: str = ""
-    ) -> SampledPrediction:
+    def predict_views(self, image: np.ndarray | str | Path, prompt: str = "") -> SampledPrediction:
         """`predict`, as the mean over the views of `evaluation.tta`: flip, rotations, contrast.
 
         Six passes; a flip swaps the sentence's sides, too. Of a model that samples, each view is
         the samples' mean.
         """
-        _check_sentence(sentence)
-        mirrored = self._encode([text_lib.mirror(sentence)])
-        more = {f"{tta.MIRRORED}{name}": values for name, values in mirrored.items()}
+        _check_prompt(prompt)
+        swapped = self._encode([text_lib.swap_sides(prompt)])
+        more = {f"{tta.SWAPPED}{name}": values for name, values in swapped.items()}
 
         def look(batch):
             views = list(tta.VIEWS.values())
             return tta.predict_views(lambda seen: self._answer(seen)[..., :1], batch, views)
 
-        return self._pooled(self._maps(image, sentence, look, **more))
+        return self._pooled(self._maps(image, prompt, look, **more))
 
     def _pooled(self, maps: Sequence[np.ndarray]) -> SampledPrediction:
         probs, total, epistemic = maps
@@ -165,10 +164,12 @@ class Predictor:
     def _answer(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
         return np.asarray(self._step(self._variables, batch))
 
-    def _maps(self, image, sentence, look=None, **more) -> list[np.ndarray]:
-        pixels = image_io.read_image(image) if isinstance(image, str | Path) else _checked(image)
-        _check_sentence(sentence)
-        batch = {"image": self.processor.resize([pixels]), **self._encode([sentence]), **more}
+    def _maps(self, image, prompt, look=None, **more) -> list[np.ndarray]:
+        pixels = (
+            image_io.read_image(image) if isinstance(image, str | Path) else _check_image(image)
+        )
+        _check_prompt(prompt)
+        batch = {"image": self.processor.resize([pixels]), **self._encode([prompt]), **more}
         maps = np.moveaxis((look or self._answer)(batch)[0], -1, 0)
         size = pixels.shape[:2]
         return [image_io.resize_probability(one, size[0], size[1]) for one in maps]
@@ -193,13 +194,13 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], Processor]:
         "biclip": _open_biclip,
         "medclipseg": _open_medclipseg,
     }
-    with model_folder.describing(path):
+    with model_folder.config_errors(path):
         return opened[config["kind"]](path, config, variables, tokenizer)
 
 
 def _open_bert(path, config, variables, tokenizer):
     model = bert.build(config["model"])
-    sentences.check_vocabulary(path / "tokenizer", tokenizer, config["model"]["vocab_size"])
+    text_encoders.check_vocabulary(path / "tokenizer", tokenizer, config["model"]["vocab_size"])
     ids = jnp.zeros((1, 1), jnp.int32)
     model_folder.check_shapes(path, variables, architectures.shapes_of(model, ids, ids > 0))
     return model, variables, Processor(tokenizer, 0, config["model"]["max_length"])
@@ -208,7 +209,7 @@ def _open_bert(path, config, variables, tokenizer):
 def _open_clip(path, config, variables, tokenizer):
     image, text = config["model"]["image"], config["model"]["text"]
     model, size = clip.build(config["model"]), image["image_size"]
-    sentences.check_vocabulary(path / "tokenizer", tokenizer, text["vocab_size"])
+    text_encoders.check_vocabulary(path / "tokenizer", tokenizer, text["vocab_size"])
     ids = jnp.zeros((1, text["max_length"]), jnp.int32)
     expected = architectures.shapes_of(model, jnp.zeros((1, size, size, 3)), ids)
     model_folder.check_shapes(path, variables, expected)
@@ -221,68 +222,72 @@ def _open_biclip(path, config, variables, tokenizer):
             f"{path / 'tokenizer'}: {tokenizer.get_vocab_size()} words, the model of config.json "
             f"has {config['vocab_size']}; put the tokenizer of this model there"
         )
-    text, tower = config["model"]["text"], None
+    text, encoder = config["model"]["text"], None
     if text["encoder"] != "scratch":
-        tower = sentences.open_tower(
-            path / sentences.TEXT_ENCODER, text["encoder"], config["model"]["dtype"]
+        encoder = text_encoders.open_text_encoder(
+            path / text_encoders.TEXT_ENCODER, text["encoder"], config["model"]["dtype"]
         )
-        sentences.check_tower(tower, text)
-        if tower.identity != config["tower"]:
+        text_encoders.check_text_encoder(encoder, text)
+        if encoder.identity != config["text_encoder_sha256"]:
             raise UserError(
-                f"{path / sentences.TEXT_ENCODER}: not the tower that this model was trained with; "
+                f"{path / text_encoders.TEXT_ENCODER}: not the tower that this model was trained with; "
                 "copy the folder again"
             )
     make = partial(_built, config)
     image = jnp.zeros((1, config["model"]["image_size"], config["model"]["image_size"], 3))
     ids = jnp.zeros((1, text["max_length"]), jnp.int32)
     given: dict[str, Any] = {"text_ids": ids, "text_mask": ids > 0}
-    frozen = tower if tower and not text["trainable"] else None
+    frozen = encoder if encoder and not text["trainable"] else None
     if frozen:
-        num_features = PooledTower(frozen.module, text["pooling"]).num_features
+        num_features = PooledTextEncoder(frozen.module, text["pooling"]).num_features
         given = {"text_features": jnp.zeros((1, num_features))}
-    expected = architectures.shapes_of(make(None if frozen else tower), image, **given)
+    expected = architectures.shapes_of(make(None if frozen else encoder), image, **given)
     model_folder.check_shapes(path, variables, expected)
     if frozen:
-        variables["params"]["text_encoder"] = {"tower": frozen.params}
-    size, resizing = config["model"]["image_size"], config.get("resize", "antialiased")
-    processor = Processor(tokenizer, size, text["max_length"], resizing=resizing)
-    return make(tower), variables, processor
+        variables["params"]["text_encoder"] = {"pretrained": frozen.params}
+    size, resize_method = config["model"]["image_size"], config.get("resize", "antialiased")
+    processor = Processor(tokenizer, size, text["max_length"], resize_method=resize_method)
+    return make(encoder), variables, processor
 
 
 def _open_medclipseg(path, config, variables, tokenizer):
     fields = config["model"]
-    sentences.check_vocabulary(path / "tokenizer", tokenizer, fields["text"]["vocab_size"])
-    if config["towers"]:
-        variables["params"] |= medclipseg_towers.linked(path, config["towers"])
+    text_encoders.check_vocabulary(path / "tokenizer", tokenizer, fields["text"]["vocab_size"])
+    if config["encoders_sha256"]:
+        variables["params"] |= clip_pair.load_linked(path, config["encoders_sha256"])
     model, size = medclipseg.build(fields), fields["image_size"]
     ids = jnp.zeros((1, fields["max_length"]), jnp.int32)
     expected = architectures.shapes_of(model, jnp.zeros((1, size, size, 3)), ids)
     model_folder.check_shapes(path, variables, expected)
-    processor = Processor(tokenizer, size, fields["max_length"], resizing=fields["resize"])
+    processor = Processor(tokenizer, size, fields["max_length"], resize_method=fields["resize"])
     return model, variables, processor
 
 
-def _built(config: Mapping[str, Any], tower: sentences.TextTower | None) -> nn.Module:
-    fields, image_fields = config["model"], config.get("image_tower")
+def _built(
+    config: Mapping[str, Any], encoder: text_encoders.PretrainedTextEncoder | None
+) -> nn.Module:
+    fields, image_fields = config["model"], config.get("image_encoder")
     num_members = config.get("ensemble", 1)
     model = biclip.build(
         fields,
         vocab_size=config["vocab_size"],
-        tower=tower.module if tower and num_members == 1 else None,
-        image_tower=image_towers.build(image_fields, fields["dtype"]) if image_fields else None,
+        pretrained_text_encoder=encoder.module if encoder and num_members == 1 else None,
+        pretrained_image_encoder=image_encoders.build(image_fields, fields["dtype"])
+        if image_fields
+        else None,
     )
     if num_members == 1:
         return model
-    shared = PooledTower(tower.module, fields["text"]["pooling"]) if tower else None
+    shared = PooledTextEncoder(encoder.module, fields["text"]["pooling"]) if encoder else None
     return Ensemble(model, num_members, shared)
 
 
-def load(path: str | Path) -> Predictor:
-    """A `Predictor` from a run's work directory or a model folder; errors as `load_segmenter`."""
-    return Predictor(*load_segmenter(path))
+def load(path: str | Path) -> Segmenter:
+    """A `Segmenter` from a run's work directory or a model folder; errors as `load_segmentation_model`."""
+    return Segmenter(*load_segmentation_model(path))
 
 
-def load_segmenter(path: str | Path) -> tuple[nn.Module, dict[str, Any], Processor]:
+def load_segmentation_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], Processor]:
     """`load_model` of a run's work directory or a model folder alone.
 
     Raises:
@@ -303,7 +308,7 @@ def model_path(path: str | Path) -> Path:
     return inside if inside.is_dir() else Path(path)
 
 
-def _checked(image: np.ndarray) -> np.ndarray:
+def _check_image(image: np.ndarray) -> np.ndarray:
     shapes = "(H, W), (H, W, 1) or (H, W, 3)"
     if not isinstance(image, np.ndarray):
         raise ValueError(
@@ -318,6 +323,6 @@ def _checked(image: np.ndarray) -> np.ndarray:
     return image if image.ndim == 3 else image[..., None]
 
 
-def _check_sentence(sentence: str) -> None:
-    if not isinstance(sentence, str):
-        raise ValueError(f'the sentence is {sentence!r}; expected a str, "" for none')
+def _check_prompt(prompt: str) -> None:
+    if not isinstance(prompt, str):
+        raise ValueError(f'the sentence is {prompt!r}; expected a str, "" for none')

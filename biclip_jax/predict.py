@@ -24,11 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from biclip_jax import cli, inference
+from biclip_jax import inference
+from biclip_jax.core import runtime
+from biclip_jax.core.errors import BadImageError, UserError
 from biclip_jax.data import dicom, image_io
 from biclip_jax.data.text import unknown_words
-from biclip_jax.errors import BadImageError, UserError
-from biclip_jax.evaluation import plots, reporting
+from biclip_jax.evaluation.report import figures, plots, tables
 
 # (picture, sentence) -> mask, probability, uncertainty, and the part of it that is epistemic
 Predict = Callable[[np.ndarray, str], tuple[np.ndarray, ...]]
@@ -44,13 +45,13 @@ def find_images(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder; give --image a picture or a folder")
-    found = sorted(p for p in path.iterdir() if _is_picture(p))
+    found = sorted(p for p in path.iterdir() if _is_image(p))
     if not found:
         suffixes = ", ".join(image_io.SUFFIXES)
         raise UserError(f"{path}: no picture in this folder; expected {suffixes}, or DICOM files")
     seen: dict[str, Path] = {}
     for image in found:
-        before = seen.setdefault(image_io.bare_name(image), image)
+        before = seen.setdefault(image_io.image_stem(image), image)
         if before != image:
             raise UserError(
                 f"{image}: its outputs would overwrite those of {before.name}; rename one of them"
@@ -58,9 +59,9 @@ def find_images(path: Path) -> list[Path]:
     return found
 
 
-def _is_picture(path: Path) -> bool:
+def _is_image(path: Path) -> bool:
     # Archives name DICOM files as they like, often by numbers with dots.
-    return image_io.is_picture_name(path) or (path.name != "DICOMDIR" and dicom.is_dicom(path))
+    return image_io.is_image_name(path) or (path.name != "DICOMDIR" and dicom.is_dicom(path))
 
 
 def read_window(text: str, images: Sequence[Path]) -> dicom.Window | None:
@@ -82,7 +83,7 @@ def read_window(text: str, images: Sequence[Path]) -> dicom.Window | None:
     return dicom.Window(center, width)
 
 
-def read_sentences(path: Path, images: Sequence[Path]) -> dict[str, str]:
+def read_prompts_file(path: Path, images: Sequence[Path]) -> dict[str, str]:
     """Sentences by picture name, from a CSV with the columns image and text.
 
     Raises:
@@ -98,30 +99,30 @@ def read_sentences(path: Path, images: Sequence[Path]) -> dict[str, str]:
         raise UserError(
             f"{path}: its columns are {sorted(map(str, columns))}; expected image and text"
         )
-    sentences = {row["image"]: row["text"] or "" for row in rows}
-    missing = [image.name for image in images if image.name not in sentences]
+    prompts = {row["image"]: row["text"] or "" for row in rows}
+    missing = [image.name for image in images if image.name not in prompts]
     if missing:
         raise UserError(
             f"{path}: no line for {', '.join(missing[:5])} ({len(missing)} in all); "
             "add them, with an empty text where there is no sentence"
         )
-    return sentences
+    return prompts
 
 
 def predict_image(
-    predict_one: Predict, path: Path, image: np.ndarray, sentence: str, output: Path
+    predict_one: Predict, path: Path, image: np.ndarray, prompt: str, output: Path
 ) -> dict[str, Any]:
     """Writes one picture's mask, probability and overlay; returns its line of predictions.csv."""
-    mask, probability, uncertainty, *parts = predict_one(image, sentence)
-    stem = output / image_io.bare_name(path)
+    mask, probability, uncertainty, *parts = predict_one(image, prompt)
+    stem = output / image_io.image_stem(path)
     image_io.write_png(f"{stem}_mask.png", mask.astype(np.uint8) * 255)
     scaled = np.rint(probability.clip(0, 1) * 65535).astype(np.uint16)
     image_io.write_png(f"{stem}_probability.png", scaled)
-    image_io.write_png(f"{stem}_overlay.png", reporting.overlay(image, pred=mask))
+    image_io.write_png(f"{stem}_overlay.png", figures.overlay(image, pred=mask))
     maps = {"entropy": uncertainty}
     line = {
         "image": path.name,
-        "text": sentence,
+        "text": prompt,
         "foreground_share": float(mask.mean()),
         "mean_uncertainty_nats": float(uncertainty.mean()),
     }
@@ -136,26 +137,26 @@ def predict(args: argparse.Namespace) -> int:
     """Runs what the command line describes; returns 1 where pictures were left out, else 0."""
     images = find_images(Path(args.image))
     window = read_window(args.window, images)
-    sentences: Mapping[str, str] = {image.name: args.text for image in images}
+    prompts: Mapping[str, str] = {image.name: args.text for image in images}
     if args.texts:
-        sentences = read_sentences(Path(args.texts), images)
-        unused = sorted(map(str, sentences.keys() - {image.name for image in images}))
+        prompts = read_prompts_file(Path(args.texts), images)
+        unused = sorted(map(str, prompts.keys() - {image.name for image in images}))
         if unused and Path(args.image).is_dir():
             listed = ", ".join(unused[:5])
             print(f"{args.texts}: no picture for {listed} ({len(unused)} in all)", file=sys.stderr)
-    predictor = inference.load(args.workdir)
-    unknown = unknown_words(predictor.processor.tokenizer, sorted(set(sentences.values())))
+    segmenter = inference.load(args.workdir)
+    unknown = unknown_words(segmenter.processor.tokenizer, sorted(set(prompts.values())))
     if unknown:
         print(f"words that this model never saw: {', '.join(unknown)}", file=sys.stderr)
-    if not any(sentences.values()):
+    if not any(prompts.values()):
         print(
             "no sentence was given (--text, --texts); a model that was trained with sentences "
             "finds much less without them",
             file=sys.stderr,
         )
-    predict_one = predictor.predict_samples if predictor.samples else predictor.predict
+    predict_one = segmenter.predict_samples if segmenter.samples else segmenter.predict
     if args.tta:
-        predict_one = predictor.predict_views
+        predict_one = segmenter.predict_views
     output = Path(args.output)
     if output.resolve() == images[0].parent.resolve():
         raise UserError(f"{output}: holds the pictures themselves; give another --output")
@@ -170,10 +171,10 @@ def predict(args: argparse.Namespace) -> int:
         except BadImageError as error:
             problems.append(str(error))
             continue
-        rows.append(predict_image(predict_one, path, image, sentences[path.name], output))
+        rows.append(predict_image(predict_one, path, image, prompts[path.name], output))
     if rows:
-        reporting.write_csv(output / "predictions.csv", rows)
-        print(reporting.format_table(rows, list(rows[0])))
+        tables.write_csv(output / "predictions.csv", rows)
+        print(tables.format_table(rows, list(rows[0])))
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
     print(f"{len(rows)} of {len(images)} pictures segmented, in {output}")
@@ -182,7 +183,7 @@ def predict(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    cli.run(_main, argv)
+    runtime.run_command(_main, argv)
 
 
 def _main(argv: list[str]) -> int:
@@ -191,9 +192,9 @@ def _main(argv: list[str]) -> int:
     )
     parser.add_argument("--workdir", required=True, help="of a training run, or a model folder")
     parser.add_argument("--image", required=True, help="a picture or a folder of pictures")
-    sentence = parser.add_mutually_exclusive_group()
-    sentence.add_argument("--text", default="", help="the sentence, for every picture")
-    sentence.add_argument("--texts", help="CSV with the columns image and text")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--text", default="", help="the sentence, for every picture")
+    prompt.add_argument("--texts", help="CSV with the columns image and text")
     parser.add_argument(
         "--tta", action="store_true", help="the mean over flips, rotations, contrast: six passes"
     )

@@ -4,7 +4,7 @@
     python -m biclip_jax.train --config qata --config.data.source=qata_224.npz
 
 The file holds pictures and masks at the model's size, each mask at its own, and the sentences.
-It is read with NumPy alone: TFDS need not be there, nor grain where config.data.resident is true.
+It is read with NumPy alone: TFDS need not be there, nor grain where config.data.on_device is true.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from biclip_jax import cli
+from biclip_jax.core import config as config_lib
+from biclip_jax.core import runtime
+from biclip_jax.core.errors import UserError
 from biclip_jax.data import pipeline
-from biclip_jax.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    cli.run(_main, argv)
+    runtime.run_command(_main, argv)
 
 
 def _main(argv: list[str]) -> None:
-    parser = cli.config_parser(__doc__)
+    parser = config_lib.config_parser(__doc__)
     parser.add_argument("--output", required=True, help="the file, ending in .npz")
     args, overrides = parser.parse_known_args(argv)
-    config = cli.load_config(args.config, overrides)
+    config = config_lib.load_config(args.config, overrides)
     output = Path(args.output)
     if output.suffix != ".npz":
         raise UserError(f"--output: {output}; expected a name that ends in .npz")

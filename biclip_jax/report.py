@@ -12,13 +12,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from biclip_jax import __version__, cli
-from biclip_jax.evaluation import html
+from biclip_jax import __version__
+from biclip_jax.core import runtime
+from biclip_jax.evaluation.report import html
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    cli.run(_main, argv)
+    runtime.run_command(_main, argv)
 
 
 def _main(argv: list[str]) -> None:

@@ -21,16 +21,21 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from biclip_jax import cli, feeding, inference, parallel, sentences, teaching
-from biclip_jax.assembly import stream
-from biclip_jax.data import halves, pipeline, subsets
-from biclip_jax.errors import UserError
-from biclip_jax.evaluation import reporting, runner
+from biclip_jax import inference
+from biclip_jax.core import config as config_lib
+from biclip_jax.core import distributed, files, runtime
+from biclip_jax.core.errors import UserError
+from biclip_jax.core.rng import stream
+from biclip_jax.data import half_mix, label_subset, pipeline
+from biclip_jax.encoders import text as text_encoders
+from biclip_jax.evaluation import runner
+from biclip_jax.evaluation.report import plots
+from biclip_jax.experiment import input_feed, pseudo_labels
+from biclip_jax.experiment.program import FAMILIES, Program, build
 from biclip_jax.models import ensemble
-from biclip_jax.program import FAMILIES, Program, build
 from biclip_jax.training import checkpoint, steps, writers
 from biclip_jax.training import state as train_state
-from biclip_jax.weights import folder as model_folder
+from biclip_jax.weights import model_folder
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -48,31 +53,29 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
       SystemExit: 143 or 130 after SIGTERM or SIGINT, the state saved.
     """
     family, data = FAMILIES[config.model.kind], config.data.to_dict()
-    towers = family.open_towers(config)
-    with parallel.first_writes(workdir) as workdir, checkpoint.lock(workdir):
-        claim(config, workdir, towers.identities)
-        family.link_towers(towers, workdir / "model")
+    encoders = family.open_encoders(config)
+    with distributed.only_main_writes(workdir) as workdir, checkpoint.lock(workdir):
+        write_or_check_config(config, workdir, encoders.identities)
+        family.link_encoders(encoders, workdir / "model")
         prepared = pipeline.prepare(data, config.model.image_size)
         splits = pipeline.open_splits(prepared, data)
-        claim_pictures(subsets.report(r["id"] for r in splits["train"]), workdir)
-        splits["train"] = halves.with_composed(splits["train"], data["composed"], config.seed)
+        write_or_check_labels(label_subset.report(r["id"] for r in splits["train"]), workdir)
+        splits["train"] = half_mix.add_mixed_samples(splits["train"], data["half_mix"], config.seed)
         num_labelled = len(splits["train"])
         unlabelled = pipeline.open_unlabelled(prepared, data, config.model.image_size)
-        unlabelled = teaching.with_masks(unlabelled, config, workdir)
-        splits["train"] = pipeline.joined(splits["train"], unlabelled)
+        unlabelled = pseudo_labels.add_pseudo_labels(unlabelled, config, workdir)
+        splits["train"] = pipeline.join_records(splits["train"], unlabelled)
         texts = {split: [record["text"] for record in splits[split]] for split in ("train", "val")}
-        spoken = family.read_sentences(config, texts, towers, prepared, print)
-        program = build(config, num_labelled, spoken, towers, len(splits["val"]))
+        encoded_text = family.encode_texts(config, texts, encoders, prepared, print)
+        program = build(config, num_labelled, encoded_text, encoders, len(splits["val"]))
         state, progress = restore_or_init(workdir, program)
-        state = loop(config, workdir, program, splits, spoken, state, progress)
-        reporting.plot_curves(
-            writers.read_metrics(workdir / "metrics.jsonl"), workdir / "curves.png"
-        )
-        tests = config.final_test and parallel.leads()
+        state = training_loop(config, workdir, program, splits, encoded_text, state, progress)
+        plots.plot_curves(writers.read_metrics(workdir / "metrics.jsonl"), workdir / "curves.png")
+        tests = config.final_test and distributed.is_main_process()
         return test(workdir, config, splits["test"]) if tests else {}
 
 
-def claim(config: ConfigDict, workdir: Path, towers: Mapping[str, str]) -> None:
+def write_or_check_config(config: ConfigDict, workdir: Path, encoders: Mapping[str, str]) -> None:
     """Writes the resolved configuration, after a check that a run there began with the same.
 
     Fields that do not change a run, such as where its data lies, may differ; a
@@ -84,13 +87,13 @@ def claim(config: ConfigDict, workdir: Path, towers: Mapping[str, str]) -> None:
     """
     path = workdir / "config.json"
     resolved = json.loads(config.to_json())
-    for name, identity in towers.items():
-        resolved["model"][name]["tower"] = identity
+    for name, identity in encoders.items():
+        resolved["model"][name]["sha256"] = identity
     changed = {}
-    if path.exists() and checkpoint.steps(workdir / "checkpoints/last"):
-        changed = cli.changed_fields(path, resolved)
-    for name in towers:
-        before = _weights_there(path, name) if f"model.{name}.tower" in changed else ""
+    if path.exists() and checkpoint.complete_steps(workdir / "checkpoints/last"):
+        changed = config_lib.changed_fields(path, resolved)
+    for name in encoders:
+        before = _recorded_weights(path, name) if f"model.{name}.sha256" in changed else ""
         if before:
             raise UserError(
                 f"{path}: this run began with the {name} tower that lay in {before!r}; the weights "
@@ -99,21 +102,21 @@ def claim(config: ConfigDict, workdir: Path, towers: Mapping[str, str]) -> None:
             )
     if changed:
         raise UserError(
-            f"{path}: this run began with another configuration: {cli.listed(changed)}; "
+            f"{path}: this run began with another configuration: {config_lib.format_changes(changed)}; "
             "give another --workdir, or the same fields"
         )
-    runner.write_json(path, resolved)
+    files.write_json(path, resolved)
 
 
-def claim_pictures(labels: Mapping[str, Any], workdir: Path) -> None:
+def write_or_check_labels(labels: Mapping[str, Any], workdir: Path) -> None:
     """Writes labels.json, after a check that a run there began with the same pictures.
 
     Raises:
       UserError: it began with others, or the file is damaged.
     """
     path = workdir / "labels.json"
-    if path.exists() and checkpoint.steps(workdir / "checkpoints/last"):
-        before = subsets.read_ids(path)
+    if path.exists() and checkpoint.complete_steps(workdir / "checkpoints/last"):
+        before = label_subset.read_ids(path)
         if before != labels["ids"]:
             common = len(set(before) & set(labels["ids"]))
             raise UserError(
@@ -121,10 +124,10 @@ def claim_pictures(labels: Mapping[str, Any], workdir: Path) -> None:
                 f"{len(labels['ids'])}, of which {common} are the same; give another --workdir, "
                 "or the same data"
             )
-    runner.write_json(path, labels)
+    files.write_json(path, labels)
 
 
-def _weights_there(path: Path, name: str) -> str:
+def _recorded_weights(path: Path, name: str) -> str:
     model = json.loads(path.read_text(encoding="utf-8"))["model"]
     return model.get(name, {}).get("weights", "")  # another family has other sections
 
@@ -135,37 +138,37 @@ def restore_or_init(
     """The state to go on from and its progress: the last intact checkpoint's, or a new one's."""
     progress = {"best_score": -1.0, "best_step": 0, "stale": 0}
     for kind in ("last", "best"):
-        checkpoint.clean(workdir / "checkpoints" / kind)
+        checkpoint.remove_incomplete(workdir / "checkpoints" / kind)
     # What is never trained is not saved either: it is the towers', or follows from the seed.
     bare = train_state.without_frozen(program.initial)
     found = checkpoint.restore_latest(workdir / "checkpoints/last", bare, print)
-    state, progress = parallel.of_first(*(found or (bare, progress)))
+    state, progress = distributed.broadcast_from_main(*(found or (bare, progress)))
     state = dataclasses.replace(state, frozen=program.initial.frozen)
     if found:
         print(f"{workdir}: goes on after step {train_state.step_of(state)} of {program.num_steps}")
     return program.place(state), progress
 
 
-def loop(
+def training_loop(
     config: ConfigDict,
     workdir: Path,
     program: Program,
     splits: Mapping[str, Sequence[Any]],
-    spoken: sentences.Sentences,
+    encoded_text: text_encoders.EncodedText,
     state: train_state.TrainState,
     progress: dict[str, Any],
 ) -> train_state.TrainState:
     """Steps, logs, evaluates and saves until the end, a signal, or no more improvement."""
-    key = parallel.replicate(stream(config, "augment"))
+    key = distributed.replicate(stream(config, "augment"))
     begun = step = train_state.step_of(state)
-    fields = spoken.fields["train"]
-    advance = feeding.open_feed(config.to_dict(), program, splits["train"], fields, begun)
+    fields = encoded_text.fields["train"]
+    advance = input_feed.open_feed(config.to_dict(), program, splits["train"], fields, begun)
     window: list[Any] = []
     with (
         checkpoint.StopSignal() as stop,
         writers.Writer(workdir, program.num_steps, begun) as writer,
     ):
-        announce(config, program)
+        log_start(config, program)
         since = time.perf_counter()
         while step < program.num_steps and not (0 < config.patience <= progress["stale"]):
             ends = (config.log_every, program.eval_every, program.num_steps)
@@ -179,32 +182,32 @@ def loop(
             if logs:
                 seconds = time.perf_counter() - since
                 skipped = int(np.max(state.skipped))
-                values = window_values(config, program, window, step, skipped, seconds)
+                values = window_metrics(config, program, window, step, skipped, seconds)
                 writer.write(step, "train", values)
                 check_finite(config, values, step, workdir)
                 window, since = [], time.perf_counter()
             paused = time.perf_counter()
             due = step % program.eval_every == 0 or step == program.num_steps
-            signalled = parallel.agreed(stop.received, ask=logs or due)
+            signalled = distributed.any_process(stop.received, ask=logs or due)
             if due:
-                scores = validate(config, program, splits["val"], spoken.fields["val"], state)
+                scores = validate(config, program, splits["val"], encoded_text.fields["val"], state)
                 writer.write(step, "val", scores)
-                keep_best(workdir, program, spoken, state, scores, progress)
+                save_if_best(workdir, program, encoded_text, state, scores, progress)
             if due or signalled is not None:
-                host_state = parallel.to_host(train_state.without_frozen(state))
-                if parallel.leads():
+                host_state = distributed.to_host(train_state.without_frozen(state))
+                if distributed.is_main_process():
                     checkpoint.save(workdir / "checkpoints/last", host_state, progress)
             if due or step == begun + len(metrics):
-                cli.give_back_memory()  # compiling, validating, saving left holes in the steps'
+                runtime.trim_memory()  # compiling, validating, saving left holes in the steps'
             since += time.perf_counter() - paused
             if signalled is not None:
-                parallel.meet()
+                distributed.barrier()
                 print(f"{workdir}: stopped by a signal after step {step}; saved, can go on")
                 sys.exit(128 + signalled)
     return state
 
 
-def announce(config: ConfigDict, program: Program) -> None:
+def log_start(config: ConfigDict, program: Program) -> None:
     """Says in a line what is about to run."""
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     devices += f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -218,7 +221,7 @@ def announce(config: ConfigDict, program: Program) -> None:
     )
 
 
-def window_values(
+def window_metrics(
     config: ConfigDict,
     program: Program,
     window: Sequence[Any],
@@ -254,7 +257,7 @@ def validate(
 ) -> dict[str, float | int]:
     """Both kinds of Dice and IoU on the validation split, at the model's size."""
     variables = variables_of(program, state)
-    batch_size = parallel.round_up(config.batch_size)
+    batch_size = distributed.round_up_to_devices(config.batch_size)
     return runner.validate(
         lambda batch: program.eval_step(variables, program.shard(batch)),
         records,
@@ -265,14 +268,14 @@ def validate(
 
 def variables_of(program: Program, state: train_state.TrainState) -> dict[str, Any]:
     """The state's part that inference needs, of one model or of an ensemble's members."""
-    variables = train_state.variables_of(state)
+    variables = train_state.inference_variables(state)
     return ensemble.stacked(variables) if program.num_members > 1 else variables
 
 
-def keep_best(
+def save_if_best(
     workdir: Path,
     program: Program,
-    spoken: sentences.Sentences,
+    encoded_text: text_encoders.EncodedText,
     state: train_state.TrainState,
     scores: Mapping[str, Any],
     progress: dict[str, Any],
@@ -283,8 +286,8 @@ def keep_best(
         return
     step = train_state.step_of(state)
     progress.update(best_score=scores["dice_global"], best_step=step, stale=0)
-    host_state = parallel.to_host(state)
-    if not parallel.leads():
+    host_state = distributed.to_host(state)
+    if not distributed.is_main_process():
         return
     bare = train_state.without_frozen(host_state)
     checkpoint.save(workdir / "checkpoints/best", bare, progress, keep=1)
@@ -295,7 +298,7 @@ def keep_best(
         workdir / "model",
         config=described,
         variables={**variables, "params": params},
-        tokenizer=spoken.tokenizer.to_str(),
+        tokenizer=encoded_text.tokenizer.to_str(),
         card=model_folder.model_card(described, {"validation": scores}),
         scores={"validation": scores},
     )
@@ -305,15 +308,15 @@ def test(workdir: Path, config: ConfigDict, records: Sequence[Any]) -> dict[str,
     """The best model on the test split, with right, missing and shuffled sentences."""
     model, variables, processor = inference.load_model(workdir)
     outcome = runner.evaluate(
-        runner.make_predict(model, sentences.without_tower(model, variables)),
-        sentences.encoder(model, variables, processor),
+        runner.make_predict(model, text_encoders.without_text_encoder(model, variables)),
+        text_encoders.make_encode(model, variables, processor),
         records,
         folder=workdir / "test",
-        conditions=("right", "missing", "shuffled"),
+        conditions=("original", "empty", "shuffled"),
         batch_size=config.batch_size,
     )
     print(f"\ntest, {len(records)} pictures, percent, at {outcome['size']}:")
-    print(runner.table_of(outcome["conditions"]))
+    print(runner.score_table(outcome["conditions"]))
     print(f"best checkpoint  {workdir / 'checkpoints/best'}")
     print(f"model folder     {workdir / 'model'}")
     print(f"curves           {workdir / 'curves.png'}")
@@ -323,15 +326,15 @@ def test(workdir: Path, config: ConfigDict, records: Sequence[Any]) -> dict[str,
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    cli.run(_main, argv)
+    runtime.run_command(_main, argv)
 
 
 def _main(argv: list[str]) -> None:
-    parser = cli.config_parser(__doc__)
+    parser = config_lib.config_parser(__doc__)
     args, overrides = parser.parse_known_args(argv)
-    config = cli.load_config(args.config, overrides)
-    parallel.initialize(os.environ)
-    with parallel.ends_at_once():
+    config = config_lib.load_config(args.config, overrides)
+    distributed.initialize(os.environ)
+    with distributed.exit_on_error():
         train_and_evaluate(config, Path(args.workdir or f"runs/{config.name}"))
 
 

@@ -40,15 +40,15 @@ def _data() -> ConfigDict:
     data.resize = "antialiased"  # opencv: bilinear without antialiasing, nearest for masks
     data.cache_dir = ""  # where prepared sets go; empty: the user's cache folder
     data.in_memory = True  # decoded pictures stay in host memory
-    data.resident = False  # the training split lies on the device, and no batch is sent
-    data.resident_steps = 50  # at most, in one program, where data.resident; on a CPU 1
-    data.sentences = "right"  # "missing" trains and evaluates with empty sentences
+    data.on_device = False  # the training split lies on the device, and no batch is sent
+    data.steps_per_call = 50  # at most, in one program, where data.on_device; on a CPU 1
+    data.text_condition = "original"  # "empty" trains and evaluates with empty sentences
     data.label_fraction = 1.0  # share of the training pictures, in whole patients
     data.label_seed = 0  # of the order in which patients join the share
-    data.composed = 0  # pictures of two halves for each labelled one, see data/halves.py
+    data.half_mix = 0  # pictures of two halves for each labelled one, see data/halves.py
     data.unlabelled = ""  # trained on without masks: rest (of the pictures), or a folder
     data.teachers = ""  # runs with commas, whose mean answer masks the unlabelled pictures
-    data.teachers_flip = False  # they answer mirror images, too, with the mirrored sentences
+    data.teacher_flip_tta = False  # they answer mirror images, too, with the mirrored sentences
     data.unlabelled_ratio = 1.0  # unlabelled pictures for each labelled one of a batch
     data.num_examples = ConfigDict({"train": 0, "val": 0, "test": 0})  # synthetic only
     return data
@@ -71,8 +71,8 @@ def _model() -> ConfigDict:
     model.bmf.text_to_vision = True  # the sentence modulates the levels' features
     model.bmf.levels = ""  # blocks beside the input: all, encoder, bottleneck, decoder_1 ...
     model.bmf.hidden = 256  # features of the levels' refiners
-    model.bmf.zero_start = False  # whether the refiners begin at zero: the sentence as it is
-    model.bmf.dropout = 0.0  # probability that the levels get no sentence in training
+    model.bmf.zero_init = False  # whether the refiners begin at zero: the sentence as it is
+    model.bmf.level_text_dropout = 0.0  # probability that the levels get no sentence in training
     model.image = ConfigDict()  # the encoder whose embedding refines the sentence
     model.image.encoder = "cnn"  # trained with the rest; clip_vit_b16, clip_rn50: a tower
     model.image.weights = ""  # of a tower: a folder that biclip_jax.convert clip wrote
@@ -120,11 +120,13 @@ def _views() -> ConfigDict:
     views.scale_high = 1.2
     views.brightness = 0.0  # largest change, either way
     views.contrast = 0.0  # largest change, as a share, either way
-    views.whole_degrees = False  # true: turns to the nearest pixel alone, as MedCLIPSeg's code does
+    views.integer_degrees = (
+        False  # true: turns to the nearest pixel alone, as MedCLIPSeg's code does
+    )
     views.geometry_first = False  # true: before the fusion; a flip then swaps the sentence
     views.strong_statistics = True  # BatchNorm's running statistics take the strong view, too
     views.strong = ConfigDict()  # what the strong view adds
-    views.strong.light = True  # gamma, noise, brightness, contrast, blur as published
+    views.strong.photometric = True  # gamma, noise, brightness, contrast, blur as published
     views.strong.noise = 0.0  # largest standard deviation
     views.strong.brightness = 0.0  # largest change, either way
     views.strong.contrast = 0.0  # largest change, as a share, either way
@@ -138,9 +140,9 @@ def _optim() -> ConfigDict:
     optim = ConfigDict()
     optim.name = "adamw"  # adamw or sgd
     optim.learning_rate = 1e-4  # at the start of the cosine
-    optim.tower_learning_rate = 0.0  # of trained towers; 0: learning_rate
+    optim.encoder_learning_rate = 0.0  # of trained towers; 0: learning_rate
     optim.final_learning_rate = 0.0  # at the end of the cosine
-    optim.rate_moves = "step"  # along the cosine at every step, or once an epoch
+    optim.lr_update = "step"  # along the cosine at every step, or once an epoch
     optim.warmup_steps = 0
     optim.weight_decay = 0.01
     optim.clip_norm = 0.0  # global norm of the gradient; 0: no clipping

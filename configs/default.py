@@ -31,4 +31,4 @@ def get_config(variant: str | None = None) -> ConfigDict:
 
 def _no_text(config: ConfigDict) -> None:
     """Never shows the model a sentence."""
-    config.data.sentences = "missing"
+    config.data.text_condition = "empty"

@@ -2,7 +2,7 @@
 
 python -m biclip_jax.convert clip SOURCE weights/unimedclip --tokenizer FOLDER_OF_BIOMEDBERT
 python -m biclip_jax.train --config medclipseg --config.data.source=DIR \
-    --config.model.towers.weights=weights/unimedclip
+    --config.model.encoders.weights=weights/unimedclip
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +24,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.model, config.loss, config.views = _model(), _loss(), _views()
     config.optim.learning_rate = 3e-4
     config.optim.final_learning_rate = 1e-4
-    config.optim.rate_moves = "epoch"
+    config.optim.lr_update = "epoch"
     config.optim.weight_decay = 0.0  # Adam
     return common.apply(config, variant, VARIANTS)
 
@@ -44,14 +44,14 @@ def _model() -> ConfigDict:
     model.gate_init = 0.0  # of the gates' logits; 0 is half and half
     model.num_upscales = 2  # doublings of the patches' map
     model.num_samples = 30  # passes whose mean a prediction is
-    model.towers = ConfigDict()  # frozen
-    model.towers.weights = ""  # a folder that biclip_jax.convert clip wrote; empty: random
-    model.towers.dropout = 0.0  # in a BERT during training; 0.1 in the reference
-    model.towers.width = 768  # this and what follows: of random towers
-    model.towers.num_layers = 12
-    model.towers.num_heads = 12
-    model.towers.patch_size = 16  # pixels
-    model.towers.embedding_size = 512
+    model.encoders = ConfigDict()  # frozen
+    model.encoders.weights = ""  # a folder that biclip_jax.convert clip wrote; empty: random
+    model.encoders.dropout = 0.0  # in a BERT during training; 0.1 in the reference
+    model.encoders.width = 768  # this and what follows: of random towers
+    model.encoders.num_layers = 12
+    model.encoders.num_heads = 12
+    model.encoders.patch_size = 16  # pixels
+    model.encoders.embedding_size = 512
     return model
 
 
@@ -77,7 +77,7 @@ def _views() -> ConfigDict:
     views.translation = 0.0  # of the picture's side, either way
     views.scale_low = 1.0
     views.scale_high = 1.0
-    views.whole_degrees = False  # true: turns to the nearest pixel alone, as the reference does
+    views.integer_degrees = False  # true: turns to the nearest pixel alone, as the reference does
     return views
 
 
@@ -89,7 +89,7 @@ def clip(config: ConfigDict) -> None:
 def pubmedclip(config: ConfigDict) -> None:
     """PubMedCLIP's towers, ViT-B/32."""
     config.model.variant, config.model.max_length = "pubmedclip", 77
-    config.model.towers.patch_size = 32
+    config.model.encoders.patch_size = 32
 
 
 def biomedclip(config: ConfigDict) -> None:
@@ -101,8 +101,8 @@ def reference(config: ConfigDict) -> None:
     """The released code's losses, preprocessing and dropout."""
     config.model.input, config.data.resize = "imagenet_bgr", "opencv"
     config.loss.dice_over, config.loss.contrastive_kind = "rows", "released"
-    config.model.towers.dropout = 0.1
-    config.views.whole_degrees = True
+    config.model.encoders.dropout = 0.1
+    config.views.integer_degrees = True
 
 
 def _share(percent: int):
@@ -127,9 +127,14 @@ def tiny(config: ConfigDict) -> None:
     config.model.image_size, config.model.max_length = 112, 48
     config.model.adapter_width, config.model.num_layers = 64, 4
     config.model.num_samples = 10
-    towers = config.model.towers
-    towers.width, towers.num_layers, towers.num_heads, towers.embedding_size = 192, 6, 3, 128
-    towers.patch_size = 8
+    encoders = config.model.encoders
+    encoders.width, encoders.num_layers, encoders.num_heads, encoders.embedding_size = (
+        192,
+        6,
+        3,
+        128,
+    )
+    encoders.patch_size = 8
     config.batch_size, config.num_epochs = 16, 20
 
 
@@ -141,8 +146,8 @@ def smoke(config: ConfigDict) -> None:
     config.data.num_examples = ConfigDict({"train": 32, "val": 8, "test": 8})
     config.model.image_size, config.model.max_length = 56, 24
     config.model.adapter_width, config.model.num_layers, config.model.num_samples = 8, 2, 4
-    towers = config.model.towers
-    towers.width, towers.num_layers, towers.num_heads, towers.embedding_size = 16, 3, 2, 16
+    encoders = config.model.encoders
+    encoders.width, encoders.num_layers, encoders.num_heads, encoders.embedding_size = 16, 3, 2, 16
     config.batch_size, config.num_steps, config.eval_every, config.log_every = 8, 8, 4, 2
 
 

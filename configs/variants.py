@@ -16,8 +16,8 @@ def published(config: ConfigDict) -> None:
 def full(config: ConfigDict) -> None:
     """The method as described: fusion at every level, both views learn, the weak one teaches."""
     config.model.bmf.levels = "all"
-    config.model.bmf.zero_start = True
-    config.model.bmf.dropout = 0.5
+    config.model.bmf.zero_init = True
+    config.model.bmf.level_text_dropout = 0.5
     config.model.text.pooling = "masked"
     config.model.text.dropout = 0.1
     config.loss.views = "both"
@@ -25,7 +25,7 @@ def full(config: ConfigDict) -> None:
     config.loss.cycle_distance = "l2"
     _weak_views(config)
     config.views.strong_statistics = False
-    config.views.strong.light = False
+    config.views.strong.photometric = False
     config.views.strong.noise = 0.1
     config.views.strong.contrast = 0.3
     config.views.strong.elastic = 0.01
@@ -69,7 +69,7 @@ def no_bmf(config: ConfigDict) -> None:
     config.model.bmf.vision_to_text = False
     config.model.bmf.text_to_vision = False
     config.model.bmf.levels = ""
-    config.model.bmf.dropout = 0.0
+    config.model.bmf.level_text_dropout = 0.0
 
 
 def no_iac(config: ConfigDict) -> None:
@@ -88,7 +88,7 @@ def no_generator(config: ConfigDict) -> None:
     """`full` without the pseudo-image, and so without its loss and the cycle."""
     full(config)
     config.model.pseudo_image = False
-    config.model.bmf.dropout = 0.0
+    config.model.bmf.level_text_dropout = 0.0
     config.loss.gen = config.loss.cycle = 0.0
 
 

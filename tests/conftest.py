@@ -22,10 +22,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 SHAPED = ["models", "training.losses", "training.views", "training.steps", "evaluation.steps"]
 jaxtyping.install_import_hook([f"biclip_jax.{name}" for name in SHAPED], "beartype.beartype")
 
-import pytest  # noqa: E402
+import pytest
 
-from biclip_jax import cli  # noqa: E402
-from tests import tiny  # noqa: E402
+from biclip_jax.core import config as config_lib
+from tests import tiny
 
 
 def pytest_addoption(parser):
@@ -45,7 +45,9 @@ def pytest_runtest_setup(item):
 @pytest.fixture
 def smoke_config(tmp_path):
     """The demo's smoke variant, with its prepared data under tmp_path."""
-    return cli.load_config("default:smoke", [f"--config.data.cache_dir={tmp_path / 'cache'}"])
+    return config_lib.load_config(
+        "default:smoke", [f"--config.data.cache_dir={tmp_path / 'cache'}"]
+    )
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +58,7 @@ def trained(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     workdir = base / "trained"
-    config = cli.load_config("default:smoke", [f"--config.data.cache_dir={base / 'cache'}"])
+    config = config_lib.load_config("default:smoke", [f"--config.data.cache_dir={base / 'cache'}"])
     with open(base / "trained.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (workdir / "test/results.json").exists():

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from biclip_jax import convert
 
-TOWERS = Path(__file__).parent / "fixtures/towers"
+TOWERS = Path(__file__).parent / "fixtures/encoders"
 
 
 def run(*argv):

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from biclip_jax import ablate, cli
-from biclip_jax.evaluation import comparison
+from biclip_jax import ablate
+from biclip_jax.core import config as config_lib
+from biclip_jax.evaluation.report import comparison
 
 SCORES = {"unet": {0: 0.5, 1: 0.7}, "full": {0: 0.8, 1: 0.9}}
 needs_affinity = pytest.mark.skipif(
@@ -38,19 +39,19 @@ def trainings(monkeypatch):
             return evaluation(command)
         commands.append(command)
         config_name = command[command.index("--config") + 1]
-        variant = cli.load_config(config_name, []).name.rsplit("smoke_", 1)[1]
+        variant = config_lib.load_config(config_name, []).name.rsplit("smoke_", 1)[1]
         seed = int(next(c for c in command if "config.seed=" in c).split("=")[1])
         workdir = Path(command[-1])
         if (variant, seed) in broken:
             return broken[variant, seed]
         score = dict.fromkeys(comparison.METRICS, SCORES[variant][seed])
         score["interval_95"] = {name: [0.1, 0.9] for name in comparison.METRICS}
-        conditions = {"right": score, "missing": dict.fromkeys(comparison.METRICS, 0.1)}
+        conditions = {"original": score, "empty": dict.fromkeys(comparison.METRICS, 0.1)}
         (workdir / "test").mkdir(parents=True)
         (workdir / "test/results.json").write_text(json.dumps({"conditions": conditions}))
         (workdir / "labels.json").write_text('{"num_images": 32}')
         fields = command[command.index("--config") + 2 : -2]
-        ran = cli.load_config(config_name, fields)
+        ran = config_lib.load_config(config_name, fields)
         (workdir / "config.json").write_text(ran.to_json())
         return 0
 
@@ -58,14 +59,14 @@ def trainings(monkeypatch):
         asked = command[command.index("biclip_jax.evaluate") + 1 :]
         evaluations.append(asked)
         workdir, folder = Path(asked[1]), Path(asked[-1])
-        right = json.loads((workdir / "test/results.json").read_text())["conditions"]["right"]
+        right = json.loads((workdir / "test/results.json").read_text())["conditions"]["original"]
         low = {name: right[name] - 0.2 for name in comparison.METRICS}
-        found = {"num_images": 8, "conditions": {"right": right}, "mirroring": right}
+        found = {"num_images": 8, "conditions": {"original": right}, "flip_consistency": right}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "results.json").write_text(json.dumps(found))
         if "evaluate" in broken:  # not at its beginning
             return broken["evaluate"]
-        found["degradations"] = {asked[3]: {"2": low, "4": low}, "mean": low}
+        found["corruptions"] = {asked[3]: {"2": low, "4": low}, "mean": low}
         (folder / "results.json").write_text(json.dumps(found))
         return 0
 
@@ -169,8 +170,8 @@ def test_other_fields_than_those_of_the_runs_that_lie_there_are_refused(
         (["--config.final_test=false"], "leave it on"),
         (["--evaluate", "--workdir x"], "each run has its own folders"),
         (["--evaluate", "--out y"], "unrecognized arguments: --out"),
-        (["--evaluate", "--degradations jpg"], "'jpg'; expected all, or some of"),
-        (["--at-once", "0"], "at least 1 run"),
+        (["--evaluate", "--corruptions jpg"], "'jpg'; expected all, or some of"),
+        (["--jobs", "0"], "at least 1 run"),
         (["--variants", "semi"], "nothing to run"),
         (["--evaluate", "'"], "expected arguments as in a shell"),
     ],
@@ -212,29 +213,29 @@ def test_what_learns_from_unlabelled_pictures_is_left_out_where_there_are_none(
 
 def test_evaluations_are_asked_of_every_run_once_and_join_its_row(trainings, tmp_path, capsys):
     commands, _ = trainings
-    asked = ["--evaluate", "--degradations jpeg --severities 2,4"]
+    asked = ["--evaluate", "--corruptions jpeg --severities 2,4"]
     start(tmp_path, "--seeds", "0,1", *asked)
     start(tmp_path, "--seeds", "0,1", *asked)
     assert len(commands) == len(commands.evaluations) == 4
-    assert all("--degradations jpeg" in " ".join(e) for e in commands.evaluations)
+    assert all("--corruptions jpeg" in " ".join(e) for e in commands.evaluations)
     rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]
-    degradations = {row["variant"]: row["asked"]["degradations"] for row in rows}
-    assert degradations["full"]["jpeg"]["4"]["dice_mean"]["mean"] == pytest.approx(0.65)
-    assert degradations["full"]["mean"]["dice_global"]["sd"] == pytest.approx(0.0707, abs=1e-4)
-    assert rows[0]["asked"]["num_images"] == 8
+    corruptions = {row["variant"]: row["evaluation"]["corruptions"] for row in rows}
+    assert corruptions["full"]["jpeg"]["4"]["dice_mean"]["mean"] == pytest.approx(0.65)
+    assert corruptions["full"]["mean"]["dice_global"]["sd"] == pytest.approx(0.0707, abs=1e-4)
+    assert rows[0]["evaluation"]["num_images"] == 8
     for name in ("dice_global", "dice_mean"):
-        assert rows[0]["asked"]["mirroring"][name]["mean"] == pytest.approx(0.6)
-        assert rows[0]["asked"]["conditions"]["right"][name]["mean"] == pytest.approx(0.6)
+        assert rows[0]["evaluation"]["flip_consistency"][name]["mean"] == pytest.approx(0.6)
+        assert rows[0]["evaluation"]["conditions"]["original"][name]["mean"] == pytest.approx(0.6)
     assert "65.00 ± 7.07" in capsys.readouterr().out
 
 
 def test_another_question_has_results_of_its_own(trainings, tmp_path):
     commands, _ = trainings
-    start(tmp_path, "--evaluate", "--degradations jpeg")
-    start(tmp_path, "--seeds", "0,1", "--evaluate", "--degradations gamma")
+    start(tmp_path, "--evaluate", "--corruptions jpeg")
+    start(tmp_path, "--seeds", "0,1", "--evaluate", "--corruptions gamma")
     assert len(commands.evaluations) == 2 + 4
     rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]
-    assert all(row["asked"]["degradations"].keys() == {"gamma", "mean"} for row in rows)
+    assert all(row["evaluation"]["corruptions"].keys() == {"gamma", "mean"} for row in rows)
 
 
 def test_an_evaluation_that_fails_is_told_and_tried_again(trainings, tmp_path, capsys):
@@ -263,10 +264,10 @@ def test_runs_at_once_have_the_cores_among_them(trainings, tmp_path, monkeypatch
     given = []
     monkeypatch.setattr(ablate.os, "sched_getaffinity", lambda _: {0, 1, 2})
     monkeypatch.setattr(ablate.os, "sched_setaffinity", lambda _, cores: given.append(cores))
-    assert start(tmp_path, "--seeds", "0,1", "--at-once", "2") == 0
+    assert start(tmp_path, "--seeds", "0,1", "--jobs", "2") == 0
     assert len(commands) == 4
     assert given in ([{0, 2}, {1}], [{1}, {0, 2}], [{0, 2}])  # one thread may have been enough
-    assert start(tmp_path / "more", "--seeds", "0,1", "--at-once", "4") == 2
+    assert start(tmp_path / "more", "--seeds", "0,1", "--jobs", "4") == 2
 
 
 def test_two_cells_do_run_at_once():

@@ -72,7 +72,7 @@ def test_older_code_takes_turns_with_ours(tmp_path):
 
 
 def test_our_side_of_medclipseg_has_no_dropout_as_the_twin():
-    assert medclipseg.model_ours("unimedclip").text_tower.dropout == 0
+    assert medclipseg.model_ours("unimedclip").text_encoder.dropout == 0
 
 
 def test_an_implementation_that_failed_is_named_and_not_compared():

@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import biclip_jax
-from biclip_jax.errors import UserError
-from biclip_jax.weights import folder, readers
+from biclip_jax.core.errors import UserError
+from biclip_jax.weights import model_folder, readers
 from tests.conversions import TOWERS, answers, close, run, save_clip_tokenizer
 
 SENTENCE = "infection, upper left lung."
@@ -77,9 +77,9 @@ def test_the_folder_is_whole_and_names_its_origin(kind, request):
     assert set(report) == {"loaded", "reshaped", "unused", "fresh"}
     if kind == "bert":
         assert len(report["unused"]) == 8
-    tokenizer = (out / folder.TOKENIZER).read_bytes()
+    tokenizer = (out / model_folder.TOKENIZER).read_bytes()
     assert config["tokenizer_sha256"] == hashlib.sha256(tokenizer).hexdigest()
-    assert config["format"] == folder.FORMAT
+    assert config["format"] == model_folder.FORMAT
     assert f"# {kind} from {name}" in (out / "README.md").read_text()
 
 

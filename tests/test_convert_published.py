@@ -9,9 +9,9 @@ import pytest
 from safetensors.numpy import save_file
 
 import biclip_jax
-from biclip_jax import sentences
+from biclip_jax.encoders import text as text_encoders
 from biclip_jax.models import biclip
-from biclip_jax.weights import architectures, folder, keys, readers
+from biclip_jax.weights import architectures, keys, model_folder, readers
 from tests.conversions import TOWERS, close, run
 
 SENTENCE = "infection, upper left lung."
@@ -68,13 +68,13 @@ def test_the_published_network_keeps_its_tower_inside(network, checkpoint):
     files = {str(p.relative_to(network)) for p in network.rglob("*") if p.is_file()}
     own = {"README.md", "config.json", "model.safetensors", "tokenizer/tokenizer.json"}
     assert files == own | {f"text_encoder/{name}" for name in own}
-    config, variables = folder.read(network)
+    config, variables = model_folder.read(network)
     assert config["model"] == NETWORK
     assert (config["kind"], config["vocab_size"]) == ("biclip", 16)
-    tower = folder.read_config(network / "text_encoder")
-    assert config["tower"] == folder.identity(tower)
-    assert tower["kind"] == "bert"
-    assert tower["model"]["num_heads"] == 2
+    encoder = model_folder.read_config(network / "text_encoder")
+    assert config["text_encoder_sha256"] == model_folder.identity(encoder)
+    assert encoder["kind"] == "bert"
+    assert encoder["model"]["num_heads"] == 2
     unet = variables["params"]["unet"]
     np.testing.assert_array_equal(
         unet["encoder_1"]["conv_0"]["kernel"],
@@ -101,8 +101,8 @@ def test_the_published_network_segments_with_its_tower_s_hidden_states(network):
     inputs = processor([picture], [SENTENCE])
     ids, mask = jnp.asarray(inputs["text_ids"]), jnp.asarray(inputs["text_mask"])
     assert ids.shape == (1, 32)
-    tower = sentences.open_tower(network / "text_encoder", "bert")
-    _, aux = jax.jit(tower.module.apply)({"params": tower.params}, ids, mask)
+    encoder = text_encoders.open_text_encoder(network / "text_encoder", "bert")
+    _, aux = jax.jit(encoder.module.apply)({"params": encoder.params}, ids, mask)
     states = [np.asarray(state) for state in aux["hidden_states"]]
     features = jnp.asarray(((states[1] + states[2] + states[-1]) / 3).mean(axis=1))
     image = jnp.asarray(inputs["image"], jnp.float32) / 255

@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 
 from biclip_jax import convert
-from biclip_jax.errors import UserError
+from biclip_jax.core.errors import UserError
 from biclip_jax.weights import architectures
 from tests.conversions import TOWERS, run, save_clip_tokenizer
 

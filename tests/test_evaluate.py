@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from biclip_jax import evaluate, train
+from biclip_jax.core.errors import UserError
 from biclip_jax.data.annotations import VARIANTS
-from biclip_jax.errors import UserError
-from biclip_jax.evaluation import arguments, conditions
-from biclip_jax.weights import folder as model_folder
+from biclip_jax.evaluation import arguments
+from biclip_jax.evaluation.robustness import text_conditions
+from biclip_jax.weights import model_folder
 from tests.evaluation import test_runner as known
 
 
@@ -34,15 +35,15 @@ def untrained(tmp_path, monkeypatch):
 
     def opened(args, config):
         splits = dict.fromkeys(("train", "val", "test"), known.RECORDS)
-        return evaluate.Job(
-            make=lambda damage=None: known.predict,
+        return evaluate.Evaluation(
+            make=lambda corruption=None: known.predict,
             predict=known.predict,
             members=[],
             samples=None,
             num_samples=None,
             encode=known.encode,
             splits=splits,
-            records=conditions.subset(splits[args.split], args.subset),
+            records=text_conditions.subset(splits[args.split], args.subset),
             folder=evaluate._output(args),
         )
 
@@ -63,31 +64,31 @@ def results_of(folder):
 
 def test_a_second_call_adds_to_the_first(untrained):
     argv, folder = ("--workdir", str(untrained)), untrained / "evaluation/test"
-    assert run(*argv, "--degradations", "gamma", "--severities", "2", "--mirroring") == 0
+    assert run(*argv, "--corruptions", "gamma", "--severities", "2", "--flip-consistency") == 0
     first = results_of(folder)
     assert first["model_sha256"] == "a" and first["best_step"] == 7
     columns = (folder / "per_image.csv").read_text().splitlines()[0].split(",")
-    assert run(*argv, "--text-conditions", "right", "--no-baselines", "--calibration") == 0
+    assert run(*argv, "--text-conditions", "original", "--no-baselines", "--calibration") == 0
     second = results_of(folder)
-    for name in ("degradations", "mirroring", "baselines", "conditions", "left_out"):
+    for name in ("corruptions", "flip_consistency", "baselines", "conditions", "unavailable"):
         assert second[name] == first[name]
     assert "calibration" in second and "calibration" not in first
     kept = (folder / "per_image.csv").read_text().splitlines()[0].split(",")
     assert sorted(kept) == sorted(columns)
     assert second["command"] != first["command"]
-    assert second["earlier_commands"] == [first["command"]]
-    assert run(*argv, "--degradations", "gamma", "--severities", "4") == 0
-    assert set(results_of(folder)["degradations"]["gamma"]) == {"2", "4"}
+    assert second["previous_commands"] == [first["command"]]
+    assert run(*argv, "--corruptions", "gamma", "--severities", "4") == 0
+    assert set(results_of(folder)["corruptions"]["gamma"]) == {"2", "4"}
 
 
 def test_the_results_of_another_model_are_replaced(untrained):
     argv, folder = ("--workdir", str(untrained)), untrained / "evaluation/test"
-    assert run(*argv, "--mirroring") == 0
+    assert run(*argv, "--flip-consistency") == 0
     described(untrained, sha256="c")
-    assert run(*argv, "--no-baselines", "--text-conditions", "right") == 0
+    assert run(*argv, "--no-baselines", "--text-conditions", "original") == 0
     found = results_of(folder)
-    assert set(found["conditions"]) == {"right"} and found["model_sha256"] == "c"
-    assert not {"mirroring", "baselines", "earlier_commands"} & set(found)
+    assert set(found["conditions"]) == {"original"} and found["model_sha256"] == "c"
+    assert not {"flip_consistency", "baselines", "previous_commands"} & set(found)
 
 
 def test_a_subset_has_its_own_folder_and_the_splits_shuffled_sentences(untrained):
@@ -121,9 +122,12 @@ def test_configurations_that_describe_no_run_end_in_a_sentence(untrained, capsys
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--text-conditions", "right,mising"], "'mising'; expected all, .*did you mean missing"),
-        (["--text-conditions", "missing"], "missing: expected all, or a list with right"),
-        (["--degradations", "motionblur"], "'motionblur'; .*did you mean motion_blur"),
+        (
+            ["--text-conditions", "original,mising"],
+            "'mising'; expected all, .*did you mean missing",
+        ),
+        (["--text-conditions", "empty"], "empty: expected all, or a list with original"),
+        (["--corruptions", "motionblur"], "'motionblur'; .*did you mean motion_blur"),
     ],
 )
 def test_unknown_names_are_met_by_the_nearest(argv, message):
@@ -140,8 +144,8 @@ def test_severities_that_are_none_are_named(text):
 
 def test_surface_scores_are_kept_beside_the_others(untrained, capsys):
     argv, folder = ("--workdir", str(untrained), "--no-baselines"), untrained / "evaluation/test"
-    assert run(*argv, "--text-conditions", "right", "--surface") == 0
-    found = results_of(folder)["surface"]
+    assert run(*argv, "--text-conditions", "original", "--surface-metrics") == 0
+    found = results_of(folder)["surface_metrics"]
     assert found["num_images"] == len(known.RECORDS) and found["tolerance"] == 2
     assert "each mask's own size" in found["size"]
     with open(folder / "per_image.csv", newline="") as file:
@@ -149,47 +153,33 @@ def test_surface_scores_are_kept_beside_the_others(untrained, capsys):
     for name in ("dsc", "nsd_plate", "nsd_2d"):
         assert np.mean([float(row[name]) for row in rows]) == pytest.approx(found[name])
     assert f"DSC {100 * found['dsc']:.2f}, NSD within 2 pixels" in capsys.readouterr().out
-    assert run(*argv, "--text-conditions", "right,missing") == 0
-    assert results_of(folder)["surface"] == found
+    assert run(*argv, "--text-conditions", "original,empty") == 0
+    assert results_of(folder)["surface_metrics"] == found
     assert found["by_condition"] == {}
-    assert run(*argv, "--text-conditions", "right,missing", "--surface") == 0
-    missing = results_of(folder)["surface"]["by_condition"]["missing"]
+    assert run(*argv, "--text-conditions", "original,empty", "--surface-metrics") == 0
+    missing = results_of(folder)["surface_metrics"]["by_condition"]["empty"]
     assert missing["num_images"] == len(known.RECORDS)
     assert missing["dsc"] != found["dsc"]
     header = (folder / "per_image.csv").read_text().splitlines()[0].split(",")
-    assert {"dsc", "nsd_plate", "nsd_2d", "dice_missing"} <= set(header)
-
-
-def test_prompts_are_short_for_text_conditions(untrained, capsys):
-    argv = ("--workdir", str(untrained), "--no-baselines")
-    assert run(*argv, "--prompts", "contradictory,underdescriptive") == 0
-    found = results_of(untrained / "evaluation/test")
-    assert set(found["conditions"]) == {"right"}
-    assert found["left_out"] == ["contradictory", "underdescriptive"]
-    for names in ("shuffled", "contradictory,vague", ""):
-        assert run(*argv, "--prompts", names) == 2
-        assert f"--prompts {names}: expected some of {', '.join(VARIANTS)}" in (
-            capsys.readouterr().err
-        )
-    assert run(*argv, "--prompts", "contradictory", "--text-conditions", "right") == 2
-    assert "expected one of them" in capsys.readouterr().err
+    assert {"dsc", "nsd_plate", "nsd_2d", "dice_empty"} <= set(header)
 
 
 def test_prompts_of_every_published_kind_are_scored(untrained, monkeypatch):
     """The predictor believes the sentence: the wrong side costs all, the right one nothing."""
     said = {name: known.RIGHT if i % 2 else known.LEFT for i, name in enumerate(VARIANTS)}
     monkeypatch.setattr(known, "RECORDS", [{**r, "variants": said} for r in known.RECORDS])
-    argv = ("--workdir", str(untrained), "--no-baselines", "--prompts", ",".join(VARIANTS))
+    argv = ("--workdir", str(untrained), "--no-baselines")
+    argv += ("--text-conditions", ",".join(["original", *VARIANTS]))
     assert run(*argv) == 0
     folder = untrained / "evaluation/test"
     found = results_of(folder)
-    assert set(found["conditions"]) >= {"right", *VARIANTS} and found["left_out"] == []
+    assert set(found["conditions"]) >= {"original", *VARIANTS} and found["unavailable"] == []
     rows = list(csv.DictReader((folder / "per_image.csv").open()))
     assert len(rows) == len(known.RECORDS)
-    for name, sentence in said.items():
-        told = [row["dice_right"] if row["text"] == sentence else "0.0" for row in rows]
+    for name, prompt in said.items():
+        told = [row["dice_original"] if row["text"] == prompt else "0.0" for row in rows]
         assert [float(row[f"dice_{name}"]) for row in rows] == [float(dice) for dice in told]
-        assert 0 < sum(map(float, told)) < sum(float(row["dice_right"]) for row in rows)
+        assert 0 < sum(map(float, told)) < sum(float(row["dice_original"]) for row in rows)
 
 
 def test_disagreement_is_one_line(capsys):
@@ -203,8 +193,8 @@ def test_disagreement_is_one_line(capsys):
 def test_every_condition_baseline_and_file(trained, tmp_path, capsys):
     assert run("--workdir", str(trained), "--split", "test", "--output", str(tmp_path)) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results["conditions"]) >= {"right", "missing", "shuffled", "mirrored"}
-    assert set(results["baselines"]) == {"mean_mask", "mean_mask_per_sentence"}
+    assert set(results["conditions"]) >= {"original", "empty", "shuffled", "swapped"}
+    assert set(results["baselines"]) == {"mean_mask", "mean_mask_per_prompt"}
     for scores in (*results["conditions"].values(), *results["baselines"].values()):
         assert {"dice_global", "iou_global", "dice_mean", "iou_mean", "num_images"} <= set(scores)
         assert set(scores["interval_95"]) == {"dice_global", "iou_global", "dice_mean", "iou_mean"}
@@ -217,40 +207,40 @@ def test_every_condition_baseline_and_file(trained, tmp_path, capsys):
     assert str(tmp_path / "overlays.png") in out
     assert str(tmp_path / "uncertainty.png") in out
     # The synthetic set has no published variants, and the evaluation says so in one line.
-    assert results["left_out"] == list(VARIANTS)
+    assert results["unavailable"] == list(VARIANTS)
     assert f"has none: {', '.join(VARIANTS)}\n" in out
     # The same numbers as the run's own test.
     own = json.loads((trained / "test/results.json").read_text())
-    assert results["conditions"]["right"] == own["conditions"]["right"]
+    assert results["conditions"]["original"] == own["conditions"]["original"]
 
 
 @pytest.mark.slow
 def test_damaged_pictures_have_their_table_and_plot(trained, tmp_path, capsys):
-    options = ("--no-baselines", "--text-conditions", "right", "--output", str(tmp_path))
-    names = ("--degradations", "gaussian_noise,jpeg", "--severities", "5")
+    options = ("--no-baselines", "--text-conditions", "original", "--output", str(tmp_path))
+    names = ("--corruptions", "gaussian_noise,jpeg", "--severities", "5")
     assert run("--workdir", str(trained), *options, *names) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results["degradations"]) == {"gaussian_noise", "jpeg", "mean"}
-    cells = [results["degradations"][name]["5"] for name in ("gaussian_noise", "jpeg")]
+    assert set(results["corruptions"]) == {"gaussian_noise", "jpeg", "mean"}
+    cells = [results["corruptions"][name]["5"] for name in ("gaussian_noise", "jpeg")]
     assert all(cell["num_images"] == 8 for cell in cells)
-    right = results["conditions"]["right"]["dice_mean"]
+    right = results["conditions"]["original"]["dice_mean"]
     assert all(cell["dice_mean"] != right for cell in cells)
     mean = np.mean([cell["dice_mean"] for cell in cells])
-    assert results["degradations"]["mean"]["dice_mean"] == pytest.approx(mean)
+    assert results["corruptions"]["mean"]["dice_mean"] == pytest.approx(mean)
     assert "gaussian_noise" in capsys.readouterr().out
-    assert Image.open(tmp_path / "degradations.png").size[0] > 600
-    for wrong in (("--degradations", "fog"), ("--degradations", "jpeg", "--severities", "0")):
+    assert Image.open(tmp_path / "corruptions.png").size[0] > 600
+    for wrong in (("--corruptions", "fog"), ("--corruptions", "jpeg", "--severities", "0")):
         assert run("--workdir", str(trained), *wrong) == 2
 
 
 @pytest.mark.slow
 def test_calibration_and_views_of_a_subset(trained, tmp_path, capsys):
-    options = ("--subset", "5", "--text-conditions", "right", "--output", str(tmp_path))
+    options = ("--subset", "5", "--text-conditions", "original", "--output", str(tmp_path))
     assert run("--workdir", str(trained), *options, "--calibration", "--tta") == 0
     out = capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["subset"] == results["num_images"] == 5
-    for scores in (results["conditions"]["right"], results["tta"]["right_tta"]):
+    for scores in (results["conditions"]["original"], results["tta"]["original_tta"]):
         assert scores["num_images"] == 5
     assert results["baselines"]["mean_mask"]["num_images"] == 5
     section = results["calibration"]
@@ -262,7 +252,7 @@ def test_calibration_and_views_of_a_subset(trained, tmp_path, capsys):
     assert section["after"]["error_auroc"] == section["before"]["error_auroc"]
     assert Image.open(tmp_path / "reliability.png").size[0] > 600
     assert 0 <= results["tta"]["mean_mutual_information"] <= results["tta"]["mean_entropy"] <= 0.694
-    assert "right_tta" in out and "reliability.png" in out
+    assert "original_tta" in out and "reliability.png" in out
     lines = (tmp_path / "per_image.csv").read_text().splitlines()[1:]
     ids = [line.split(",")[0] for line in lines]
     assert len(ids) == 5 and ids == sorted(ids, key=lambda i: sha256(f"0:{i}".encode()).hexdigest())
@@ -285,11 +275,11 @@ def test_another_data_set_needs_its_test_split_alone(trained, tmp_path, capsys):
     assert run(*argv, "--output", str(tmp_path / "out")) == 0
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["data"] == "other"
-    assert results["conditions"]["right"]["num_images"] == 3
+    assert results["conditions"]["original"]["num_images"] == 3
     assert "baselines" not in results
     # Another data set whose folder has the same name does not take the first one's place.
     shutil.copytree(trained, tmp_path / "run")
-    argv = ("--workdir", str(tmp_path / "run"), "--no-baselines", "--text-conditions", "right")
+    argv = ("--workdir", str(tmp_path / "run"), "--no-baselines", "--text-conditions", "original")
     assert run(*argv, "--source", str(source)) == 0
     shutil.copytree(source, tmp_path / "second/other")
     (tmp_path / "second/other/annotations.csv").write_text("\n".join(lines[:3]) + "\n")
@@ -301,9 +291,9 @@ def test_another_data_set_needs_its_test_split_alone(trained, tmp_path, capsys):
 def test_mistakes_end_in_a_sentence(trained, tmp_path, capsys):
     assert run("--workdir", str(tmp_path)) == 2
     assert str(tmp_path) in capsys.readouterr().err
-    for names in ("wrong", "missing", "right,fog", ""):
+    for names in ("wrong", "empty", "original,fog", ""):
         assert run("--workdir", str(trained), "--text-conditions", names) == 2
-        assert "mirrored" in capsys.readouterr().err
+        assert "swapped" in capsys.readouterr().err
     for size in ("-1", "0", "9"):
         assert run("--workdir", str(trained), "--no-baselines", "--subset", size) == 2
         assert f"--subset {size}" in capsys.readouterr().err
@@ -317,9 +307,9 @@ def test_mistakes_end_in_a_sentence(trained, tmp_path, capsys):
 
 
 def test_mirroring_is_a_dice_of_the_model_with_itself(trained, tmp_path, capsys):
-    options = ("--no-baselines", "--text-conditions", "right", "--output", str(tmp_path))
-    assert run("--workdir", str(trained), *options, "--mirroring") == 0
-    found = json.loads((tmp_path / "results.json").read_text())["mirroring"]
+    options = ("--no-baselines", "--text-conditions", "original", "--output", str(tmp_path))
+    assert run("--workdir", str(trained), *options, "--flip-consistency") == 0
+    found = json.loads((tmp_path / "results.json").read_text())["flip_consistency"]
     assert found["num_images"] == 8
     assert 0 <= found["dice_mean"] <= 1
     assert "mirrored against itself" in capsys.readouterr().out
@@ -328,14 +318,14 @@ def test_mirroring_is_a_dice_of_the_model_with_itself(trained, tmp_path, capsys)
 def test_models_trained_apart_are_evaluated_together(trained, tmp_path, capsys):
     twin = tmp_path / "twin"
     shutil.copytree(trained / "model", twin / "model")
-    options = ("--no-baselines", "--text-conditions", "right", "--output", str(tmp_path / "out"))
-    assert run("--workdir", str(trained), "--together", str(twin), *options) == 0
+    options = ("--no-baselines", "--text-conditions", "original", "--output", str(tmp_path / "out"))
+    assert run("--workdir", str(trained), "--ensemble-with", str(twin), *options) == 0
     results = results_of(tmp_path / "out")
-    own = results_of(trained / "test")["conditions"]["right"]
-    assert results["conditions"]["right"] == own
+    own = results_of(trained / "test")["conditions"]["original"]
+    assert results["conditions"]["original"] == own
     assert results["members"] == {"member_0": own, "member_1": own}
     assert results["ensemble_uncertainty"]["mean_mutual_information"] == pytest.approx(0, abs=1e-6)
-    (other,) = results["together"]
+    (other,) = results["ensemble_with"]
     assert other["folder"] == str(twin) and other["model_sha256"] == results["model_sha256"]
     assert "members together: entropy" in capsys.readouterr().out
 
@@ -343,11 +333,14 @@ def test_models_trained_apart_are_evaluated_together(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--together", "a,b"), "expected --output"),
-        (("--together", "a,", "--output", "c"), "expected work directories with commas"),
-        (("--together", "a,a", "--output", "c"), "each once"),
-        (("--together", "run", "--output", "c"), "--workdir not among them"),
-        (("--together", "a", "--output", "c", "--uncertainty"), "found --uncertainty beside it"),
+        (("--ensemble-with", "a,b"), "expected --output"),
+        (("--ensemble-with", "a,", "--output", "c"), "expected work directories with commas"),
+        (("--ensemble-with", "a,a", "--output", "c"), "each once"),
+        (("--ensemble-with", "run", "--output", "c"), "--workdir not among them"),
+        (
+            ("--ensemble-with", "a", "--output", "c", "--uncertainty"),
+            "found --uncertainty beside it",
+        ),
     ],
 )
 def test_what_cannot_be_together_is_refused(options, message):
@@ -356,15 +349,15 @@ def test_what_cannot_be_together_is_refused(options, message):
 
 
 def test_together_models_take_pictures_of_one_size(trained, tmp_path, monkeypatch, capsys):
-    opened = evaluate.inference.load_segmenter
+    opened = evaluate.inference.load_segmentation_model
 
     def load(folder):
         model, variables, processor = opened(trained)
         size = 56 if folder == str(trained) else 112
         return model, variables, dataclasses.replace(processor, image_size=size)
 
-    monkeypatch.setattr(evaluate.inference, "load_segmenter", load)
-    argv = ("--workdir", str(trained), "--together", "b", "--output", str(tmp_path / "out"))
+    monkeypatch.setattr(evaluate.inference, "load_segmentation_model", load)
+    argv = ("--workdir", str(trained), "--ensemble-with", "b", "--output", str(tmp_path / "out"))
     assert run(*argv) == 2
     assert "b takes pictures of 112 px" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -378,14 +371,14 @@ def test_members_of_an_ensemble_are_scored_singly(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         train.main([*smoke, *cache, "--workdir", str(workdir)])
     assert not stopped.value.code
-    options = ("--no-baselines", "--text-conditions", "right", "--output", str(tmp_path / "out"))
+    options = ("--no-baselines", "--text-conditions", "original", "--output", str(tmp_path / "out"))
     assert run("--workdir", str(workdir), *options) == 0
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert set(results["members"]) == {"member_0", "member_1"}
     assert all(scores["num_images"] == 8 for scores in results["members"].values())
-    unsure = results["ensemble_uncertainty"]
-    assert 0 < unsure["mean_mutual_information"] <= unsure["mean_entropy"] <= 0.694
+    uncertainty = results["ensemble_uncertainty"]
+    assert 0 < uncertainty["mean_mutual_information"] <= uncertainty["mean_entropy"] <= 0.694
     out = capsys.readouterr().out
     assert "member_1" in out and "members together: entropy" in out
     own = json.loads((workdir / "test/results.json").read_text())
-    assert results["conditions"]["right"] == own["conditions"]["right"]
+    assert results["conditions"]["original"] == own["conditions"]["original"]

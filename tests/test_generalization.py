@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 
 from biclip_jax import generalization
-from biclip_jax.errors import UserError
+from biclip_jax.core.errors import UserError
 
 
 def written(folder, data, dice, surface=None, source=""):
     results = {
         "data": data,
         "config": {"data": {"name": data, "source": source}},
-        "conditions": {"right": {"dice_global": dice, "dice_mean": dice / 2, "num_images": 5}},
+        "conditions": {"original": {"dice_global": dice, "dice_mean": dice / 2, "num_images": 5}},
     }
     if surface:
-        results["surface"] = {"dsc": surface, "nsd_plate": 0.1, "nsd_2d": 0.2}
+        results["surface_metrics"] = {"dsc": surface, "nsd_plate": 0.1, "nsd_2d": 0.2}
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(results))
 
@@ -93,8 +93,8 @@ def test_runs_without_another_data_set_are_refused(tmp_path):
         "[]",
         '{"data": "x"}',
         '{"data": "x", "conditions": null}',
-        '{"data": "x", "conditions": {"right": {"dice_mean": 0.5}}}',
-        '{"data": "x", "conditions": {"right": {"num_images": 3, "dice_mean": null}}}',
+        '{"data": "x", "conditions": {"original": {"dice_mean": 0.5}}}',
+        '{"data": "x", "conditions": {"original": {"num_images": 3, "dice_mean": null}}}',
     ],
 )
 def test_a_damaged_file_is_named(workdirs, text):
@@ -106,6 +106,6 @@ def test_a_damaged_file_is_named(workdirs, text):
 
 def test_scores_that_have_nothing_in_common_are_refused(workdirs):
     path = workdirs[1] / "evaluation" / "BKAI-test" / "results.json"
-    path.write_text('{"data": "x", "conditions": {"right": {"num_images": 3}}}')
+    path.write_text('{"data": "x", "conditions": {"original": {"num_images": 3}}}')
     with pytest.raises(UserError, match=r"on x\b.*no metric that all have"):
         generalization.compare(workdirs)

@@ -9,9 +9,9 @@ from PIL import Image
 
 import biclip_jax
 from biclip_jax import inference
+from biclip_jax.core.errors import BadImageError, UserError
 from biclip_jax.data import image_io, text
-from biclip_jax.errors import BadImageError, UserError
-from biclip_jax.evaluation import tta
+from biclip_jax.evaluation.robustness import tta
 
 SENTENCE = "unilateral pulmonary infection, one infected area, lower left lung."
 
@@ -44,7 +44,7 @@ def test_the_model_applies_to_what_the_processor_gives(trained, picture):
 
 def test_the_processor_resizes_as_it_is_told(picture):
     plain = inference.Processor(None, 56, 8).resize([picture])
-    told = inference.Processor(None, 56, 8, resizing="opencv").resize([picture])
+    told = inference.Processor(None, 56, 8, resize_method="opencv").resize([picture])
     assert plain.shape == told.shape == (1, 56, 56, 3)
     np.testing.assert_array_equal(plain[0, ..., :1], image_io.resize_image(picture, 56))
     np.testing.assert_array_equal(told[0, ..., 2:], image_io.resize_image(picture, 56, "opencv"))
@@ -60,22 +60,26 @@ def test_a_prediction_has_the_picture_s_size_and_agrees_with_itself(trained, pic
 
 
 def test_a_model_that_draws_no_samples_says_so(trained, picture):
-    predictor = biclip_jax.load(trained)
-    assert not predictor.samples
+    segmenter = biclip_jax.load(trained)
+    assert not segmenter.samples
     with pytest.raises(ValueError, match="draws no samples; use predict"):
-        predictor.predict_samples(picture, SENTENCE)
+        segmenter.predict_samples(picture, SENTENCE)
 
 
 def test_the_mean_over_views_is_that_of_single_passes_brought_back(trained, picture):
-    predictor = biclip_jax.load(trained)
-    found = predictor.predict_views(picture, SENTENCE)
-    square = predictor.processor.resize([picture])[0]
+    segmenter = biclip_jax.load(trained)
+    found = segmenter.predict_views(picture, SENTENCE)
+    square = segmenter.processor.resize([picture])[0]
     # At the model's own size, where a view of the picture is a picture that predict takes.
     (whole,) = tta.predict_views(
-        lambda batch: predictor.predict(
+        lambda batch: segmenter.predict(
             np.rint(batch["image"][0]).astype(np.uint8), batch["sentence"]
         ).probability[None, ..., None],
-        {"image": square[None], "sentence": SENTENCE, "mirrored_sentence": text.mirror(SENTENCE)},
+        {
+            "image": square[None],
+            "sentence": SENTENCE,
+            "mirrored_sentence": text.swap_sides(SENTENCE),
+        },
         list(tta.VIEWS.values()),
     )
     expected = [image_io.resize_probability(one, 70, 90) for one in np.moveaxis(whole, -1, 0)]
@@ -87,7 +91,7 @@ def test_the_mean_over_views_is_that_of_single_passes_brought_back(trained, pict
 
 
 @pytest.mark.parametrize(
-    ("image", "sentence", "message"),
+    ("image", "prompt", "message"),
     [
         (Image.new("L", (9, 9)), SENTENCE, "the picture is a Image; expected a uint8 array"),
         (np.zeros((9, 9)), SENTENCE, r"float64 \(9, 9\); expected uint8 .*to 0..255"),
@@ -95,31 +99,31 @@ def test_the_mean_over_views_is_that_of_single_passes_brought_back(trained, pict
         (np.zeros((9, 9), np.uint8), None, 'the sentence is None; expected a str, "" for none'),
     ],
 )
-def test_what_is_no_picture_or_no_sentence_is_said(trained, image, sentence, message):
-    predictor = biclip_jax.load(trained)
-    for predict in (predictor.predict, predictor.predict_views):
+def test_what_is_no_picture_or_no_sentence_is_said(trained, image, prompt, message):
+    segmenter = biclip_jax.load(trained)
+    for predict in (segmenter.predict, segmenter.predict_views):
         with pytest.raises(ValueError, match=message):
-            predict(image, sentence)
+            predict(image, prompt)
 
 
 def test_files_arrays_grey_and_rgb_give_the_same(trained, picture, tmp_path):
-    predictor = biclip_jax.load(trained)
+    segmenter = biclip_jax.load(trained)
     Image.fromarray(picture[..., 0]).save(tmp_path / "p.png")
-    expected = predictor.predict(picture, SENTENCE).probability
+    expected = segmenter.predict(picture, SENTENCE).probability
     rgb = np.repeat(picture, 3, axis=2)
     for same in (picture[..., 0], rgb, tmp_path / "p.png", str(tmp_path / "p.png")):
         np.testing.assert_allclose(
-            predictor.predict(same, SENTENCE).probability, expected, atol=1e-6
+            segmenter.predict(same, SENTENCE).probability, expected, atol=1e-6
         )
 
 
 def test_bad_pictures_are_named(trained, tmp_path):
-    predictor = biclip_jax.load(trained)
+    segmenter = biclip_jax.load(trained)
     (tmp_path / "bad.png").write_bytes(b"no picture")
     with pytest.raises(BadImageError, match=r"bad\.png"):
-        predictor.predict(tmp_path / "bad.png")
+        segmenter.predict(tmp_path / "bad.png")
     with pytest.raises(ValueError, match="float64"):
-        predictor.predict(np.zeros((4, 4)))
+        segmenter.predict(np.zeros((4, 4)))
 
 
 def test_parameters_of_another_model_are_refused_by_name(trained, tmp_path):

@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 import biclip_jax
-from biclip_jax import cli, evaluate, medclipseg_program, predict, program, train
-from biclip_jax.errors import UserError
+from biclip_jax import evaluate, predict, train
+from biclip_jax.core import config as config_lib
+from biclip_jax.core.errors import UserError
+from biclip_jax.experiment import medclipseg_spec, program
 from biclip_jax.models import medclipseg
 from biclip_jax.training import checkpoint, writers
 from biclip_jax.weights import readers
@@ -22,8 +24,8 @@ from tests.models import by_hand
 
 # Smaller than `smoke`: two blocks, one adapter, patches of 14, one doubling of the map.
 SMALL = {
-    "model.towers.patch_size": 14,
-    "model.towers.num_layers": 2,
+    "model.encoders.patch_size": 14,
+    "model.encoders.num_layers": 2,
     "model.num_layers": 1,
     "model.num_upscales": 1,
     "model.num_samples": 2,
@@ -37,7 +39,7 @@ SENTENCE = "one large lesion, upper left."
 def configured(base, variant="smoke", **changes):
     fields = {**SMALL, "data.cache_dir": base / "cache", **changes}
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
-    return cli.load_config(f"medclipseg:{variant}", overrides)
+    return config_lib.load_config(f"medclipseg:{variant}", overrides)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def trained(base):
 
 def spoken_of(config):
     texts = {"train": ["one small lesion left", "none right"]}
-    return medclipseg_program.read_sentences(config, texts, medclipseg_program.open_towers(config))
+    return medclipseg_spec.encode_texts(config, texts, medclipseg_spec.open_encoders(config))
 
 
 def checkpoint_at(workdir, step):
@@ -88,7 +90,7 @@ def run(main, *argv):
 
 def test_a_run_leaves_a_model_that_opens_and_its_test(trained):
     results = json.loads((trained / "test/results.json").read_text())
-    assert set(results["conditions"]) == {"right", "missing", "shuffled"}
+    assert set(results["conditions"]) == {"original", "empty", "shuffled"}
     for scores in results["conditions"].values():
         assert scores["num_images"] == 8
         assert 0 <= scores["dice_mean"] <= 1
@@ -119,7 +121,7 @@ def test_checkpoints_hold_what_is_trained_alone(trained):
     assert not any(part in name for name in names for part in medclipseg.FROZEN)
     # The model, on the other hand, is whole.
     held = readers.open_checkpoint(trained / "model/model.safetensors").tensors
-    assert {name.split("/")[1] for name in held} >= {"image_tower", "text_tower", "adapters_0"}
+    assert {name.split("/")[1] for name in held} >= {*medclipseg.FROZEN[:2], "adapters_0"}
 
 
 def test_a_run_goes_on_from_a_checkpoint_to_the_same_bits(trained, base, tmp_path, monkeypatch):
@@ -127,7 +129,7 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_same_bits(trained, base, tmp_pat
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir, ignore=shutil.ignore_patterns("lock", "test"))
     (workdir / "checkpoints/last/4.sha256.json").unlink()  # as if its writing was interrupted
-    assert [path.name for path in checkpoint.steps(workdir / "checkpoints/last")] == ["2"]
+    assert [path.name for path in checkpoint.complete_steps(workdir / "checkpoints/last")] == ["2"]
     train.train_and_evaluate(configured(base, final_test=False), workdir)
     whole, resumed = (checkpoint_at(place, 4) for place in (trained, workdir))
     jax.tree.map(np.testing.assert_array_equal, whole[0], resumed[0])
@@ -139,22 +141,22 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_same_bits(trained, base, tmp_pat
 
 @pytest.mark.slow
 def test_evaluation_writes_its_conditions(trained):
-    argv = ("--workdir", trained, "--text-conditions", "right,missing", "--no-baselines")
+    argv = ("--workdir", trained, "--text-conditions", "original,empty", "--no-baselines")
     assert run(evaluate.main, *argv) == 0
     folder = trained / "evaluation/test"
     results = json.loads((folder / "results.json").read_text())
-    assert set(results["conditions"]) == {"right", "missing"}
+    assert set(results["conditions"]) == {"original", "empty"}
     tested = json.loads((trained / "test/results.json").read_text())
     # A picture's noise follows the picture: again the same numbers.
-    for name in ("right", "missing"):
+    for name in ("original", "empty"):
         assert results["conditions"][name] == tested["conditions"][name]
     with open(folder / "per_image.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 8
 
 
 @pytest.fixture(scope="module")
-def pictures(base):
-    folder = base / "pictures"
+def images(base):
+    folder = base / "images"
     folder.mkdir()
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (70, 90)).astype(np.uint8)).save(folder / "a.png")
@@ -163,8 +165,8 @@ def pictures(base):
 
 
 @pytest.mark.slow
-def test_predictions_tell_their_uncertainty_and_repeat_to_the_bit(trained, pictures, tmp_path):
-    argv = ("--workdir", trained, "--image", pictures, "--text", SENTENCE, "--output", tmp_path)
+def test_predictions_tell_their_uncertainty_and_repeat_to_the_bit(trained, images, tmp_path):
+    argv = ("--workdir", trained, "--image", images, "--text", SENTENCE, "--output", tmp_path)
     assert run(predict.main, *argv) == 0
     kinds = ("mask", "overlay", "probability", "uncertainty")
     files = [f"{stem}_{kind}.png" for stem in "ab" for kind in kinds]
@@ -174,10 +176,10 @@ def test_predictions_tell_their_uncertainty_and_repeat_to_the_bit(trained, pictu
     assert shown.std() > 10
     with open(tmp_path / "predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    predictor = biclip_jax.load(trained)
-    assert predictor.samples
-    for row, picture in zip(rows, sorted(pictures.iterdir()), strict=True):
-        again = predictor.predict_samples(picture, SENTENCE)
+    segmenter = biclip_jax.load(trained)
+    assert segmenter.samples
+    for row, picture in zip(rows, sorted(images.iterdir()), strict=True):
+        again = segmenter.predict_samples(picture, SENTENCE)
         assert float(row["mean_uncertainty_nats"]) == float(again.uncertainty.mean())
         assert float(row["mean_epistemic_nats"]) == float(again.epistemic.mean())
         assert 0 < again.epistemic.mean() < again.uncertainty.mean() < np.log(2)
@@ -189,20 +191,20 @@ def test_predictions_tell_their_uncertainty_and_repeat_to_the_bit(trained, pictu
         np.testing.assert_array_equal(mask, 255 * again.mask)
         np.testing.assert_array_equal(probability, np.rint(again.probability * 65535))
         np.testing.assert_array_equal(again.mask, again.probability >= 0.5)
-        plain = predictor.predict(picture, SENTENCE)
+        plain = segmenter.predict(picture, SENTENCE)
         for name in ("mask", "probability", "uncertainty"):
             np.testing.assert_array_equal(getattr(plain, name), getattr(again, name))
-    views = predictor.predict_views(picture, SENTENCE)
+    views = segmenter.predict_views(picture, SENTENCE)
     assert [x.shape for x in views] == [x.shape for x in again]
     # An untrained model answers much alike to every view, and not the same.
     assert 0 < np.abs(views.probability - again.probability).mean() < 0.05
 
 
 @pytest.mark.slow
-def test_a_sample_is_the_mean_of_passes_of_the_loaded_model(trained, pictures):
+def test_a_sample_is_the_mean_of_passes_of_the_loaded_model(trained, images):
     """By `model.apply` alone; the picture stands alone, so that its number is 0."""
     model, variables, processor = biclip_jax.load_model(trained)
-    picture = np.asarray(Image.open(pictures / "b.png"))
+    picture = np.asarray(Image.open(images / "b.png"))
     inputs = processor([picture], [SENTENCE])
     key = jax.random.fold_in(jax.random.key(0), 0)
     apply = jax.jit(model.apply)
@@ -247,17 +249,15 @@ def test_openai_s_towers_need_weights(base, variant):
     with pytest.raises(
         UserError, match=rf"--config\.model\.variant: '{variant}' without .*weights"
     ):
-        medclipseg_program.open_towers(config)
+        medclipseg_spec.open_encoders(config)
 
 
 def test_sentences_longer_than_the_tower_are_refused(base):
-    towers = medclipseg_program.open_towers(configured(base))
-    towers = towers._replace(text={**towers.text, "max_length": 20})
+    encoders = medclipseg_spec.open_encoders(configured(base))
+    encoders = encoders._replace(text={**encoders.text, "max_length": 20})
     with pytest.raises(UserError, match="max_length: 24; the text tower has 20 positions"):
-        medclipseg_program.text_length(configured(base), towers)
-    assert (
-        medclipseg_program.text_length(configured(base, **{"model.max_length": 20}), towers) == 20
-    )
+        medclipseg_spec.text_length(configured(base), encoders)
+    assert medclipseg_spec.text_length(configured(base, **{"model.max_length": 20}), encoders) == 20
 
 
 @pytest.mark.parametrize("variant", ["reference", "biomedclip", "covid19", "p25"])
@@ -297,7 +297,9 @@ def test_the_reference_trains_too(base):
 @pytest.mark.slow
 def test_the_smoke_run_learns_and_its_towers_follow_from_the_seed(base):
     """They are in no checkpoint: a run that goes on draws them again."""
-    config = cli.load_config("medclipseg:smoke", [f"--config.data.cache_dir={base / 'cache'}"])
+    config = config_lib.load_config(
+        "medclipseg:smoke", [f"--config.data.cache_dir={base / 'cache'}"]
+    )
     train.train_and_evaluate(config, base / "smoke")
     losses = [row["loss"] for row in metrics_of(base / "smoke") if row["split"] == "train"]
     assert losses[-1] < losses[0]

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from biclip_jax import parallel
-from biclip_jax.errors import UserError
+from biclip_jax.core import distributed
+from biclip_jax.core.errors import UserError
 
 OPTIONS = [
     *("--config", "default:smoke", "--config.optim.name=sgd", "--config.optim.learning_rate=0.03"),
@@ -24,7 +24,7 @@ OPTIONS = [
     "--config.final_test=False",
 ]
 MESH = ("--config.parallel.mode=mesh", "--config.parallel.shard=all")
-RESIDENT = ("--config.data.resident=True", "--config.data.resident_steps=2")
+RESIDENT = ("--config.data.on_device=True", "--config.data.steps_per_call=2")
 TIMEOUT = 300  # seconds, of a whole run
 
 
@@ -102,7 +102,7 @@ def check_same_lines(ours, theirs):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("pmap", ()), ("mesh", MESH), ("resident", RESIDENT), ("resident_mesh", RESIDENT + MESH)],
+    [("pmap", ()), ("mesh", MESH), ("on_device", RESIDENT), ("resident_mesh", RESIDENT + MESH)],
 )
 def test_two_processes_of_two_devices_give_the_run_of_one_with_four(folder, one, name, options):
     """With SGD, which hides no wrong scale; every picture of seven is validated once."""
@@ -209,7 +209,7 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}
     ],
 )
 def test_processes_meet_as_the_environment_says(environment, expected, calls):
-    parallel.initialize(environment)
+    distributed.initialize(environment)
     for arguments in calls:
         assert arguments.pop("shutdown_timeout_seconds") == 24 * 3600
     assert calls == ([] if expected is None else [expected])
@@ -226,7 +226,7 @@ def test_processes_meet_as_the_environment_says(environment, expected, calls):
 )
 def test_half_an_environment_is_refused(change, message, calls):
     with pytest.raises(UserError, match=message):
-        parallel.initialize({**PLAIN, **change})
+        distributed.initialize({**PLAIN, **change})
     assert not calls
 
 
@@ -236,15 +236,15 @@ def test_processes_that_do_not_meet_are_told_so(monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     with pytest.raises(UserError, match=r"did not meet \(deadline exceeded\)"):
-        parallel.initialize(PLAIN)
+        distributed.initialize(PLAIN)
 
 
 def test_one_process_asks_nobody(tmp_path):
     tree, facts = {"x": np.ones(2)}, {"step": 3}
-    assert parallel.of_first(tree, facts) == (tree, facts)
-    assert parallel.agreed(15, ask=False) == 15
-    assert parallel.agreed(None, ask=True) is None
-    with parallel.first_writes(tmp_path) as folder, parallel.ends_at_once():
+    assert distributed.broadcast_from_main(tree, facts) == (tree, facts)
+    assert distributed.any_process(15, ask=False) == 15
+    assert distributed.any_process(None, ask=True) is None
+    with distributed.only_main_writes(tmp_path) as folder, distributed.exit_on_error():
         assert folder == tmp_path
-    with pytest.raises(UserError, match="as it was"), parallel.ends_at_once():
+    with pytest.raises(UserError, match="as it was"), distributed.exit_on_error():
         raise UserError("as it was")

@@ -21,8 +21,8 @@ def run(*argv):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
+def images(tmp_path):
+    folder = tmp_path / "images"
     folder.mkdir()
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (70, 90)).astype(np.uint8)).save(folder / "a.png")
@@ -31,13 +31,11 @@ def pictures(tmp_path):
     return folder
 
 
-def test_one_picture_gives_mask_probability_and_overlay_at_its_own_size(
-    trained, pictures, tmp_path
-):
+def test_one_picture_gives_mask_probability_and_overlay_at_its_own_size(trained, images, tmp_path):
     out = tmp_path / "out"
-    argv = ("--workdir", trained, "--image", pictures / "a.png", "--text", SENTENCE)
+    argv = ("--workdir", trained, "--image", images / "a.png", "--text", SENTENCE)
     assert run(*argv, "--output", out) == 0
-    expected = biclip_jax.load(trained).predict(pictures / "a.png", SENTENCE)
+    expected = biclip_jax.load(trained).predict(images / "a.png", SENTENCE)
     mask = np.asarray(Image.open(out / "a_mask.png"))
     probability = np.asarray(Image.open(out / "a_probability.png"))
     assert mask.shape == probability.shape == (70, 90)
@@ -46,11 +44,11 @@ def test_one_picture_gives_mask_probability_and_overlay_at_its_own_size(
     assert Image.open(out / "a_overlay.png").size == (90, 70)
 
 
-def test_several_views_tell_how_much_they_disagree(trained, pictures, tmp_path):
+def test_several_views_tell_how_much_they_disagree(trained, images, tmp_path):
     out = tmp_path / "out"
-    argv = ("--workdir", trained, "--image", pictures / "b.jpg", "--text", SENTENCE, "--tta")
+    argv = ("--workdir", trained, "--image", images / "b.jpg", "--text", SENTENCE, "--tta")
     assert run(*argv, "--output", out) == 0
-    expected = biclip_jax.load(trained).predict_views(pictures / "b.jpg", SENTENCE)
+    expected = biclip_jax.load(trained).predict_views(images / "b.jpg", SENTENCE)
     probability = np.asarray(Image.open(out / "b_probability.png"))
     np.testing.assert_allclose(probability / 65535, expected.probability, atol=1e-5)
     with open(out / "predictions.csv", newline="") as file:
@@ -58,11 +56,11 @@ def test_several_views_tell_how_much_they_disagree(trained, pictures, tmp_path):
     assert float(row["mean_epistemic_nats"]) == pytest.approx(expected.epistemic.mean(), rel=1e-4)
 
 
-def test_a_folder_with_a_csv_of_sentences(trained, pictures, tmp_path, capsys):
+def test_a_folder_with_a_csv_of_sentences(trained, images, tmp_path, capsys):
     table = tmp_path / "sentences.csv"
     table.write_text(f'image,text\na.png,"{SENTENCE}"\nb.jpg,\nc.png,gone\n')
     out = tmp_path / "out"
-    argv = ("--workdir", trained, "--image", pictures, "--texts", table, "--output", out)
+    argv = ("--workdir", trained, "--image", images, "--texts", table, "--output", out)
     assert run(*argv) == 0
     assert "sentences.csv: no picture for c.png (1 in all)" in capsys.readouterr().err
     with open(out / "predictions.csv", newline="") as file:
@@ -73,10 +71,10 @@ def test_a_folder_with_a_csv_of_sentences(trained, pictures, tmp_path, capsys):
     assert Image.open(out / "b_mask.png").size == (48, 64)
 
 
-def test_a_bad_picture_is_named_and_the_others_are_done(trained, pictures, tmp_path, capsys):
-    (pictures / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+def test_a_bad_picture_is_named_and_the_others_are_done(trained, images, tmp_path, capsys):
+    (images / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     out = tmp_path / "out"
-    assert run("--workdir", trained, "--image", pictures, "--output", out) == 1
+    assert run("--workdir", trained, "--image", images, "--output", out) == 1
     captured = capsys.readouterr()
     assert "broken.png" in captured.err
     assert "2 of 3 pictures" in captured.out
@@ -93,25 +91,25 @@ def test_a_bad_picture_is_named_and_the_others_are_done(trained, pictures, tmp_p
         (None, "cannot be read"),
     ],
 )
-def test_sentences_that_do_not_fit_are_named(trained, pictures, tmp_path, capsys, content, said):
+def test_sentences_that_do_not_fit_are_named(trained, images, tmp_path, capsys, content, said):
     table = tmp_path / "sentences.csv"
     if content is not None:
         table.write_text(content)
-    argv = ("--workdir", trained, "--image", pictures, "--texts", table)
+    argv = ("--workdir", trained, "--image", images, "--texts", table)
     assert run(*argv, "--output", tmp_path / "out") == 2
     assert said in capsys.readouterr().err
 
 
-def test_nothing_to_segment_and_clashing_names_are_errors(trained, pictures, tmp_path, capsys):
+def test_nothing_to_segment_and_clashing_names_are_errors(trained, images, tmp_path, capsys):
     argv = ("--workdir", trained, "--output", tmp_path / "out", "--image")
     assert run(*argv, tmp_path / "nowhere") == 2
     (tmp_path / "empty").mkdir()
     assert run(*argv, tmp_path / "empty") == 2
-    inside = ("--workdir", trained, "--image", pictures, "--output", pictures)
+    inside = ("--workdir", trained, "--image", images, "--output", images)
     assert run(*inside) == 2
     assert "holds the pictures" in capsys.readouterr().err
-    Image.new("L", (4, 4)).save(pictures / "a.bmp")
-    assert run(*argv, pictures) == 2
+    Image.new("L", (4, 4)).save(images / "a.bmp")
+    assert run(*argv, images) == 2
     assert "overwrite" in capsys.readouterr().err
 
 
@@ -152,7 +150,7 @@ def test_a_folder_of_dicom_files(trained, tmp_path, capsys):
         ("40,400", "of DICOM files alone, and there is none"),
     ],
 )
-def test_windows_that_cannot_be(trained, pictures, tmp_path, capsys, window, said):
-    argv = ("--workdir", trained, "--image", pictures, "--output", tmp_path / "out")
+def test_windows_that_cannot_be(trained, images, tmp_path, capsys, window, said):
+    argv = ("--workdir", trained, "--image", images, "--output", tmp_path / "out")
     assert run(*argv, f"--window={window}") == 2
     assert said in capsys.readouterr().err

@@ -3,7 +3,7 @@
 import pytest
 
 from biclip_jax import prepare
-from biclip_jax.data.builders import open_split
+from biclip_jax.data.builders.prepared import open_split
 
 
 def test_the_file_is_written_and_described(smoke_config, tmp_path, capsys):

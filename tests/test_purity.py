@@ -8,7 +8,7 @@ import jax.monitoring
 import numpy as np
 import pytest
 
-from biclip_jax import parallel
+from biclip_jax.core import distributed
 from biclip_jax.evaluation import steps as eval_steps
 from tests import tiny
 
@@ -67,7 +67,7 @@ def check_same_bits(step, state, batch, key):
 @pytest.mark.slow
 def test_a_run_compiles_each_step_once():
     """The first step may compile; the ones after it trace and compile nothing."""
-    step, state, batch, key = tiny.train_step(parallel.AXIS)
+    step, state, batch, key = tiny.train_step(distributed.AXIS)
     traces, compilations = [], []
 
     def counted(*args):
@@ -78,9 +78,9 @@ def test_a_run_compiles_each_step_once():
         if "compile" in event:
             compilations.append(event)
 
-    train = parallel.pmap_train_step(counted)
-    batches = [parallel.shard(tiny.batch(seed=seed)) for seed in range(4)]
-    state, key = parallel.replicate(state), parallel.replicate(key)
+    train = distributed.pmap_train_step(counted)
+    batches = [distributed.shard_batch(tiny.batch(seed=seed)) for seed in range(4)]
+    state, key = distributed.replicate(state), distributed.replicate(key)
     jax.monitoring.register_event_duration_secs_listener(listen)
     state, _ = jax.block_until_ready(train(state, batches[0], key))
     assert compilations
@@ -98,10 +98,10 @@ def test_a_run_compiles_each_step_once():
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_the_train_step_over_a_mesh_lowers_for(platform):
     step, state, batch, key = tiny.train_step()
-    layout = parallel.cut(state)
-    train = parallel.mesh_train_step(step, layout)
+    layout = distributed.sharded(state)
+    train = distributed.mesh_train_step(step, layout)
     export = jax.export.export(train, platforms=[platform])
-    exported = export(parallel.place(state, layout), parallel.global_batch(batch), key)
+    exported = export(distributed.put(state, layout), distributed.global_batch(batch), key)
     assert exported.platforms == (platform,)
     assert "stablehlo.convolution" in exported.mlir_module()
 
@@ -111,10 +111,10 @@ def test_the_train_step_over_a_mesh_lowers_for(platform):
     "platform", ["tpu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cuda", "cpu"))]
 )
 def test_the_pmapped_train_step_lowers_for(platform, method):
-    step, state, batch, key = tiny.train_step(parallel.AXIS, method=method)
-    train = parallel.pmap_train_step(step)
+    step, state, batch, key = tiny.train_step(distributed.AXIS, method=method)
+    train = distributed.pmap_train_step(step)
     export = jax.export.export(jax.jit(train), platforms=[platform])
-    exported = export(state, parallel.shard(batch), key)
+    exported = export(state, distributed.shard_batch(batch), key)
     assert exported.platforms == (platform,)
     assert "stablehlo.convolution" in exported.mlir_module()
     assert "stablehlo.all_reduce" in exported.mlir_module()

@@ -20,7 +20,7 @@ def test_a_finished_run_has_its_page(trained, tmp_path, capsys):
     assert str(page) in capsys.readouterr().out
     results = json.loads((trained / "test/results.json").read_text())
     text = page.read_text(encoding="utf-8")
-    assert f"{100 * results['conditions']['right']['dice_mean']:.2f}" in text
+    assert f"{100 * results['conditions']['original']['dice_mean']:.2f}" in text
     # Only the test at the end of training is there, and it is asked for nothing more.
     assert "Test at the end of training" in text
     assert "biclip_jax.evaluate" not in text and "Not here" not in text

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import roofline
 from benchmarks.flops import count
-from biclip_jax import cli
+from biclip_jax.core import config as config_lib
 from biclip_jax.models.unet import UNet
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -158,7 +158,7 @@ def test_the_whole_of_a_small_training_step(monkeypatch):
         return traces[-1]
 
     monkeypatch.setattr(roofline, "traced", recorded)
-    step = roofline.count_step(cli.load_config("default:smoke", []))
+    step = roofline.count_step(config_lib.load_config("default:smoke", []))
     assert step["gradient_bytes"] == 4 * step["parameters"]
     assert step["optimizer_bytes"] == pytest.approx(2 * step["gradient_bytes"], rel=1e-3)
     # Two views, forwards, of five blocks with two norms each; one of them backwards.

@@ -15,20 +15,14 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from biclip_jax import (
-    biclip_program,
-    cli,
-    convert,
-    inference,
-    program,
-    sentences,
-    teaching,
-    train,
-)
+from biclip_jax import convert, inference, train
+from biclip_jax.core import config as config_lib
+from biclip_jax.core.errors import UserError
 from biclip_jax.data import text, tokenizers
-from biclip_jax.errors import UserError
+from biclip_jax.encoders import text as text_encoders
+from biclip_jax.experiment import biclip_spec, program, pseudo_labels
 from biclip_jax.training import checkpoint, writers
-from biclip_jax.weights import folder as model_folder
+from biclip_jax.weights import model_folder
 
 TIMES = ("images_per_second",)
 
@@ -48,7 +42,7 @@ def sentences_of(config, workdir):
     """The run's tokenizer, and one sentence."""
     tokenizer = tokenizers.load_tokenizer(workdir / "model/tokenizer")
     one = text.encode_fields(tokenizer, [""], config.model.text.max_length)
-    return sentences.Sentences(tokenizer, {"train": one})
+    return text_encoders.EncodedText(tokenizer, {"train": one})
 
 
 def metrics_of(workdir):
@@ -88,7 +82,7 @@ def test_a_run_leaves_what_it_says(trained):
     }
     assert [p.name for p in (trained / "checkpoints/best").iterdir() if p.is_dir()]
     results = json.loads((trained / "test/results.json").read_text())
-    assert set(results["conditions"]) == {"right", "missing", "shuffled"}
+    assert set(results["conditions"]) == {"original", "empty", "shuffled"}
     for scores in results["conditions"].values():
         assert scores["num_images"] == 8
         for name in ("dice_global", "iou_global", "dice_mean", "iou_mean"):
@@ -140,32 +134,32 @@ def test_a_finished_run_is_tested_again_without_training(smoke_config, trained, 
 
 
 def test_another_configuration_may_not_go_on_in_the_same_place(smoke_config, tmp_path):
-    train.claim(smoke_config, tmp_path, {})
+    train.write_or_check_config(smoke_config, tmp_path, {})
     (tmp_path / "checkpoints/last/4").mkdir(parents=True)
     (tmp_path / "checkpoints/last/4.sha256.json").write_text("{}")
     with smoke_config.unlocked():
         smoke_config.data.source = "/moved"
-        train.claim(smoke_config, tmp_path, {})
+        train.write_or_check_config(smoke_config, tmp_path, {})
         smoke_config.optim.learning_rate = 0.5
     with pytest.raises(UserError, match=r"optim.learning_rate \(0.002 -> 0.5\)"):
-        train.claim(smoke_config, tmp_path, {})
+        train.write_or_check_config(smoke_config, tmp_path, {})
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json: damaged"):
-        train.claim(smoke_config, tmp_path, {})
+        train.write_or_check_config(smoke_config, tmp_path, {})
 
 
 def test_other_pictures_may_not_go_on_in_the_same_place(tmp_path):
-    train.claim_pictures({"ids": ["a", "b"]}, tmp_path)
-    train.claim_pictures({"ids": ["a", "c"]}, tmp_path)  # nothing was trained yet
+    train.write_or_check_labels({"ids": ["a", "b"]}, tmp_path)
+    train.write_or_check_labels({"ids": ["a", "c"]}, tmp_path)  # nothing was trained yet
     (tmp_path / "checkpoints/last/4").mkdir(parents=True)
     (tmp_path / "checkpoints/last/4.sha256.json").write_text("{}")
-    train.claim_pictures({"ids": ["a", "c"]}, tmp_path)
+    train.write_or_check_labels({"ids": ["a", "c"]}, tmp_path)
     with pytest.raises(UserError, match=r"began with 2 labelled pictures; .* has 3, of which 1"):
-        train.claim_pictures({"ids": ["a", "d", "e"]}, tmp_path)
+        train.write_or_check_labels({"ids": ["a", "d", "e"]}, tmp_path)
     assert json.loads((tmp_path / "labels.json").read_text()) == {"ids": ["a", "c"]}
     (tmp_path / "labels.json").write_text("{}")
     with pytest.raises(UserError, match=r"labels.json: damaged \(KeyError\('ids'\)\)"):
-        train.claim_pictures({"ids": ["a", "c"]}, tmp_path)
+        train.write_or_check_labels({"ids": ["a", "c"]}, tmp_path)
 
 
 @pytest.mark.slow
@@ -210,13 +204,13 @@ def broken_objective(*args, **kwargs):
     return loss * float("nan"), aux
 
 
-PUBLISHED = biclip_program.objective.objective
+PUBLISHED = biclip_spec.objective.objective
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["skip", "abort"])
 def test_a_loss_that_is_not_finite_follows_the_policy(smoke_config, tmp_path, monkeypatch, policy):
-    monkeypatch.setattr(biclip_program.objective, "objective", broken_objective)
+    monkeypatch.setattr(biclip_spec.objective, "objective", broken_objective)
     smoke_config.optim.non_finite, smoke_config.final_test = policy, False
     if policy == "abort":
         with pytest.raises(UserError, match="not finite"):
@@ -225,8 +219,8 @@ def test_a_loss_that_is_not_finite_follows_the_policy(smoke_config, tmp_path, mo
         return
     train.train_and_evaluate(smoke_config, tmp_path / "run")
     state, _ = final_state(smoke_config, tmp_path / "run")
-    spoken = sentences_of(smoke_config, tmp_path / "run")
-    fresh = program.build(smoke_config, 32, spoken).initial
+    encoded_text = sentences_of(smoke_config, tmp_path / "run")
+    fresh = program.build(smoke_config, 32, encoded_text).initial
     assert int(state.skipped) == int(state.step) == 8
     jax.tree.map(np.testing.assert_array_equal, state.params, fresh.params)
 
@@ -257,7 +251,7 @@ def test_early_stopping_ends_after_evaluations_without_improvement(
 def test_what_cannot_run_is_said_before_training(tmp_path, override, said):
     overrides = [f"--config.data.cache_dir={tmp_path}", f"--config.{override}"]
     overrides += ["--config.optim.accumulate=2"] if "batch" in override else []
-    config = cli.load_config("default:smoke", overrides)
+    config = config_lib.load_config("default:smoke", overrides)
     with pytest.raises(UserError, match=said):
         train.train_and_evaluate(config, tmp_path / "run")
     if said.startswith("image_size"):  # nothing was prepared at a size that no network takes
@@ -270,24 +264,24 @@ def test_accumulation_runs_end_to_end(smoke_config, tmp_path):
         smoke_config.optim.accumulate, smoke_config.num_steps = 2, 2
         smoke_config.model.dtype = "bfloat16"
     results = train.train_and_evaluate(smoke_config, tmp_path / "run")
-    assert results["conditions"]["right"]["num_images"] == 8
+    assert results["conditions"]["original"]["num_images"] == 8
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "unet", "ef_unet", "one_way", "no_generator"])
 def test_every_kind_of_method_runs_end_to_end(tmp_path, method):
     cache = f"--config.data.cache_dir={tmp_path / 'cache'}"
-    config = cli.load_config(f"default:smoke,{method}", [cache, "--config.num_steps=2"])
+    config = config_lib.load_config(f"default:smoke,{method}", [cache, "--config.num_steps=2"])
     results = train.train_and_evaluate(config, tmp_path / "run")
     conditions = results["conditions"]
-    assert set(conditions) == {"right", "missing", "shuffled"}
-    assert conditions["right"]["num_images"] == 8
+    assert set(conditions) == {"original", "empty", "shuffled"}
+    assert conditions["original"]["num_images"] == 8
     if method == "unet":
         scores = [conditions[name]["dice_global"] for name in conditions]
         assert scores[0] == scores[1] == scores[2]
     image = np.random.default_rng(0).integers(0, 256, (56, 56, 1)).astype(np.uint8)
-    predictor = inference.load(tmp_path / "run")
-    given, without = (predictor.predict(image, text).probability for text in ("left lung", ""))
+    segmenter = inference.load(tmp_path / "run")
+    given, without = (segmenter.predict(image, text).probability for text in ("left lung", ""))
     assert np.isfinite(given).all()
     assert np.array_equal(given, without) == (method == "unet")
 
@@ -301,13 +295,13 @@ def test_a_stopped_semi_supervised_run_goes_on_and_keeps_its_averages(
     if taught:  # a model folder: the run has all the labels
         overrides.append(f"--config.data.teachers={trained / 'model'}")
     overrides += ["--config.data.label_fraction=0.5", "--config.num_steps=4"]
-    config = cli.load_config("default:smoke,semi", overrides)
+    config = config_lib.load_config("default:smoke,semi", overrides)
     train.train_and_evaluate(config, tmp_path / "whole")
     monkeypatch.setattr(StopAfter, "count", 3)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(checkpoint, "StopSignal", StopAfter)
         train.train_and_evaluate(config, tmp_path / "run")
-    monkeypatch.setattr(teaching, "open_teacher", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(pseudo_labels, "open_teacher", lambda *_: pytest.fail("asked again"))
     train.train_and_evaluate(config, tmp_path / "run")
     (whole, progress), (resumed, _) = (
         final_state(config, tmp_path / name) for name in ("whole", "run")
@@ -329,22 +323,22 @@ def test_a_stopped_semi_supervised_run_goes_on_and_keeps_its_averages(
 def test_the_demo_needs_its_sentences(tmp_path, variant):
     """The picture alone does not determine the mask: 0.85 with sentences, below 0.6 without."""
     overrides = [f"--config.data.cache_dir={tmp_path}"]
-    config = cli.load_config(f"default:{variant}", overrides)
+    config = config_lib.load_config(f"default:{variant}", overrides)
     conditions = train.train_and_evaluate(config, tmp_path / "run")["conditions"]
     if variant:
-        assert conditions["right"]["dice_global"] < 0.6
+        assert conditions["original"]["dice_global"] < 0.6
         assert "shuffled" not in conditions
     else:
-        assert conditions["right"]["dice_global"] > 0.85
+        assert conditions["original"]["dice_global"] > 0.85
         assert conditions["shuffled"]["dice_global"] < 0.5
-        assert conditions["missing"]["dice_global"] < 0.6
+        assert conditions["empty"]["dice_global"] < 0.6
 
 
 @pytest.fixture(scope="module")
 def tower_folder(tmp_path_factory):
     """A converted text tower, as `python -m biclip_jax.convert bert` writes it."""
-    folder = tmp_path_factory.mktemp("tower") / "cxr_bert"
-    source = Path(__file__).parent / "fixtures/towers/cxr_bert"
+    folder = tmp_path_factory.mktemp("encoder") / "cxr_bert"
+    source = Path(__file__).parent / "fixtures/encoders/cxr_bert"
     with pytest.raises(SystemExit, match="0"):
         convert.main(["bert", str(source), str(folder)])
     return folder
@@ -364,7 +358,7 @@ def test_a_frozen_tower_is_asked_once_and_travels_with_the_model(
 ):
     config = with_tower(smoke_config, tower_folder)
     results = train.train_and_evaluate(config, tmp_path / "run")
-    assert results["conditions"]["right"]["num_images"] == 8
+    assert results["conditions"]["original"]["num_images"] == 8
     assert "distinct sentences" in capsys.readouterr().out
     stored = list((tmp_path / "cache").rglob("text_features-*.safetensors"))
     assert len(stored) == 1
@@ -382,7 +376,7 @@ def test_a_frozen_tower_is_asked_once_and_travels_with_the_model(
 
     # Going on reads the stored vectors; another tower may not go on.
     asked_again = partial(pytest.fail, "the tower was asked again")
-    monkeypatch.setattr(sentences, "_vectors", lambda *_: lambda _: asked_again())
+    monkeypatch.setattr(text_encoders, "_feature_function", lambda *_: lambda _: asked_again())
     config.final_test = False
     train.train_and_evaluate(config, tmp_path / "run")
     other = tmp_path / "other"
@@ -408,7 +402,7 @@ def test_a_trainable_tower_begins_as_converted_and_learns(smoke_config, tower_fo
     _, before = model_folder.read(tower_folder)
     model, variables, _ = inference.load_model(tmp_path / "run")
     assert model.text_encoder.pooling == "masked"
-    after = variables["params"]["text_encoder"]["tower"]
+    after = variables["params"]["text_encoder"]["pretrained"]
     before, after = (flatten_dict(tree, sep="/") for tree in (before["params"], after))
     moved = {name for name in after if not np.array_equal(before[name], after[name])}
     # The projection of [CLS] is not looked at; weight decay alone moves it.

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from biclip_jax import biclip_program
 from biclip_jax.configs import common, variants
+from biclip_jax.experiment import biclip_spec
 from biclip_jax.models import biclip
-from biclip_jax.training import objective, optim, state, steps
+from biclip_jax.training import optim, state, steps
+from biclip_jax.training.objectives import biclip as objective
 
 VOCAB_SIZE, MAX_LENGTH, IMAGE_SIZE = 12, 8, 56
 WEIGHTS = {"gen": 0.1, "iac": 0.05, "cycle": 0.07}
@@ -35,7 +36,7 @@ def config(method="published", **changes):
 
 def model(axis_name=None, method="", **changes):
     """The model of `model_config`, or of a method."""
-    fields = biclip_program.model_fields(config(method)) if method else model_config()
+    fields = biclip_spec.model_fields(config(method)) if method else model_config()
     return biclip.build({**fields, **changes}, vocab_size=VOCAB_SIZE, axis_name=axis_name)
 
 
@@ -82,9 +83,9 @@ def batch(size=4, seed=0, labelled=None):
         "text_ids": ids,
         "text_mask": mask,
         "has_text": np.ones(size, bool),
-        "mirrored_text_ids": ids[:, ::-1],
-        "mirrored_text_mask": mask,
-        "mirrored_has_text": np.ones(size, bool),
+        "swapped_text_ids": ids[:, ::-1],
+        "swapped_text_mask": mask,
+        "swapped_has_text": np.ones(size, bool),
         "labelled": known,
         "row": np.arange(size, dtype=np.int32),
         "index": np.arange(size, dtype=np.int32),
@@ -111,7 +112,12 @@ def train_step(
 ):
     """(step, state, batch, key) with everything but these bound; `semi` has half its masks."""
     tiny = model(axis_name, method, dtype=dtype)
-    fields = {"name": optimizer, "weight_decay": 0.01, "clip_norm": 0.0, "tower_learning_rate": 0.0}
+    fields = {
+        "name": optimizer,
+        "weight_decay": 0.01,
+        "clip_norm": 0.0,
+        "encoder_learning_rate": 0.0,
+    }
     tx = optim.make_optimizer(fields, learning_rate)
     half = method == "semi"
     bound = recipe(method, 0.5, ramp_steps=2, confidence=0.5) if half else recipe(method)

@@ -15,9 +15,9 @@ HEADS = {f"{part}_config": {"num_attention_heads": NUM_HEADS} for part in ("visi
 NUM_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2 + 1
 
 
-def towers(variant, num_blocks=NUM_BLOCKS):
+def encoders(variant, num_blocks=NUM_BLOCKS):
     """The fields of a variant's towers, at tiny size."""
-    image, text = (dict(medclipseg.TOWERS[variant][part]) for part in ("image", "text"))
+    image, text = (dict(medclipseg.ENCODERS[variant][part]) for part in ("image", "text"))
     both = {"num_layers": num_blocks, "num_heads": NUM_HEADS}
     image |= both | {"width": IMAGE_WIDTH, "mlp_width": 4 * IMAGE_WIDTH}
     image |= {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "embedding_size": EMBEDDING}
@@ -30,7 +30,7 @@ def towers(variant, num_blocks=NUM_BLOCKS):
 def fields(variant="unimedclip", **changes):
     """What `medclipseg.build` is given; two adapters, before the blocks 1 and 2."""
     return {
-        **towers(variant),
+        **encoders(variant),
         "image_size": IMAGE_SIZE,
         "max_length": MAX_LENGTH,
         "resize": "antialiased",
@@ -64,10 +64,10 @@ def batch(size=4, seed=0):
         ids[i, 1 + i % 3] = VOCAB_SIZE - 1  # the end, the largest id
         ids[i, 2 + i % 3 :] = 0
     fields = {"image": image, "mask": (image[..., :1] > 127).astype(np.uint8)}
-    for prefix in ("", "mirrored_"):
-        spoken = {"text_ids": ids.astype(np.int32), "text_mask": ids > 0}
-        spoken |= {"has_text": np.ones(size, bool)}
-        fields |= {f"{prefix}{name}": value for name, value in spoken.items()}
+    for prefix in ("", "swapped_"):
+        encoded_text = {"text_ids": ids.astype(np.int32), "text_mask": ids > 0}
+        encoded_text |= {"has_text": np.ones(size, bool)}
+        fields |= {f"{prefix}{name}": value for name, value in encoded_text.items()}
     fields |= {"row": np.arange(size, dtype=np.int32), "index": np.arange(size, dtype=np.int32)}
     return {name: jnp.asarray(value) for name, value in fields.items()}
 

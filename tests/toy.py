@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from biclip_jax import parallel, program
 from biclip_jax.configs import common
+from biclip_jax.core import distributed
+from biclip_jax.experiment import program
 from biclip_jax.training import state as train_state
 from biclip_jax.training import steps
 
@@ -28,7 +29,7 @@ class Run(NamedTuple):
     optimizer: str = "sgd"
     accumulate: int = 1
     members: int = 1
-    at_once: int = 1
+    num_at_once: int = 1
 
 
 class Left(NamedTuple):
@@ -57,7 +58,7 @@ RUNS = [
     *(Run(*where, optimizer="adamw") for where in (PMAP, *WHERE[2:])),
     *(Run(*where, accumulate=2) for where in (PMAP, MESH)),
     *(Run(*where, members=2) for where in (PMAP, MESH)),
-    Run(*MESH, at_once=STEPS),
+    Run(*MESH, num_at_once=STEPS),
 ]
 
 
@@ -95,22 +96,22 @@ def initial(seed, optimizer):
 
 def train_step(run, traces):
     """The step of a run, and some in one program; both tell `traces` when they are traced."""
-    axis_name = parallel.axis_of(run.mode)
+    axis_name = distributed.axis_name_of(run.mode)
     step = partial(
         steps.train_step,
         objective=partial(objective, axis_name=axis_name),
         optimizer=OPTIMIZERS[run.optimizer],
         accumulate=run.accumulate,
         axis_name=axis_name,
-        shares=parallel.shares_of(run.mode),
+        shares=distributed.num_shards_of(run.mode),
     )
-    step = steps.in_turn(step) if run.members > 1 else step
+    step = steps.ensemble_step(step) if run.members > 1 else step
 
     def traced(function, *args):
         traces.append(function)
         return function(*args)
 
-    return partial(traced, step), partial(traced, steps.several(step, STEPS))
+    return partial(traced, step), partial(traced, steps.multi_step(step, STEPS))
 
 
 def first_state(run):
@@ -147,23 +148,23 @@ def take(run):
     config.parallel.mode, config.parallel.shard = run.mode, run.shard
     config.ensemble = run.members
     state, key = first_state(run)
-    key, traces, metrics = parallel.replicate(key), [], []
-    evaluation = partial(evaluate, axis_name=parallel.axis_of(run.mode))
-    on = program.on_devices(config, state, *train_step(run, traces), evaluation)
+    key, traces, metrics = distributed.replicate(key), [], []
+    evaluation = partial(evaluate, axis_name=distributed.axis_name_of(run.mode))
+    on = program.compile_steps(config, state, *train_step(run, traces), evaluation)
     first = state = on["place"](state)
     before = lying(first)
-    if run.at_once > 1:
-        rows, data = on["shard"](order(), axis=1), parallel.replicate(split())
+    if run.num_at_once > 1:
+        rows, data = on["shard"](order(), axis=1), distributed.replicate(split())
         state, stacked = on["train_steps"](state, data, rows, np.int32(STEPS), key)
         metrics = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(STEPS)]
-    for batch in batches(run) if run.at_once == 1 else ():
+    for batch in batches(run) if run.num_at_once == 1 else ():
         sharded = on["shard"](batch, axis=int(run.members > 1))
         state, found = jax.block_until_ready(on["train_step"](state, sharded, key))
         metrics.append(found)
     sharded = on["shard"](next(batches(run._replace(members=1))))
     evaluated = on["eval_step"]({"params": state.params}, sharded) if run.members == 1 else None
     return Left(
-        arrays=parallel.to_host({"state": state, "metrics": metrics, "evaluated": evaluated}),
+        arrays=distributed.to_host({"state": state, "metrics": metrics, "evaluated": evaluated}),
         traces=len(traces),
         deleted=all(x.is_deleted() for x in jax.tree.leaves(first)),
         before=before,

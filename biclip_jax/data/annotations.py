@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from biclip_jax.data.image_io import bare_name, is_picture_name
+from biclip_jax.core.errors import DataError
+from biclip_jax.data.image_io import image_stem, is_image_name
 from biclip_jax.data.schema import Split
-from biclip_jax.errors import DataError
 
 MAX_LISTED = 20
 # Other published sentences of the same pictures, by what was done to them.
@@ -44,15 +44,15 @@ class Variant(NamedTuple):
     where: str
 
 
-class Found(NamedTuple):
-    """What a reader gathers; every picture lying in `picture_dirs` must have a row."""
+class ParsedLayout(NamedTuple):
+    """What a reader gathers; every picture lying in `image_dirs` must have a row."""
 
     rows: list[Row]
     problems: list[str]
-    picture_dirs: list[Folder]
+    image_dirs: list[Folder]
 
 
-def problems_of(found: Found, may_share: bool = False) -> list[str]:
+def find_problems(found: ParsedLayout, may_share: bool = False) -> list[str]:
     """Returns all that does not hold together, one message each, the reader's own first.
 
     `may_share` lets several splits name one picture.
@@ -61,7 +61,7 @@ def problems_of(found: Found, may_share: bool = False) -> list[str]:
         found.problems
         + _missing_files(found.rows)
         + _shared_ids(found.rows, may_share)
-        + _unnamed_pictures(found.rows, found.picture_dirs)
+        + _unnamed_images(found.rows, found.image_dirs)
     )
 
 
@@ -89,7 +89,7 @@ def variants_by_id(
     return found, problems
 
 
-def collected(source: str, problems: list[str]) -> DataError:
+def combine_problems(source: str, problems: list[str]) -> DataError:
     """Makes one error of many problems, listing the first `MAX_LISTED`."""
     shown = [f"  {problem}" for problem in problems[:MAX_LISTED]]
     if len(problems) > MAX_LISTED:
@@ -98,24 +98,24 @@ def collected(source: str, problems: list[str]) -> DataError:
     return DataError("\n".join([head, *shown]))
 
 
-def list_pictures(path: Path) -> Folder:
+def list_images(path: Path) -> Folder:
     """Lists a folder's pictures, none where it is missing."""
     files = sorted(os.listdir(path)) if path.is_dir() else []
-    pictures = [name for name in files if is_picture_name(name)]
-    return Folder(path, {bare_name(n): n for n in pictures} | {n: n for n in pictures})
+    images = [name for name in files if is_image_name(name)]
+    return Folder(path, {image_stem(n): n for n in images} | {n: n for n in images})
 
 
-def pick(folder: Folder, *names: str) -> Path:
+def find_file(folder: Folder, *names: str) -> Path:
     """The first of `names` that the folder holds, with its own suffix or another; else names[0]."""
     for name in names:
-        if file := folder.names.get(name) or folder.names.get(bare_name(name)):
+        if file := folder.names.get(name) or folder.names.get(image_stem(name)):
             return folder.path / file
     return folder.path / names[0]
 
 
-def join(parts: Iterable[Found]) -> Found:
+def join_layouts(parts: Iterable[ParsedLayout]) -> ParsedLayout:
     """Concatenates what several readers found."""
-    return Found(*(list(itertools.chain(*lists)) for lists in zip(*parts, strict=True)))
+    return ParsedLayout(*(list(itertools.chain(*lists)) for lists in zip(*parts, strict=True)))
 
 
 def _missing_files(rows: list[Row]) -> list[str]:
@@ -123,7 +123,7 @@ def _missing_files(rows: list[Row]) -> list[str]:
     present = {}
     problems = []
     for row in rows:
-        for kind, path in (("picture", row.image), ("mask", row.mask)):
+        for kind, path in (("image", row.image), ("mask", row.mask)):
             if path is None:
                 continue
             if path.parent not in present:
@@ -136,18 +136,18 @@ def _missing_files(rows: list[Row]) -> list[str]:
     return problems
 
 
-def without_repeats(rows: list[Row]) -> tuple[list[Row], list[str], list[str]]:
+def drop_repeats(rows: list[Row]) -> tuple[list[Row], list[str], list[str]]:
     """Each picture once, the first row of it.
 
     Returns:
       The rows; the ids of pictures that have several rows; the ids that several splits name.
     """
     counts = Counter(row.image for row in rows)
-    places = Counter(name for _, name in {(row.split, bare_name(row.image)) for row in rows})
+    places = Counter(name for _, name in {(row.split, image_stem(row.image)) for row in rows})
     first = {row.image: row for row in reversed(rows)}
     return (
         [row for row in rows if first[row.image] is row],
-        sorted(bare_name(image) for image, count in counts.items() if count > 1),
+        sorted(image_stem(image) for image, count in counts.items() if count > 1),
         sorted(name for name, count in places.items() if count > 1),
     )
 
@@ -155,7 +155,7 @@ def without_repeats(rows: list[Row]) -> tuple[list[Row], list[str], list[str]]:
 def _shared_ids(rows: list[Row], in_splits: bool) -> list[str]:
     by_id = defaultdict(list)
     for row in rows:
-        by_id[bare_name(row.image), row.split if in_splits else ""].append(row)
+        by_id[image_stem(row.image), row.split if in_splits else ""].append(row)
     return [
         f"{again.image}: found id {name!r} a second time in {again.where} ({again.split}), first "
         f"in {first.where} ({first.split}); expected each once; rename or delete one."
@@ -164,12 +164,12 @@ def _shared_ids(rows: list[Row], in_splits: bool) -> list[str]:
     ]
 
 
-def _unnamed_pictures(rows: list[Row], folders: list[Folder]) -> list[str]:
+def _unnamed_images(rows: list[Row], folders: list[Folder]) -> list[str]:
     named = {row.image for row in rows}
-    pictures = [folder.path / name for folder in folders for name in set(folder.names.values())]
+    images = [folder.path / name for folder in folders for name in set(folder.names.values())]
     return [
         f"{path}: picture without a sentence; expected a row that names it; add one or "
         "take the picture out."
-        for path in sorted(pictures)
+        for path in sorted(images)
         if path not in named
     ]

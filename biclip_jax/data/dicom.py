@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from biclip_jax.errors import BadImageError, bad_image
+from biclip_jax.core.errors import BadImageError, bad_image
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -80,8 +80,8 @@ def read(path: str | os.PathLike[str], window: Window | None = None) -> np.ndarr
     except Exception as error:  # a foreign file: its decoders raise anything
         # Without the error's own words, which may quote the file.
         found = f"a DICOM file that cannot be decoded ({type(error).__name__})"
-        mend = "copy the file again, or export it as PNG"
-        raise bad_image(path, found, "one whole picture", mend) from error
+        fix = "copy the file again, or export it as PNG"
+        raise bad_image(path, found, "one whole picture", fix) from error
     return np.rint(255 * share.clip(0, 1)).astype(np.uint8)
 
 
@@ -104,17 +104,17 @@ def _check_syntax(path: str | os.PathLike[str], meta: Dataset) -> None:
 
     syntax = UID(meta.TransferSyntaxUID)
     if syntax == DeflatedExplicitVRLittleEndian:
-        found, mend = (
+        found, fix = (
             "a deflated DICOM file",
             "export it uncompressed: this one may grow a thousandfold",
         )
-        raise bad_image(path, found, "another transfer syntax", mend)
+        raise bad_image(path, found, "another transfer syntax", fix)
     if syntax.is_compressed and not set(PLUGINS) & set(get_decoder(syntax).available_plugins):
-        mend = (
+        fix = (
             "for JPEG-LS pip install 'biclip_jax[medical]', for lossless JPEG pip install "
             "pylibjpeg pylibjpeg-libjpeg, or export it as PNG"
         )
-        raise bad_image(path, f"pixels compressed as {syntax.name}", "a decoder for them", mend)
+        raise bad_image(path, f"pixels compressed as {syntax.name}", "a decoder for them", fix)
 
 
 def _check(path: str | os.PathLike[str], dataset: Dataset) -> None:
@@ -126,8 +126,8 @@ def _check(path: str | os.PathLike[str], dataset: Dataset) -> None:
         raise bad_image(path, f"a DICOM file without pixels ({name})", "a picture", "leave it out")
     height, width = dataset.Rows, dataset.Columns
     if not 0 < height * width <= MAX_PIXELS:
-        mend = "scale the picture down"
-        raise bad_image(path, f"{width} x {height} pixels", f"1 to {MAX_PIXELS} pixels", mend)
+        fix = "scale the picture down"
+        raise bad_image(path, f"{width} x {height} pixels", f"1 to {MAX_PIXELS} pixels", fix)
     frames = int(dataset.get("NumberOfFrames") or 1)
     if frames != 1:
         raise bad_image(path, f"{frames} frames", "one picture", "export each as a file")
@@ -153,14 +153,14 @@ def _decode(path: str | os.PathLike[str], dataset: Dataset) -> np.ndarray:
         there = get_decoder(syntax).available_plugins
         plugins = [name for name in PLUGINS if name in there]
     elif len(dataset.PixelData) > size + size % 2:
-        mend = "export each as a file"
-        raise bad_image(path, "more pixels than one frame has", "one picture", mend)
+        fix = "export each as a file"
+        raise bad_image(path, "more pixels than one frame has", "one picture", fix)
     stored = _by_first_that_can(dataset, plugins)
     channels = (3,) if dataset.PhotometricInterpretation not in (*GREY, "PALETTE COLOR") else ()
     expected = (dataset.Rows, dataset.Columns, *channels)
     if stored.shape != expected:
-        mend = "export it as PNG"
-        raise bad_image(path, f"pixels of shape {stored.shape}", f"{expected}", mend)
+        fix = "export it as PNG"
+        raise bad_image(path, f"pixels of shape {stored.shape}", f"{expected}", fix)
     return stored
 
 

@@ -10,9 +10,9 @@ from pathlib import PurePath
 import numpy as np
 from PIL import Image, ImageOps
 
-from biclip_jax import places
-from biclip_jax.data import dicom, opencv
-from biclip_jax.errors import bad_image
+from biclip_jax.core import files
+from biclip_jax.core.errors import bad_image
+from biclip_jax.data import dicom, opencv_resize
 
 MAX_PIXELS = 64 * 2**20
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".dcm")
@@ -69,14 +69,14 @@ def read_image(path: str | os.PathLike[str], window: dicom.Window | None = None)
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
-def is_picture_name(path: str | os.PathLike[str]) -> bool:
+def is_image_name(path: str | os.PathLike[str]) -> bool:
     """Whether a file's suffix is one of a picture."""
     return PurePath(path).suffix.lower() in SUFFIXES
 
 
-def bare_name(path: str | os.PathLike[str]) -> str:
+def image_stem(path: str | os.PathLike[str]) -> str:
     """A file's name without a picture's suffix; the numbers and dots of a DICOM archive stay."""
-    return PurePath(path).stem if is_picture_name(path) else PurePath(path).name
+    return PurePath(path).stem if is_image_name(path) else PurePath(path).name
 
 
 def read_mask(path: str | os.PathLike[str], method: str = "antialiased") -> np.ndarray:
@@ -144,7 +144,7 @@ def resize_image(image: np.ndarray, size: int, method: str = "antialiased") -> n
     if image.shape[:2] == (size, size):
         return image
     if method == "opencv":
-        return opencv.bilinear(image, size, size)
+        return opencv_resize.bilinear(image, size, size)
     picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
     resized = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
     return resized.reshape(size, size, image.shape[2])
@@ -166,7 +166,7 @@ def resize_mask(mask: np.ndarray, size: int, method: str = "antialiased") -> np.
     if mask.shape[:2] == (size, size):
         return mask
     if method == "opencv":
-        return opencv.nearest(mask, size, size)
+        return opencv_resize.nearest(mask, size, size)
     picture = Image.fromarray(mask[..., 0].astype(np.float32))
     cover = np.asarray(picture.resize((size, size), Image.Resampling.BOX))
     # The tolerance keeps an exact half foreground whatever its sum rounds to.
@@ -204,7 +204,7 @@ def decode_png(data: bytes) -> np.ndarray:
 def write_png(path: str | os.PathLike[str], array: np.ndarray) -> None:
     """Writes an array that `encode_png` takes; readers see the old file or the whole new one."""
     data = encode_png(array)
-    with places.written_whole(path) as part:
+    with files.atomic_write(path) as part:
         part.write_bytes(data)
 
 

@@ -11,25 +11,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from biclip_jax.core.errors import DataError
 from biclip_jax.data.annotations import (
     MAX_LISTED,
     VARIANTS,
     Folder,
-    Found,
+    ParsedLayout,
     Row,
     Variant,
-    collected,
-    join,
-    list_pictures,
-    pick,
-    problems_of,
+    combine_problems,
+    drop_repeats,
+    find_file,
+    find_problems,
+    join_layouts,
+    list_images,
     variants_by_id,
-    without_repeats,
 )
-from biclip_jax.data.image_io import bare_name
+from biclip_jax.data.image_io import image_stem
 from biclip_jax.data.schema import SPLITS, Example, Split
 from biclip_jax.data.tables import has_column, read_prompts, read_table, refuse_unsafe
-from biclip_jax.errors import DataError
 
 LAYOUTS: dict[str, str] = {
     "lvit": "Train_Folder/labelcol",
@@ -102,13 +102,13 @@ def read_layout(
     may_share = layout == "medclipseg"
     if may_share:
         found = _once_a_split(root, found)
-    if problems := problems_of(found, may_share):
-        raise collected(f"{root}, as {layout} layout", problems)
+    if problems := find_problems(found, may_share):
+        raise combine_problems(f"{root}, as {layout} layout", problems)
     rows = sorted(found.rows, key=lambda row: SPLITS.index(row.split))
     if not rows:
         raise DataError(f"{root}: found no annotated picture; expected at least one; add rows.")
     return [
-        Example(bare_name(row.image), row.split, str(row.image), str(row.mask), row.text)
+        Example(image_stem(row.image), row.split, str(row.image), str(row.mask), row.text)
         for row in rows
     ]
 
@@ -143,14 +143,14 @@ def _without_masks(root: Path, table: Path) -> list[Example]:
         Row("train", _beside(root, "images", line["image"]), None, line["text"], where)
         for where, line in lines
     ]
-    if problems := problems_of(Found(rows, problems, [])):
-        raise collected(f"{root}, as pictures without masks", problems)
-    return [Example(bare_name(row.image), row.split, str(row.image), "", row.text) for row in rows]
+    if problems := find_problems(ParsedLayout(rows, problems, [])):
+        raise combine_problems(f"{root}, as pictures without masks", problems)
+    return [Example(image_stem(row.image), row.split, str(row.image), "", row.text) for row in rows]
 
 
-def _once_a_split(root: Path, found: Found) -> Found:
+def _once_a_split(root: Path, found: ParsedLayout) -> ParsedLayout:
     """Some published sets in this layout name a picture twice: taken, and said aloud."""
-    rows, repeated, shared = without_repeats(found.rows)
+    rows, repeated, shared = drop_repeats(found.rows)
     for names, problem in (
         (repeated, "with several rows; the first is taken"),
         (shared, "named in several splits; where they are the same, a score is on trained ones"),
@@ -205,7 +205,7 @@ def read_variants(
         variants = [variant for variant in variants if variant.id in ids]
     found, problems = variants_by_id(variants, ids)
     if problems:
-        raise collected(f"{root}, as {layout} layout", problems)
+        raise combine_problems(f"{root}, as {layout} layout", problems)
     return found
 
 
@@ -217,54 +217,56 @@ def _existing(root: str | os.PathLike[str]) -> Path:
     return Path(root)
 
 
-def _lvit(root: Path) -> Found:
+def _lvit(root: Path) -> ParsedLayout:
     tables = {s: _table_path(root, s, f"{s.title()}_text.xlsx") for s in SPLITS}
     both = _table_path(root, "train", "Train_Val_text.xlsx")
     jobs: list[tuple[tuple[Split, ...], Path]] = [((s,), table) for s, table in tables.items()]
     if both.is_file() and not (tables["train"].is_file() or tables["val"].is_file()):
         jobs = [(("train", "val"), both), (("test",), tables["test"])]
-    return join(
+    return join_layouts(
         _mask_named(table, {s: _split_folders(root, s, "labelcol") for s in splits})
         for splits, table in jobs
     )
 
 
-def _languide(root: Path) -> Found:
+def _languide(root: Path) -> ParsedLayout:
     parts = []
     splits: tuple[Split, Split] = ("train", "test")
     for split in splits:
         folder = root / split.title()
-        places = {split: (list_pictures(folder / "Images"), list_pictures(folder / "GTs"))}
+        places = {split: (list_images(folder / "Images"), list_images(folder / "GTs"))}
         parts.append(_mask_named(root / f"prompt/{split}.csv", places))
     # LanGuideMedSeg validates on the last 20 % of its training file.
     rows = parts[0].rows
     first_val = int(0.8 * len(rows))
     rows[first_val:] = [row._replace(split="val") for row in rows[first_val:]]
-    return join(parts)
+    return join_layouts(parts)
 
 
-def _mask_named(table: Path, places: dict[Split, tuple[Folder, Folder]]) -> Found:
+def _mask_named(table: Path, places: dict[Split, tuple[Folder, Folder]]) -> ParsedLayout:
     """Reads rows that name a mask; a row belongs to the first split whose folder holds it."""
     try:
         lines = read_table(table, ("Image", "Description"))
     except DataError as error:
         # Without its table every picture of a split would look unnamed: ask for the table only.
-        return Found([], [str(error)], [])
+        return ParsedLayout([], [str(error)], [])
     lines, problems = refuse_unsafe(lines, ("Image",))
     rows = []
     for where, line in lines:
         name = line["Image"]
-        holders = [s for s, (_, masks) in places.items() if pick(masks, name).name in masks.names]
+        holders = [
+            s for s, (_, masks) in places.items() if find_file(masks, name).name in masks.names
+        ]
         split = holders[0] if holders else next(iter(places))
         images, masks = places[split]
         # QaTa-COV19 calls the mask of covid_1.png mask_covid_1.png; MosMedData+ shares the name.
-        image = pick(images, name.removeprefix("mask_"), name)
-        rows.append(Row(split, image, pick(masks, name), line["Description"], where))
-    return Found(rows, problems, [images for images, _ in places.values()])
+        image = find_file(images, name.removeprefix("mask_"), name)
+        rows.append(Row(split, image, find_file(masks, name), line["Description"], where))
+    return ParsedLayout(rows, problems, [images for images, _ in places.values()])
 
 
-def _medclipseg(root: Path, percent: int) -> Found:
-    parts = [Found([], [], [])]
+def _medclipseg(root: Path, percent: int) -> ParsedLayout:
+    parts = [ParsedLayout([], [], [])]
     for split in SPLITS:
         whole = percent == 100 or split == "test"
         name = f"{split.title()}_text{'' if whole else f'_{percent}'}.xlsx"
@@ -276,8 +278,8 @@ def _medclipseg(root: Path, percent: int) -> Found:
             continue  # a target of domain generalisation may have a test split alone
         part = _image_named(split, table, images, masks)
         # The pictures that a subset leaves out have no row, and need none.
-        parts.append(part if whole else part._replace(picture_dirs=[]))
-    return join(parts)
+        parts.append(part if whole else part._replace(image_dirs=[]))
+    return join_layouts(parts)
 
 
 def _medclipseg_variants(root: Path) -> list[Variant]:
@@ -288,41 +290,43 @@ def _medclipseg_variants(root: Path) -> list[Variant]:
             table = root / "Prompts_Folder" / f"{split.title()}_text_{name}.xlsx"
             lines = read_table(table, ("Image", "Description")) if table.is_file() else []
             found += [
-                Variant(name, bare_name(pick(images, line["Image"])), line["Description"], where)
+                Variant(
+                    name, image_stem(find_file(images, line["Image"])), line["Description"], where
+                )
                 for where, line in lines
             ]
     return found
 
 
-def _image_named(split: Split, table: Path, images: Folder, masks: Folder) -> Found:
+def _image_named(split: Split, table: Path, images: Folder, masks: Folder) -> ParsedLayout:
     """Reads rows that name a picture, and its mask where that has another name."""
     try:
         lines = read_table(table, ("Image", "Description"), ("Ground Truth", "Mask"))
     except DataError as error:
-        return Found([], [str(error)], [])
+        return ParsedLayout([], [str(error)], [])
     lines, problems = refuse_unsafe(lines, ("Image",), ("Ground Truth", "Mask"))
     rows = []
     for where, line in lines:
-        image = pick(images, line["Image"])
-        mask = pick(masks, line.get("Ground Truth") or line.get("Mask") or image.name)
+        image = find_file(images, line["Image"])
+        mask = find_file(masks, line.get("Ground Truth") or line.get("Mask") or image.name)
         rows.append(Row(split, image, mask, line["Description"], where))
-    return Found(rows, problems, [images])
+    return ParsedLayout(rows, problems, [images])
 
 
-def _medvlsm(root: Path, prompt: str | None) -> Found:
-    images, masks = list_pictures(root / "images"), list_pictures(root / "masks")
+def _medvlsm(root: Path, prompt: str | None) -> ParsedLayout:
+    images, masks = list_images(root / "images"), list_images(root / "masks")
     rows, problems = [], []
     for split in SPLITS:
         lines, unreadable = read_prompts(root / f"anns/{split}.json", prompt)
         lines, unsafe = refuse_unsafe(lines, ("img_name", "mask_name"))
         problems += unreadable + unsafe
         for where, line in lines:
-            image, mask = pick(images, line["img_name"]), pick(masks, line["mask_name"])
+            image, mask = find_file(images, line["img_name"]), find_file(masks, line["mask_name"])
             rows.append(Row(split, image, mask, line["text"], where))
-    return Found(rows, problems, [])
+    return ParsedLayout(rows, problems, [])
 
 
-def _csv(root: Path) -> Found:
+def _csv(root: Path) -> ParsedLayout:
     table = _csv_path(root) or root / "annotations.csv"
     lines = read_table(table, ("split", "image", "mask", "text"))
     lines, problems = refuse_unsafe(lines, ("image", "mask"))
@@ -334,20 +338,20 @@ def _csv(root: Path) -> Found:
             continue
         image, mask = _beside(root, "images", line["image"]), _beside(root, "masks", line["mask"])
         rows.append(Row(split, image, mask, line["text"], where))
-    return Found(rows, problems, [])
+    return ParsedLayout(rows, problems, [])
 
 
 def _csv_variants(root: Path) -> list[Variant]:
     table = _csv_path(root) or root / "annotations.csv"
     return [
-        Variant(name, bare_name(line["image"]), line[name], where)
+        Variant(name, image_stem(line["image"]), line[name], where)
         for where, line in read_table(table, ("image",), VARIANTS)
         for name in VARIANTS
         if name in line
     ]
 
 
-_READERS: dict[str, Callable[..., Found]] = {
+_READERS: dict[str, Callable[..., ParsedLayout]] = {
     "lvit": _lvit,
     "languide": _languide,
     "medclipseg": _medclipseg,
@@ -382,4 +386,4 @@ def _beside(root: Path, folder: str, name: str) -> Path:
 
 def _split_folders(root: Path, split: Split, masks: str) -> tuple[Folder, Folder]:
     folder = root / f"{split.title()}_Folder"
-    return list_pictures(folder / "img"), list_pictures(folder / masks)
+    return list_images(folder / "img"), list_images(folder / masks)

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from biclip_jax import places
-from biclip_jax.data import builders, order, subsets
+from biclip_jax.core import files
+from biclip_jax.core.errors import UserError
+from biclip_jax.data import label_subset, sampler
 from biclip_jax.data import text as text_lib
-from biclip_jax.data.builders import single_file
+from biclip_jax.data.builders import preparation, single_file
+from biclip_jax.data.builders.prepared import open_split
 from biclip_jax.data.schema import SPLITS, Batch, Record, Split
-from biclip_jax.errors import UserError
 
 
 def prepare(config: Mapping[str, Any], image_size: int, labelled: bool = True) -> Path:
@@ -22,20 +23,20 @@ def prepare(config: Mapping[str, Any], image_size: int, labelled: bool = True) -
     Args:
       config: the fields of `data` in `configs/common.py`.
       image_size: of the prepared pictures, in pixels.
-      labelled: false for training pictures whose masks are not used, see `builders.prepare`.
+      labelled: false for training pictures whose masks are not used, see `preparation.prepare`.
 
     A source that is one file (`write_file`) is its own prepared set.
 
     Raises:
       DataError: the data set does not hold together.
     """
-    if single_file.is_one(config["source"]):
+    if single_file.is_prepared_file(config["source"]):
         single_file.check(Path(config["source"]), _facts(config, image_size))
         return Path(config["source"])
     sizes = {split: n for split, n in config["num_examples"].items() if n}
-    return builders.prepare(
+    return preparation.prepare(
         config["name"],
-        data_dir=config["cache_dir"] or places.cache_dir(),
+        data_dir=config["cache_dir"] or files.cache_dir(),
         image_size=image_size,
         source_dir=config["source"] or None,
         layout=config["layout"] or None,
@@ -58,7 +59,7 @@ def write_file(config: Mapping[str, Any], image_size: int, path: Path) -> dict[s
       DataError: the data set does not hold together.
     """
     prepared = prepare(config, image_size)
-    splits = {split: builders.open_split(prepared, split).source for split in SPLITS}
+    splits = {split: open_split(prepared, split).source for split in SPLITS}
     single_file.write(path, splits, _facts(config, image_size))
     return {split: len(examples) for split, examples in splits.items()}
 
@@ -84,7 +85,7 @@ def open_splits(
     """
     opened: dict[str, Sequence[Record]] = {}
     for split in names:
-        records = builders.open_split(prepared, split)
+        records = open_split(prepared, split)
         opened[split] = records
         if split == "train" and config["label_fraction"] != 1:
             labelled, _ = _shares(records.ids(), config)
@@ -108,9 +109,9 @@ def open_unlabelled(prepared: Path, config: Mapping[str, Any], image_size: int) 
     if config["unlabelled"] != "rest":
         other = {**config, "name": "folder", "source": config["unlabelled"], "layout": ""}
         other |= {"prompt": "", "percent": 100, "num_examples": {}}
-        records = builders.open_split(prepare(other, image_size, labelled=False), "train")
+        records = open_split(prepare(other, image_size, labelled=False), "train")
         return _as_configured([_without_mask(record) for record in records], config)
-    train = builders.open_split(prepared, "train")
+    train = open_split(prepared, "train")
     _, rest = _shares(train.ids(), config)
     if not rest:
         raise UserError(
@@ -125,7 +126,7 @@ def _without_mask(record: Record) -> Record:
     return Record({**record, "mask": mask, "full_mask": full_mask})
 
 
-def joined(labelled: Sequence[Record], unlabelled: Sequence[Record]) -> Sequence[Record]:
+def join_records(labelled: Sequence[Record], unlabelled: Sequence[Record]) -> Sequence[Record]:
     """Both, labelled ones first; beside pictures in colour grey ones have three channels, too."""
     if not unlabelled:
         return labelled
@@ -142,20 +143,20 @@ def joined(labelled: Sequence[Record], unlabelled: Sequence[Record]) -> Sequence
 
 def _shares(ids: Sequence[str], config: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     """Rows with labels and rows without."""
-    rows = subsets.labelled(ids, config["label_fraction"], config["label_seed"])
+    rows = label_subset.select_rows(ids, config["label_fraction"], config["label_seed"])
     return rows, sorted(set(range(len(ids))) - set(rows))
 
 
 def _as_configured(records: Sequence[Record], config: Mapping[str, Any]) -> Sequence[Record]:
-    if config["in_memory"] or config["sentences"] == "missing":
+    if config["in_memory"] or config["text_condition"] == "empty":
         records = list(records)
-    if config["sentences"] == "missing":
+    if config["text_condition"] == "empty":
         records = [Record({**record, "text": ""}) for record in records]
     return records
 
 
-def sentence_fields(
-    encode: Callable[[Sequence[str]], dict[str, np.ndarray]], sentences: Sequence[str]
+def text_fields(
+    encode: Callable[[Sequence[str]], dict[str, np.ndarray]], prompts: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """The sentence fields of a `Batch`, for a whole split; the mirrored sentences' included.
 
@@ -163,8 +164,8 @@ def sentence_fields(
       encode: sentences -> text_ids and text_mask, or text_features, (N, ...) each.
       sentences: of the split.
     """
-    mirrored = encode([text_lib.mirror(sentence) for sentence in sentences])
-    return encode(sentences) | {f"mirrored_{name}": values for name, values in mirrored.items()}
+    swapped = encode([text_lib.swap_sides(prompt) for prompt in prompts])
+    return encode(prompts) | {f"swapped_{name}": values for name, values in swapped.items()}
 
 
 def training_order(
@@ -199,12 +200,12 @@ def training_order(
     counts = (num_records if num_labelled is None else num_labelled, labelled_rows)
 
     def member(step: int, seed: int) -> dict[str, np.ndarray]:
-        index = order.training_rows(step, batch_size, num_records, seed, *counts)[local]
+        index = sampler.training_rows(step, batch_size, num_records, seed, *counts)[local]
         return {"index": index.astype(np.int32), "row": row, "labelled": row < labelled_rows}
 
     def rows(step: int) -> dict[str, np.ndarray]:
         members = [member(step, seed + k) for k in range(num_members)]
-        return _together(members) if num_members > 1 else members[0]
+        return _stack_members(members) if num_members > 1 else members[0]
 
     return rows
 
@@ -219,7 +220,7 @@ def train_batches(
 
     Args:
       records: of the split.
-      texts: `sentence_fields` of the same rows.
+      texts: `text_fields` of the same rows.
       rows: what `training_order` returned.
       start: the first step.
     """
@@ -234,7 +235,7 @@ def train_batches(
         if picked["index"].ndim == 1:
             return read(picked)
         members = range(len(picked["index"]))
-        return _together([read({name: x[k] for name, x in picked.items()}) for k in members])
+        return _stack_members([read({name: x[k] for name, x in picked.items()}) for k in members])
 
     steps = grain.MapDataset.range(1).repeat()
     batches = steps.map_with_index(lambda i, _: batch_of(start + i))
@@ -242,7 +243,9 @@ def train_batches(
     return iter(batches.to_iter_dataset(options))
 
 
-def whole(records: Sequence[Record], texts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def stack_split(
+    records: Sequence[Record], texts: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """All pictures and masks of a split at the model's size, and its sentences, by record."""
     return {
         "image": np.stack([record["image"] for record in records]),
@@ -251,7 +254,7 @@ def whole(records: Sequence[Record], texts: Mapping[str, np.ndarray]) -> dict[st
     }
 
 
-def _together(batches: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+def _stack_members(batches: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     """What an ensemble's members have each, stacked."""
     fields = [dict(batch) for batch in batches]
     return {name: np.stack([batch[name] for batch in fields]) for name in fields[0]}
@@ -286,7 +289,7 @@ def _stack(records, texts, index, row) -> Batch:
         "mask": np.stack([r["mask"] for r in rows]),
         "row": row,
         "index": np.asarray(index, np.int32),
-        "image_hash": subsets.hash_ids([r["id"] for r in rows]),
+        "image_hash": label_subset.hash_ids([r["id"] for r in rows]),
         "valid": np.ones(len(rows), bool),
         **{name: values[index] for name, values in texts.items()},
     }

@@ -71,10 +71,10 @@ class Batch(TypedDict, total=False):
     text_mask: np.ndarray
     text_features: np.ndarray
     has_text: np.ndarray
-    mirrored_text_ids: np.ndarray
-    mirrored_text_mask: np.ndarray
-    mirrored_text_features: np.ndarray
-    mirrored_has_text: np.ndarray
+    swapped_text_ids: np.ndarray
+    swapped_text_mask: np.ndarray
+    swapped_text_features: np.ndarray
+    swapped_has_text: np.ndarray
     labelled: np.ndarray
     row: np.ndarray
     index: np.ndarray

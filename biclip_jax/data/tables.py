@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path, PureWindowsPath
 from xml.etree.ElementTree import ParseError
 
-from biclip_jax.errors import DataError
+from biclip_jax.core.errors import DataError
 
 Line = tuple[str, dict[str, str]]  # (which line of which file, column -> stripped text)
 
@@ -184,11 +184,11 @@ def _cell(value: object) -> str:
 def _missing_column(path: Path, column: str, header: list[str]) -> DataError:
     by_lower = {name.lower(): name for name in header if name}
     near = difflib.get_close_matches(column.lower(), by_lower, n=1, cutoff=0.3)
-    mend = f"rename {by_lower[near[0]]!r}, the nearest found" if near else "add it"
+    fix = f"rename {by_lower[near[0]]!r}, the nearest found" if near else "add it"
     if len(by_lower) == 1 and any(mark in header[0] for mark in ";\t"):
-        mend = "separate columns by commas"
+        fix = "separate columns by commas"
     found = _listed(tuple(by_lower.values())) if by_lower else "no columns"
-    return DataError(f"{path}: found {found}; expected a column {column!r}; {mend}.")
+    return DataError(f"{path}: found {found}; expected a column {column!r}; {fix}.")
 
 
 def _listed(columns: tuple[str, ...]) -> str:

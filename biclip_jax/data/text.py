@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from biclip_jax.errors import UserError
+from biclip_jax.core.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -21,7 +21,7 @@ _PLACE = r"(?:the )?(?:(?:all|upper|middle|lower|top|bottom|center|centre),? )*"
 _RIGHT_FIRST = re.compile(rf"({_PLACE})(right)( lung)? and ({_PLACE})(left)( lung)?", re.IGNORECASE)
 
 
-def build_tokenizer(sentences: Sequence[str]) -> Tokenizer:
+def build_tokenizer(prompts: Sequence[str]) -> Tokenizer:
     """A word-level tokenizer over the words of the training sentences, lower case.
 
     Ids: 0 padding, 1 unknown, 2 [CLS] (put before each sentence), then the
@@ -32,8 +32,8 @@ def build_tokenizer(sentences: Sequence[str]) -> Tokenizer:
     normalizer, splitter = normalizers.Lowercase(), pre_tokenizers.Whitespace()
     words = {
         word
-        for sentence in set(sentences)
-        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(sentence))
+        for prompt in set(prompts)
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(prompt))
     }
     vocabulary = {word: i for i, word in enumerate([PAD, UNKNOWN, CLS, *sorted(words)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
@@ -46,36 +46,36 @@ def build_tokenizer(sentences: Sequence[str]) -> Tokenizer:
 
 
 def encode(
-    tokenizer: Tokenizer, sentences: Sequence[str], max_length: int
+    tokenizer: Tokenizer, prompts: Sequence[str], max_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids (N, max_length) int32, padded with 0, and the mask (N, max_length) bool.
 
     Each distinct sentence is tokenized once; longer ones are cut and keep the special tokens
     around them. Raises UserError where max_length leaves no room for those.
     """
-    room = _room(tokenizer, max_length)
-    distinct = sorted(set(sentences))
+    module = _room(tokenizer, max_length)
+    distinct = sorted(set(prompts))
     ids = np.zeros((len(distinct), max_length), np.int32)
     mask = np.zeros((len(distinct), max_length), bool)
     encodings = tokenizer.encode_batch(distinct, add_special_tokens=False)
     for row, encoding in enumerate(encodings):
-        encoding.truncate(room)
+        encoding.truncate(module)
         tokens = tokenizer.post_process(encoding).ids
         ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
-    rows = np.searchsorted(np.array(distinct), np.array(sentences))
+    rows = np.searchsorted(np.array(distinct), np.array(prompts))
     return ids[rows], mask[rows]
 
 
-def unknown_words(tokenizer: Tokenizer, sentences: Sequence[str]) -> list[str]:
+def unknown_words(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[str]:
     """The distinct words that are not in the vocabulary, in alphabetical order."""
     found = set()
-    for sentence, encoding in zip(sentences, tokenizer.encode_batch(list(sentences)), strict=True):
+    for prompt, encoding in zip(prompts, tokenizer.encode_batch(list(prompts)), strict=True):
         spans = zip(encoding.tokens, encoding.offsets, strict=True)
-        found |= {sentence[start:end] for token, (start, end) in spans if token == UNKNOWN}
+        found |= {prompt[start:end] for token, (start, end) in spans if token == UNKNOWN}
     return sorted(found)
 
 
-def mirror(sentence: str) -> str:
+def swap_sides(prompt: str) -> str:
     """The sentence of the horizontally flipped picture.
 
     Left and right change places, each keeping its capitals; then the field's
@@ -87,30 +87,30 @@ def mirror(sentence: str) -> str:
         other = _SIDES[word.lower()]
         return other.upper() if word.isupper() else other.title() if word.istitle() else other
 
-    swapped = re.sub(r"\b(?:left|right)\b", swap, sentence, flags=re.IGNORECASE)
+    swapped = re.sub(r"\b(?:left|right)\b", swap, prompt, flags=re.IGNORECASE)
     return _RIGHT_FIRST.sub(r"\4\5\3 and \1\2\6", swapped)
 
 
-def shuffle(sentences: Sequence[str], seed: int) -> list[str] | None:
+def shuffle(prompts: Sequence[str], seed: int) -> list[str] | None:
     """For each row another row's sentence, a different string; None where all are the same."""
-    if len(set(sentences)) < 2:
+    if len(set(prompts)) < 2:
         return None
     rng = np.random.default_rng(seed)
-    return [_other(sentences, sentence, rng) for sentence in sentences]
+    return [_other(prompts, prompt, rng) for prompt in prompts]
 
 
-def _other(sentences: Sequence[str], sentence: str, rng: np.random.Generator) -> str:
+def _other(prompts: Sequence[str], prompt: str, rng: np.random.Generator) -> str:
     while True:
-        candidate = sentences[int(rng.integers(len(sentences)))]
-        if candidate != sentence:
+        candidate = prompts[int(rng.integers(len(prompts)))]
+        if candidate != prompt:
             return candidate
 
 
-def warn_of_cut(tokenizer: Tokenizer, sentences: Sequence[str], max_length: int) -> None:
+def warn_truncated(tokenizer: Tokenizer, prompts: Sequence[str], max_length: int) -> None:
     """Warns, with their number, of distinct sentences that `encode` will cut."""
-    room, distinct = _room(tokenizer, max_length), sorted(set(sentences))
+    module, distinct = _room(tokenizer, max_length), sorted(set(prompts))
     encodings = tokenizer.encode_batch(distinct, add_special_tokens=False)
-    too_long = sum(len(encoding.ids) > room for encoding in encodings)
+    too_long = sum(len(encoding.ids) > module for encoding in encodings)
     if too_long:
         warnings.warn(
             f"{too_long} of {len(distinct)} sentences are longer than {max_length} tokens and are "
@@ -130,20 +130,20 @@ def _room(tokenizer: Tokenizer, max_length: int) -> int:
 
 
 def encode_fields(
-    tokenizer: Tokenizer, sentences: Sequence[str], max_length: int
+    tokenizer: Tokenizer, prompts: Sequence[str], max_length: int
 ) -> dict[str, np.ndarray]:
     """`encode` as the fields text_ids, text_mask and has_text of a `Batch`."""
-    ids, mask = encode(tokenizer, sentences, max_length)
-    return {"text_ids": ids, "text_mask": mask, "has_text": _has_text(sentences)}
+    ids, mask = encode(tokenizer, prompts, max_length)
+    return {"text_ids": ids, "text_mask": mask, "has_text": _has_text(prompts)}
 
 
 def feature_fields(
-    features: Mapping[str, np.ndarray], sentences: Sequence[str]
+    features: Mapping[str, np.ndarray], prompts: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """A frozen tower's vectors {sentence: (D,)} as text_features and has_text of a `Batch`."""
-    vectors = np.stack([features[sentence] for sentence in sentences])
-    return {"text_features": vectors, "has_text": _has_text(sentences)}
+    vectors = np.stack([features[prompt] for prompt in prompts])
+    return {"text_features": vectors, "has_text": _has_text(prompts)}
 
 
-def _has_text(sentences: Sequence[str]) -> np.ndarray:
-    return np.array([bool(sentence.strip()) for sentence in sentences], bool)
+def _has_text(prompts: Sequence[str]) -> np.ndarray:
+    return np.array([bool(prompt.strip()) for prompt in prompts], bool)

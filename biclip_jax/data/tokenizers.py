@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from biclip_jax.errors import UserError
+from biclip_jax.core.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -261,5 +261,5 @@ def _text(path: Path) -> str:
         raise _bad(path, f"no text ({error})", "UTF-8", "download it again") from error
 
 
-def _bad(path: Path, found: str, expected: str, mend: str) -> UserError:
-    return UserError(f"{path}: found {found}; expected {expected}; {mend}.")
+def _bad(path: Path, found: str, expected: str, fix: str) -> UserError:
+    return UserError(f"{path}: found {found}; expected {expected}; {fix}.")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from biclip_jax.data.annotations import VARIANTS
+from biclip_jax.core.errors import UserError, did_you_mean
 from biclip_jax.data.schema import SPLITS
-from biclip_jax.errors import UserError, did_you_mean
-from biclip_jax.evaluation import conditions, degrade
+from biclip_jax.evaluation.robustness import corruptions, text_conditions
 
 
 def parse(argv: list[str], description: str = "") -> argparse.Namespace:
@@ -28,9 +27,9 @@ def parse(argv: list[str], description: str = "") -> argparse.Namespace:
         raise UserError(f"--num-samples {args.num_samples}: expected at least 1 pass")
     if args.subset is not None and args.subset < 1:
         raise UserError(f"--subset {args.subset}: expected at least 1 picture")
-    args.together = _together(args)
-    args.text_conditions, args.argv = _asked(args), argv
-    args.degradations = _names("--degradations", args.degradations, degrade.NAMES)
+    args.ensemble_with = _ensemble_folders(args)
+    args.text_conditions, args.argv = _text_conditions(args.text_conditions), argv
+    args.corruptions = _names("--corruptions", args.corruptions, corruptions.NAMES)
     args.severities = _severities(args.severities)
     return args
 
@@ -43,7 +42,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--workdir", required=True, help="of a training run")
     parser.add_argument(
-        "--together",
+        "--ensemble-with",
         default="",
         metavar="RUN,RUN",
         help="the mean of this model and these; with --output, as it is no one run's",
@@ -54,22 +53,22 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--subset", type=int, metavar="N", help="fixed N pictures of it")
     parser.add_argument(
         "--text-conditions",
+        default="all",
         metavar="A,B",
-        help=f"all, or right and some of {', '.join(conditions.CONDITIONS[1:])} (default: all)",
-    )
-    parser.add_argument(
-        "--prompts",
-        metavar="A,B",
-        help=f"short for --text-conditions right,A,B: published sentences, {', '.join(VARIANTS)}",
+        help=f"all, or right and some of {', '.join(text_conditions.CONDITIONS[1:])} (default: all)",
     )
     parser.add_argument(
         "--tta", action="store_true", help="also the mean over flips, rotations, contrast"
     )
     parser.add_argument(
-        "--mirroring", action="store_true", help="Dice of the mirrored pass and the mirrored mask"
+        "--flip-consistency",
+        action="store_true",
+        help="Dice of the mirrored pass and the mirrored mask",
     )
     parser.add_argument(
-        "--surface", action="store_true", help="DSC and NSD as MedCLIPSeg takes them, NSD in 2-D"
+        "--surface-metrics",
+        action="store_true",
+        help="DSC and NSD as MedCLIPSeg takes them, NSD in 2-D",
     )
     parser.add_argument(
         "--uncertainty", action="store_true", help="of MedCLIPSeg's samples: entropy, its parts"
@@ -79,14 +78,12 @@ def _parser(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--calibration", action="store_true", help="of the pixels' probabilities")
     parser.add_argument(
-        "--degradations",
+        "--corruptions",
         default="",
         metavar="A,B",
-        help=f"all, or some of {', '.join(degrade.NAMES)}",
+        help=f"all, or some of {', '.join(corruptions.NAMES)}",
     )
-    parser.add_argument(
-        "--severities", default="1,2,3,4,5", metavar="1,2", help="of --degradations"
-    )
+    parser.add_argument("--severities", default="1,2,3,4,5", metavar="1,2", help="of --corruptions")
     parser.add_argument("--no-baselines", dest="baselines", action="store_false")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--output", help="folder (default: WORKDIR/evaluation/SPLIT[-N])")
@@ -94,11 +91,11 @@ def _parser(description: str) -> argparse.ArgumentParser:
 
 
 def _text_conditions(text: str) -> tuple[str, ...]:
-    known = conditions.CONDITIONS
+    known = text_conditions.CONDITIONS
     names = _names("--text-conditions", text, known)
-    if "right" not in names:
+    if "original" not in names:
         raise UserError(
-            f"--text-conditions {text}: expected all, or a list with right, out of "
+            f"--text-conditions {text}: expected all, or a list with original, out of "
             f"{', '.join(known)}"
         )
     return names
@@ -114,41 +111,23 @@ def _names(flag: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def _prompts(text: str) -> tuple[str, ...]:
-    names = tuple(name for name in text.split(",") if name)
-    if not names or not set(names) <= set(VARIANTS):
-        raise UserError(
-            f"--prompts {text}: expected some of {', '.join(VARIANTS)}, joined by commas; other "
-            "conditions go by --text-conditions"
-        )
-    return ("right", *names)
-
-
-def _asked(args: argparse.Namespace) -> tuple[str, ...]:
-    """The text conditions of both flags that name them."""
-    if args.prompts is None:
-        return _text_conditions("all" if args.text_conditions is None else args.text_conditions)
-    if args.text_conditions is not None:
-        raise UserError(
-            f"--prompts {args.prompts}: found --text-conditions {args.text_conditions} beside it; "
-            "expected one of them; name all conditions in --text-conditions"
-        )
-    return _prompts(args.prompts)
-
-
-def _together(args: argparse.Namespace) -> list[str]:
+def _ensemble_folders(args: argparse.Namespace) -> list[str]:
     """The folders of other models."""
-    folders = [folder.strip() for folder in args.together.split(",")] if args.together else []
+    folders = (
+        [folder.strip() for folder in args.ensemble_with.split(",")] if args.ensemble_with else []
+    )
     if not all(folders) or len({args.workdir, *folders}) <= len(folders):
         raise UserError(
-            f"--together {args.together}: expected work directories with commas between them, each "
+            f"--ensemble-with {args.ensemble_with}: expected work directories with commas between them, each "
             "once, and --workdir not among them"
         )
     if folders and not args.output:
-        raise UserError(f"--together {args.together}: expected --output, a folder of its own")
+        raise UserError(
+            f"--ensemble-with {args.ensemble_with}: expected --output, a folder of its own"
+        )
     if folders and args.uncertainty:
         raise UserError(
-            "--together: found --uncertainty beside it, of one model's samples; ask for one of them"
+            "--ensemble-with: found --uncertainty beside it, of one model's samples; ask for one of them"
         )
     return folders
 
@@ -158,6 +137,6 @@ def _severities(text: str) -> tuple[int, ...]:
         levels = tuple(int(part) for part in text.split(","))
     except ValueError:
         levels = (0,)
-    if not set(levels) <= set(degrade.SEVERITIES):
+    if not set(levels) <= set(corruptions.SEVERITIES):
         raise UserError(f"--severities {text}: expected some of 1,2,3,4,5")
     return levels

@@ -8,7 +8,7 @@ import numpy as np
 
 from biclip_jax.data.image_io import resize_probability
 from biclip_jax.data.schema import Record
-from biclip_jax.evaluation import metrics
+from biclip_jax.evaluation.metrics import overlap
 
 THRESHOLDS = np.linspace(0.05, 0.95, 19)
 
@@ -28,7 +28,7 @@ def mean_masks(records: Sequence[Record]) -> tuple[np.ndarray, dict[str, np.ndar
 
 def image_free(
     train: Sequence[Record], val: Sequence[Record], test: Sequence[Record]
-) -> dict[str, metrics.Overlap]:
+) -> dict[str, overlap.Overlap]:
     """Both image-free predictions on `test`.
 
     `mean_mask` predicts the mean training mask for every picture;
@@ -36,9 +36,9 @@ def image_free(
     sentence, or over all where the sentence is new. The threshold of each is
     the one of `THRESHOLDS` with the best global Dice on `val`.
     """
-    prior, per_sentence = mean_masks(train)
+    prior, per_prompt = mean_masks(train)
     found = {}
-    for name, table in (("mean_mask", {}), ("mean_mask_per_sentence", per_sentence)):
+    for name, table in (("mean_mask", {}), ("mean_mask_per_prompt", per_prompt)):
         scores = [_dice_global(prior, table, val, threshold) for threshold in THRESHOLDS]
         best = THRESHOLDS[int(np.argmax(scores))]
         found[name] = _overlap(prior, table, test, best)
@@ -46,12 +46,12 @@ def image_free(
 
 
 def _dice_global(prior, table, records, threshold) -> float:
-    return float(metrics.summarize(_overlap(prior, table, records, threshold))["dice_global"])
+    return float(overlap.summarize(_overlap(prior, table, records, threshold))["dice_global"])
 
 
 def _overlap(
     prior: np.ndarray, table: Mapping[str, np.ndarray], records: Sequence[Record], threshold: float
-) -> metrics.Overlap:
+) -> overlap.Overlap:
     """Counts at each mask's own size; a sentence's prediction is made once a size."""
     made: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}
     rows = []
@@ -61,5 +61,5 @@ def _overlap(
         if key not in made:
             probs = table.get(key[0], prior)
             made[key] = resize_probability(probs, full.shape[0], full.shape[1]) >= threshold
-        rows.append(metrics.overlap(made[key][..., None], full, axis=(0, 1, 2)))
-    return metrics.stack(rows)
+        rows.append(overlap.count_pixels(made[key][..., None], full, axis=(0, 1, 2)))
+    return overlap.stack(rows)

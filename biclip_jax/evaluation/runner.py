@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,13 +10,15 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from biclip_jax import parallel, places
+from biclip_jax.core import distributed, files
 from biclip_jax.data import pipeline
 from biclip_jax.data import text as text_lib
 from biclip_jax.data.image_io import resize_probability
 from biclip_jax.data.schema import Batch, Record
-from biclip_jax.evaluation import baselines, calibration, degrade, earlier, metrics, reporting, tta
-from biclip_jax.evaluation import conditions as text_conditions
+from biclip_jax.evaluation import baselines, results_file
+from biclip_jax.evaluation.metrics import calibration, overlap
+from biclip_jax.evaluation.report import figures, tables
+from biclip_jax.evaluation.robustness import corruptions, text_conditions, tta
 from biclip_jax.evaluation.steps import predict_step, sample_step
 from biclip_jax.models.ensemble import Ensemble, member_of
 
@@ -28,26 +29,26 @@ Encode = Callable[[Sequence[str]], dict[str, np.ndarray]]
 
 
 def make_predict(
-    model: nn.Module, variables: Mapping[str, Any], damage: Callable[..., Any] | None = None
+    model: nn.Module, variables: Mapping[str, Any], corruption: Callable[..., Any] | None = None
 ) -> Predict:
     """The model on all local devices, as a function of a batch; `damage` as `predict_step`'s."""
-    step = parallel.pmap_predict_step(partial(predict_step, model=model, damage=damage))
-    return partial(step, parallel.replicate_here(variables))
+    step = distributed.pmap_predict_step(partial(predict_step, model=model, corruption=corruption))
+    return partial(step, distributed.replicate_locally(variables))
 
 
-def make_samples(model: nn.Module, variables: Mapping[str, Any]) -> Predict:
+def make_sample_predict(model: nn.Module, variables: Mapping[str, Any]) -> Predict:
     """Batch -> maps (B, S, S, 3) of a model that samples, see `steps.sample_step`."""
-    step = parallel.pmap_predict_step(partial(sample_step, model=model))
-    return partial(step, parallel.replicate_here(variables))
+    step = distributed.pmap_predict_step(partial(sample_step, model=model))
+    return partial(step, distributed.replicate_locally(variables))
 
 
 def make_member_predicts(model: nn.Module, variables: Mapping[str, Any]) -> list[Predict]:
     """Each member of an ensemble by itself, by one program; none for a single model."""
     if not isinstance(model, Ensemble):
         return []
-    step = parallel.pmap_predict_step(partial(predict_step, model=model.member))
+    step = distributed.pmap_predict_step(partial(predict_step, model=model.member))
     members = (member_of(variables, k) for k in range(model.num_members))
-    return [partial(step, parallel.replicate_here(member)) for member in members]
+    return [partial(step, distributed.replicate_locally(member)) for member in members]
 
 
 def evaluate_members(
@@ -60,11 +61,11 @@ def evaluate_members(
       mean_mutual_information and error_auroc as of `evaluate_tta`, members in place of views.
     """
     texts = encode([record["text"] for record in records])
-    together = partial(tta.predict_members, members)
-    counts, unsure = _with_uncertainty(together, records, texts, batch_size)
+    ensemble_with = partial(tta.predict_members, members)
+    counts, uncertainty = _with_uncertainty(ensemble_with, records, texts, batch_size)
     return {
         "members": {f"member_{k}": _with_intervals(own) for k, own in enumerate(counts[1:])},
-        "ensemble_uncertainty": unsure,
+        "ensemble_uncertainty": uncertainty,
     }
 
 
@@ -89,7 +90,7 @@ def evaluate(
       encode: sentences -> the sentence fields of a batch.
       records: of the split.
       folder: made if missing.
-      conditions: of the sentences, "right" among them; see `conditions.ask`.
+      conditions: of the sentences, "original" among them; see `conditions.ask`.
       batch_size: pictures at a time.
       extra: more for results.json: split, checkpoint, baselines.
       before: what `earlier.read` found; what it has and this call does not make stays.
@@ -98,26 +99,26 @@ def evaluate(
       trained: the sentences of the training, see `results`; None: not known.
 
     Returns:
-      What results.json holds; "left_out" names conditions that the split has not.
+      What results.json holds; "unavailable" names conditions that the split has not.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = evaluate_conditions(
         predict, encode, records, batch_size=batch_size, conditions=conditions, split=split
     )
     left_out = [name for name in conditions if name not in found]
-    outcome = {**(extra or {}), **results(found, records, trained), "left_out": left_out}
+    outcome = {**(extra or {}), **results(found, records, trained), "unavailable": left_out}
     lines = per_image_rows(found, records)
     for name, values in (columns or {}).items():
         lines = [{**line, name: value} for line, value in zip(lines, values, strict=True)]
     if before:
-        outcome = earlier.merged(before, outcome)
-        lines = earlier.with_columns(folder / "per_image.csv", lines)
-    write_json(folder / "results.json", outcome)
-    reporting.write_csv(folder / "per_image.csv", lines)
-    rows = page_rows(predict, encode, records, found["right"], batch_size)
+        outcome = results_file.merge_results(before, outcome)
+        lines = results_file.merge_columns(folder / "per_image.csv", lines)
+    files.write_json(folder / "results.json", outcome)
+    tables.write_csv(folder / "per_image.csv", lines)
+    rows = figure_rows(predict, encode, records, found["original"], batch_size)
     title = f"{len(records)} pictures, by Dice"
-    reporting.overlay_page(rows, folder / "overlays.png", title)
-    reporting.uncertainty_page(rows, folder / "uncertainty.png", title)
+    figures.overlay_figure(rows, folder / "overlays.png", title)
+    figures.uncertainty_figure(rows, folder / "uncertainty.png", title)
     return outcome
 
 
@@ -135,18 +136,18 @@ def validate(
       batch_size: a multiple of the number of devices.
     """
     total: dict[str, Any] = {}
-    share = parallel.own_share()
+    share = distributed.process_shard()
     for batch in pipeline.eval_batches(records, texts, batch_size=batch_size, **share):
         sums = eval_fn(batch)
         # On the host: int32 counts of a large split would run over.
         total = {name: total.get(name, 0) + np.asarray(x).item() for name, x in sums.items()}
-    scores = metrics.from_sums(total)
+    scores = overlap.from_sums(total)
     if scores["num_images"] != len(records):
         raise AssertionError(f"{scores['num_images']} of {len(records)} records were counted")
     return scores
 
 
-def at_own_size(
+def at_mask_size(
     predict: Predict, records: Sequence[Record], texts: dict[str, np.ndarray], batch_size: int
 ) -> Iterator[tuple[Record, np.ndarray]]:
     """Each record once, with its maps (C, H, W), brought bilinearly to its mask's own size."""
@@ -161,17 +162,17 @@ def _resized(maps: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     return np.stack([resize_probability(m, size[0], size[1]) for m in np.moveaxis(maps, -1, 0)])
 
 
-def _overlap(probs: np.ndarray, record: Record) -> metrics.Overlap:
-    pred = probs >= metrics.THRESHOLD
-    return metrics.overlap(pred[..., None], record["full_mask"], axis=(0, 1, 2))
+def _overlap(probs: np.ndarray, record: Record) -> overlap.Overlap:
+    pred = probs >= overlap.THRESHOLD
+    return overlap.count_pixels(pred[..., None], record["full_mask"], axis=(0, 1, 2))
 
 
-def overlap_at_own_size(
+def overlap_at_mask_size(
     predict: Predict, records: Sequence[Record], texts: dict[str, np.ndarray], batch_size: int
-) -> metrics.Overlap:
+) -> overlap.Overlap:
     """Counts (N,), the probabilities brought bilinearly to each mask's own size, then >= 0.5."""
-    pairs = at_own_size(predict, records, texts, batch_size)
-    return metrics.stack([_overlap(maps[0], record) for record, maps in pairs])
+    pairs = at_mask_size(predict, records, texts, batch_size)
+    return overlap.stack([_overlap(maps[0], record) for record, maps in pairs])
 
 
 def evaluate_conditions(
@@ -183,24 +184,24 @@ def evaluate_conditions(
     conditions: Sequence[str] = text_conditions.CONDITIONS,
     seed: int = 0,
     split: Sequence[Record] | None = None,
-) -> dict[str, metrics.Overlap]:
+) -> dict[str, overlap.Overlap]:
     """Counts of every text condition that the records have, on the pictures that have it.
 
     Args:
       predict, encode, records, batch_size, conditions, split: as in `evaluate`.
       seed: of the shuffled sentences.
     """
-    spoken = text_conditions.spoken(records)
-    whole = None if split is None else text_conditions.spoken(split)
+    prompt_records = text_conditions.prompt_fields(records)
+    whole = None if split is None else text_conditions.prompt_fields(split)
     found = {}
     for condition in conditions:
-        asked = text_conditions.ask(condition, spoken, seed, whole)
+        asked = text_conditions.apply_condition(condition, prompt_records, seed, whole)
         if asked is None:
             continue
         everywhere = len(asked.rows) == len(records)
         chosen = records if everywhere else [records[i] for i in asked.rows]
-        texts = encode(asked.sentences)
-        found[condition] = overlap_at_own_size(predict, chosen, texts, batch_size)
+        texts = encode(asked.prompts)
+        found[condition] = overlap_at_mask_size(predict, chosen, texts, batch_size)
     return found
 
 
@@ -209,8 +210,8 @@ def pixel_histogram(
 ) -> calibration.Histogram:
     """The split's probabilities and masks, with the right sentences, for `calibration`."""
     texts = encode([record["text"] for record in records])
-    pairs = at_own_size(predict, records, texts, batch_size)
-    return calibration.gather((maps[0], r["full_mask"][..., 0]) for r, maps in pairs)
+    pairs = at_mask_size(predict, records, texts, batch_size)
+    return calibration.gather_histogram((maps[0], r["full_mask"][..., 0]) for r, maps in pairs)
 
 
 def evaluate_tta(
@@ -227,29 +228,29 @@ def evaluate_tta(
       views (names); right_tta (scores and intervals); mean_entropy and mean_mutual_information,
       in nats, over all pixels; error_auroc of the mean's entropy, see `calibration.error_auroc`.
     """
-    texts = pipeline.sentence_fields(encode, [record["text"] for record in records])
+    texts = pipeline.text_fields(encode, [record["text"] for record in records])
     looked = partial(tta.predict_views, predict, views=list(views.values()))
-    counts, unsure = _with_uncertainty(looked, records, texts, batch_size)
-    return {"views": list(views), "right_tta": _with_intervals(counts[0]), **unsure}
+    counts, uncertainty = _with_uncertainty(looked, records, texts, batch_size)
+    return {"views": list(views), "original_tta": _with_intervals(counts[0]), **uncertainty}
 
 
 def _with_uncertainty(
     pooled: Predict, records: Sequence[Record], texts: dict[str, np.ndarray], batch_size: int
-) -> tuple[list[metrics.Overlap], dict[str, float | None]]:
+) -> tuple[list[overlap.Overlap], dict[str, float | None]]:
     """Counts of the mean and of each map after its uncertainties; means of these over all pixels.
 
     Args:
       pooled: batch -> maps (B, S, S, 3 + K): mean, entropy, mutual information, then others.
-      records, texts, batch_size: as in `at_own_size`.
+      records, texts, batch_size: as in `at_mask_size`.
     """
     counts, sums, num_pixels = [], np.zeros(2), 0
-    histogram = calibration.gather([])
-    for record, maps in at_own_size(pooled, records, texts, batch_size):
+    histogram = calibration.gather_histogram([])
+    for record, maps in at_mask_size(pooled, records, texts, batch_size):
         counts.append([_overlap(probs, record) for probs in (maps[0], *maps[3:])])
         histogram += calibration.histogram(maps[0], record["full_mask"][..., 0])
         sums += maps[1:3].sum((1, 2), dtype=np.float64)
         num_pixels += maps[0].size
-    return [metrics.stack(list(own)) for own in zip(*counts, strict=True)], {
+    return [overlap.stack(list(own)) for own in zip(*counts, strict=True)], {
         "mean_entropy": float(sums[0] / num_pixels),
         "mean_mutual_information": float(sums[1] / num_pixels),
         "error_auroc": calibration.error_auroc(histogram),
@@ -264,7 +265,7 @@ def evaluate_samples(
     return _with_uncertainty(samples, records, texts, batch_size)[1]
 
 
-def evaluate_degradations(
+def evaluate_corruptions(
     make: Callable[[Callable[..., Any] | None], Predict],
     encode: Encode,
     records: Sequence[Record],
@@ -273,7 +274,7 @@ def evaluate_degradations(
     severities: Sequence[int],
     batch_size: int,
     seed: int = 0,
-) -> dict[str, dict[int, metrics.Overlap]]:
+) -> dict[str, dict[int, overlap.Overlap]]:
     """Counts of every degradation and severity, with the right sentences.
 
     Args:
@@ -287,34 +288,34 @@ def evaluate_degradations(
     texts = encode([record["text"] for record in records])
     # One program for all qualities: jpeg damages the pictures before they reach it.
     undamaged = make(None)
-    found: dict[str, dict[int, metrics.Overlap]] = {name: {} for name in names}
+    found: dict[str, dict[int, overlap.Overlap]] = {name: {} for name in names}
     for name in names:
         for severity in severities:
-            damaged, predict = records, undamaged
+            corrupted, predict = records, undamaged
             if name == "jpeg":
-                damaged = [_through_jpeg(record, severity) for record in records]
+                corrupted = [_through_jpeg(record, severity) for record in records]
             else:
-                predict = make(degrade.on_device(name, severity, seed))
-            found[name][severity] = overlap_at_own_size(predict, damaged, texts, batch_size)
+                predict = make(corruptions.on_device(name, severity, seed))
+            found[name][severity] = overlap_at_mask_size(predict, corrupted, texts, batch_size)
     return found
 
 
 def _through_jpeg(record: Record, severity: int) -> Record:
-    return Record({**record, "image": degrade.jpeg(record["image"], severity)})
+    return Record({**record, "image": corruptions.jpeg(record["image"], severity)})
 
 
-def degradation_results(
-    found: Mapping[str, Mapping[int, metrics.Overlap]], before: Mapping[str, Any] | None = None
+def corruption_results(
+    found: Mapping[str, Mapping[int, overlap.Overlap]], before: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Scores and intervals of every degradation, {name: {severity: ...}}, and their mean.
 
     The mean is taken over all names and severities that the section holds.
 
     Args:
-      found: counts, see `evaluate_degradations`.
+      found: counts, see `evaluate_corruptions`.
       before: such a section of an earlier evaluation; its other names and severities stay.
     """
-    scores = earlier.degradations(before or {})
+    scores = results_file.corruption_cells(before or {})
     for name, rows in found.items():
         cells = {str(severity): _with_intervals(counts) for severity, counts in rows.items()}
         scores[name] = dict(sorted({**scores.get(name, {}), **cells}.items()))
@@ -324,36 +325,36 @@ def degradation_results(
 
 
 def results(
-    found: Mapping[str, metrics.Overlap],
+    found: Mapping[str, overlap.Overlap],
     records: Sequence[Record],
     trained: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Scores and intervals of each condition, as results.json holds them.
 
-    `mirrored_changed` and `right_where_mirrored_changes` are the images whose
+    `mirrored_changed` and `original_where_mirrored_changes` are the images whose
     sentence mirroring changes: the symmetric ones cannot tell anything. Where
-    only some images have a condition, `right_where_NAME` is of these, and
-    `right_where_sentence_is_new` of those whose sentence is not among the `trained` ones.
+    only some images have a condition, `original_where_NAME` is of these, and
+    `original_where_sentence_is_new` of those whose sentence is not among the `trained` ones.
     """
     found = dict(found)
-    spoken = text_conditions.spoken(records)
-    changed = np.array([text_lib.mirror(r["text"]) != r["text"] for r in spoken])
+    prompt_records = text_conditions.prompt_fields(records)
+    changed = np.array([text_lib.swap_sides(r["text"]) != r["text"] for r in prompt_records])
     for name in list(found):
-        rows = text_conditions.rows_of(name, spoken)
-        if len(rows) < len(spoken):
-            found[f"right_where_{name}"] = metrics.take(found["right"], rows)
-    if "mirrored" in found and changed.any():
-        found["mirrored_changed"] = metrics.take(found["mirrored"], changed)
-        found["right_where_mirrored_changes"] = metrics.take(found["right"], changed)
+        rows = text_conditions.rows_of(name, prompt_records)
+        if len(rows) < len(prompt_records):
+            found[f"original_where_{name}"] = overlap.take(found["original"], rows)
+    if "swapped" in found and changed.any():
+        found["swapped_changed"] = overlap.take(found["swapped"], changed)
+        found["original_where_swap_changes"] = overlap.take(found["original"], changed)
     if trained is not None:
-        new = np.array([one["text"] not in trained for one in spoken])
+        new = np.array([one["text"] not in trained for one in prompt_records])
         if new.any():
-            found["right_where_sentence_is_new"] = metrics.take(found["right"], new)
+            found["original_where_prompt_is_new"] = overlap.take(found["original"], new)
     scores = {name: _with_intervals(counts) for name, counts in found.items()}
     return {
         "size": "each mask's own size, probabilities resized bilinearly",
         "model_image_size": records[0]["image"].shape[0],
-        "threshold": metrics.THRESHOLD,
+        "threshold": overlap.THRESHOLD,
         "conditions": scores,
     }
 
@@ -366,49 +367,51 @@ def image_free_results(
     return {name: _with_intervals(counts) for name, counts in found.items()}
 
 
-def _with_intervals(counts: metrics.Overlap) -> dict[str, Any]:
-    intervals = metrics.bootstrap_intervals(counts)
-    return {**metrics.summarize(counts), "interval_95": {k: list(v) for k, v in intervals.items()}}
+def _with_intervals(counts: overlap.Overlap) -> dict[str, Any]:
+    intervals = overlap.bootstrap_intervals(counts)
+    return {**overlap.summarize(counts), "interval_95": {k: list(v) for k, v in intervals.items()}}
 
 
 def per_image_rows(
-    found: Mapping[str, metrics.Overlap], records: Sequence[Record]
+    found: Mapping[str, overlap.Overlap], records: Sequence[Record]
 ) -> list[dict[str, Any]]:
     """One row an image: id, sentence, Dice and IoU of every condition, areas in pixels.
 
     None where an image has no sentence of a condition.
     """
-    spoken = text_conditions.spoken(records)
-    rows: list[dict[str, Any]] = [{"id": r["id"], "text": r["text"]} for r in spoken]
+    prompt_records = text_conditions.prompt_fields(records)
+    rows: list[dict[str, Any]] = [{"id": r["id"], "text": r["text"]} for r in prompt_records]
     for condition, counts in found.items():
-        of_kind = {"dice": metrics.dice(counts), "iou": metrics.iou(counts)}
-        places = {int(row): i for i, row in enumerate(text_conditions.rows_of(condition, spoken))}
+        of_kind = {"dice": overlap.dice(counts), "iou": overlap.iou(counts)}
+        places = {
+            int(row): i for i, row in enumerate(text_conditions.rows_of(condition, prompt_records))
+        }
         for kind, values in of_kind.items():
             for i, row in enumerate(rows):
                 row[f"{kind}_{condition}"] = values[places[i]].item() if i in places else None
     for i, row in enumerate(rows):
-        row["pred_area_right"] = int(found["right"].pred_area[i])
-        row["mask_area"] = int(found["right"].mask_area[i])
+        row["pred_area_original"] = int(found["original"].pred_area[i])
+        row["mask_area"] = int(found["original"].mask_area[i])
     return rows
 
 
-def page_rows(
+def figure_rows(
     predict: Predict,
     encode: Encode,
     records: Sequence[Record],
-    counts: metrics.Overlap,
+    counts: overlap.Overlap,
     batch_size: int,
 ) -> list[dict[str, Any]]:
     """The best, median and worst cases by Dice, as the pages of `reporting` take them."""
-    scores = np.asarray(metrics.dice(counts))
+    scores = np.asarray(overlap.dice(counts))
     return [
-        _page_row(band, predict, encode, records[i], float(scores[i]), batch_size)
-        for band, rows in reporting.bands(scores.tolist()).items()
+        _figure_row(band, predict, encode, records[i], float(scores[i]), batch_size)
+        for band, rows in figures.bands(scores.tolist()).items()
         for i in rows
     ]
 
 
-def _page_row(band, predict, encode, record, score, batch_size) -> dict[str, Any]:
+def _figure_row(band, predict, encode, record, score, batch_size) -> dict[str, Any]:
     # A whole batch, of which one row counts: another size would compile again.
     texts = encode([record["text"]])
     batch = next(pipeline.eval_batches([record], texts, batch_size=batch_size))
@@ -423,24 +426,18 @@ def _page_row(band, predict, encode, record, score, batch_size) -> dict[str, Any
         "id": record["id"],
         "image": np.clip(np.rint(np.stack(grey, -1)), 0, 255).astype(np.uint8),
         "mask": record["full_mask"],
-        "pred": probs >= metrics.THRESHOLD,
+        "pred": probs >= overlap.THRESHOLD,
         "uncertainty": tta.entropy(probs),
         "dice": score,
         "text": record["text"],
     }
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON whole or not at all."""
-    with places.written_whole(path) as part:
-        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def table_of(scores: Mapping[str, Mapping[str, Any]]) -> str:
+def score_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
     """The console's table: one line a condition, both kinds of Dice and IoU, in percent."""
     names = ("dice_global", "dice_mean", "iou_global", "iou_mean")
     rows = [
         {"condition": name, **{n: f"{100 * s[n]:.2f}" for n in names}, "images": s["num_images"]}
         for name, s in scores.items()
     ]
-    return reporting.format_table(rows, ("condition", *names, "images"))
+    return tables.format_table(rows, ("condition", *names, "images"))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from biclip_jax.evaluation import metrics
+from biclip_jax.evaluation.metrics import overlap
 from biclip_jax.models import medclipseg
 from biclip_jax.models.biclip import text_inputs, to_unit_rgb
 
@@ -22,7 +22,7 @@ def predict_step(
     batch: Mapping[str, Array],
     *,
     model: nn.Module,
-    damage: Callable[[Array, Array], Array] | None = None,
+    corruption: Callable[[Array, Array], Array] | None = None,
 ) -> Float[Array, "b h w 1"]:
     """Probabilities in [0, 1] for the pictures and sentences of a `Batch`.
 
@@ -33,9 +33,9 @@ def predict_step(
       damage: (pictures in [0, 1], image_hash) -> pictures; see `degrade.on_device`.
     """
     image = batch["image"]
-    if damage is not None:
+    if corruption is not None:
         # Before a grey picture becomes RGB: its noise is one noise.
-        image = 255 * damage(image.astype(jnp.float32) / 255, batch["image_hash"])
+        image = 255 * corruption(image.astype(jnp.float32) / 255, batch["image_hash"])
     image, text = to_unit_rgb(image), text_inputs(batch)
     if isinstance(model, medclipseg.MedCLIPSeg):
         return sampled(variables, batch, image, model=model).mean
@@ -89,5 +89,5 @@ def eval_step(
     if isinstance(model, medclipseg.MedCLIPSeg):
         model = model.clone(num_samples=1)
     probs = predict_step(variables, batch, model=model)
-    sums = metrics.overlap_sums(probs, batch["mask"], batch["valid"])
+    sums = overlap.overlap_sums(probs, batch["mask"], batch["valid"])
     return sums if axis_name is None else jax.lax.psum(sums, axis_name)

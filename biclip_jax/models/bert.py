@@ -146,6 +146,6 @@ class ProjectionMLP(nn.Module):
         return Dense(self.features, use_bias=False, dtype=self.dtype, name="out")(x)
 
 
-def build(config: Mapping[str, Any], dtype: str = "float32") -> Bert:
+def build(config: Mapping[str, Any], dtype: str = "float32", name: str | None = None) -> Bert:
     """The tower that a `config.json` of a converted folder describes: `Bert`'s attributes."""
-    return Bert(**config, dtype=jnp.dtype(dtype))
+    return Bert(**config, dtype=jnp.dtype(dtype), name=name)

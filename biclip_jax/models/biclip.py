@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from biclip_jax.models import fusion
 from biclip_jax.models.layers import full_precision
-from biclip_jax.models.text import PooledTower, TextEncoder
+from biclip_jax.models.text import PooledTextEncoder, TextEncoder
 from biclip_jax.models.unet import UNet, block_names
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -31,7 +31,7 @@ DEFAULTS: dict[str, Any] = {
         "text_to_vision": True,
         "levels": "",
         "hidden": 256,
-        "zero_start": False,
+        "zero_init": False,
     },
     "image": {"encoder": "cnn"},
     "heads": HEADS,
@@ -103,7 +103,7 @@ class BiCLIP(nn.Module):
       heads: those that only training uses: "cycle", "iac", both or none.
       iac_blocks: decoder blocks with a consistency head.
       text_encoder: maps (ids, mask) to (B, D); None where features are given.
-      image_tower: pretrained, maps pictures to (B, Di); None: a small CNN of our own.
+      pretrained_image_encoder: maps pictures to (B, Di); None: a small CNN of our own.
       axis_name: device axis for BatchNorm's statistics in training.
       dtype: of the computation; parameters, statistics, logits are float32.
     """
@@ -120,12 +120,12 @@ class BiCLIP(nn.Module):
     text_to_vision: bool = True
     levels: Sequence[str] = ()
     level_hidden: int = 256
-    zero_start: bool = False
+    zero_init: bool = False
     no_text: bool = False
     heads: Sequence[str] = HEADS
     iac_blocks: Sequence[str] = ("decoder_0",)
     text_encoder: nn.Module | None = None
-    image_tower: nn.Module | None = None
+    pretrained_image_encoder: nn.Module | None = None
     axis_name: str | None = None
     dtype: Any = jnp.float32
 
@@ -144,7 +144,7 @@ class BiCLIP(nn.Module):
             vision_to_text=self.vision_to_text,
             text_to_vision=self.text_to_vision,
             fusion_hidden=self.level_hidden,
-            zero_start=self.zero_start,
+            zero_init=self.zero_init,
             axis_name=self.axis_name,
             dtype=self.dtype,
         )
@@ -161,8 +161,8 @@ class BiCLIP(nn.Module):
             self.no_text_embedding = self.param("no_text_embedding", table, (fusion.TEXT_DIM,))
         if self.vision_to_text:
             encoder = fusion.ImageEncoder(self.encoder_widths, dtype=self.dtype)
-            self.image_encoder = self.image_tower or encoder
-            self.refiner = fusion.TextRefiner(zero_start=self.zero_start, dtype=self.dtype)
+            self.image_encoder = self.pretrained_image_encoder or encoder
+            self.refiner = fusion.TextRefiner(zero_init=self.zero_init, dtype=self.dtype)
         if self.pseudo_image:
             self.generator = fusion.Generator(
                 self.image_size, self.pseudo_contrast, dtype=self.dtype
@@ -278,8 +278,8 @@ def build(
     config: Mapping[str, Any],
     *,
     vocab_size: int = 0,
-    tower: nn.Module | None = None,
-    image_tower: nn.Module | None = None,
+    pretrained_text_encoder: nn.Module | None = None,
+    pretrained_image_encoder: nn.Module | None = None,
     axis_name: str | None = None,
 ) -> BiCLIP:
     """The model that a resolved `model` configuration describes.
@@ -288,9 +288,9 @@ def build(
       config: the fields of `model` in `configs/common.py`; what is missing is as in
         `published`, see `DEFAULTS`.
       vocab_size: of the tokenizer, for the scratch text encoder.
-      tower: pretrained, for the other text encoders; None: the model takes
+      pretrained_text_encoder: for the other text encoders; None: the model takes
         text_features alone.
-      image_tower: pretrained, for the other image encoders.
+      pretrained_image_encoder: for the other image encoders.
       axis_name: device axis of training; None for inference.
 
     Raises:
@@ -314,17 +314,18 @@ def build(
         text_to_vision=bmf["text_to_vision"],
         levels=named_blocks(bmf["levels"], num_levels),
         level_hidden=bmf["hidden"],
-        zero_start=bmf["zero_start"],
+        zero_init=bmf["zero_init"],
         no_text=config["text"].get("dropout", 0) > 0,
         heads=tuple(config["heads"]),
         iac_blocks=tuple(config["iac_blocks"]),
-        image_tower=image_tower,
+        pretrained_image_encoder=pretrained_image_encoder,
         axis_name=axis_name,
         dtype=dtype,
     )
     if not model.uses_text:
         return model
-    return model.clone(text_encoder=_text_encoder(config["text"], vocab_size, tower, dtype))
+    text_encoder = _text_encoder(config["text"], vocab_size, pretrained_text_encoder, dtype)
+    return model.clone(text_encoder=text_encoder)
 
 
 def named_blocks(names: str, num_levels: int) -> tuple[str, ...]:
@@ -369,10 +370,10 @@ def check_size(size: int, num_levels: int, pseudo_image: bool) -> None:
 
 
 def _text_encoder(
-    text: Mapping[str, Any], vocab_size: int, tower: nn.Module | None, dtype: Any
+    text: Mapping[str, Any], vocab_size: int, pretrained: nn.Module | None, dtype: Any
 ) -> nn.Module | None:
     if text["encoder"] != "scratch":
-        return None if tower is None else PooledTower(tower, text["pooling"])
+        return None if pretrained is None else PooledTextEncoder(pretrained, text["pooling"])
     return TextEncoder(
         vocab_size, text["max_length"], text["width"], text["num_layers"], text["num_heads"], dtype
     )

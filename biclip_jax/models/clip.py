@@ -210,10 +210,16 @@ class TextTransformer(nn.Module):
         return jnp.tril(jnp.ones((1, 1, *2 * text_ids.shape[1:]), bool))
 
 
-def _blocks(tower: VisionTransformer | TextTransformer) -> list[Block]:
+def _blocks(encoder: VisionTransformer | TextTransformer) -> list[Block]:
     return [
-        Block(tower.num_heads, tower.mlp_width, tower.activation, tower.epsilon, dtype=tower.dtype)
-        for _ in range(tower.num_layers)
+        Block(
+            encoder.num_heads,
+            encoder.mlp_width,
+            encoder.activation,
+            encoder.epsilon,
+            dtype=encoder.dtype,
+        )
+        for _ in range(encoder.num_layers)
     ]
 
 
@@ -272,42 +278,42 @@ def _unit(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
-class ImageTower(nn.Module):
+class ResizedImageEncoder(nn.Module):
     """A pretrained image tower as the embedding of pictures that were not prepared for it.
 
     Attributes:
-      tower: a `VisionTransformer` or `ModifiedResNet`, used as at inference.
+      pretrained: a `VisionTransformer` or `ModifiedResNet`, used as at inference.
     """
 
-    tower: nn.Module
+    pretrained: nn.Module
 
     @nn.compact
     def __call__(self, image: Float[Array, "b h w 3"]) -> Float[Array, "b e"]:
         """Pictures in [0, 1] of any size, resized bilinearly to the tower's, to embeddings."""
-        size = self.tower.image_size
+        size = self.pretrained.image_size
         image = jax.image.resize(image, (len(image), size, size, 3), "bilinear")
-        embedding, _ = self.tower((image - jnp.asarray(MEAN)) / jnp.asarray(STD))
+        embedding, _ = self.pretrained((image - jnp.asarray(MEAN)) / jnp.asarray(STD))
         return full_precision(embedding)
 
 
 def build_image_encoder(
-    config: Mapping[str, Any], dtype: str = "float32"
+    config: Mapping[str, Any], dtype: str = "float32", name: str | None = None
 ) -> VisionTransformer | ModifiedResNet:
     """The image tower that the `image` part of a converted folder's `config.json` describes."""
     fields = {name: value for name, value in config.items() if name != "kind"}
     if config["kind"] == "resnet":
-        return ModifiedResNet(**fields, dtype=jnp.dtype(dtype))
-    return VisionTransformer(**fields, dtype=jnp.dtype(dtype))
+        return ModifiedResNet(**fields, dtype=jnp.dtype(dtype), name=name)
+    return VisionTransformer(**fields, dtype=jnp.dtype(dtype), name=name)
 
 
 def build_text_encoder(
-    config: Mapping[str, Any], dtype: str = "float32"
+    config: Mapping[str, Any], dtype: str = "float32", name: str | None = None
 ) -> TextTransformer | bert.Bert:
     """The text tower that the `text` part of a converted folder's `config.json` describes."""
     fields = {name: value for name, value in config.items() if name != "kind"}
     if config.get("kind") == "bert":
-        return bert.build(fields, dtype)
-    return TextTransformer(**fields, dtype=jnp.dtype(dtype))
+        return bert.build(fields, dtype, name)
+    return TextTransformer(**fields, dtype=jnp.dtype(dtype), name=name)
 
 
 def build(config: Mapping[str, Any], dtype: str = "float32") -> CLIP:

@@ -17,7 +17,7 @@ class Ensemble(nn.Module):
     """Members that answer in turn; the probability is the mean of theirs.
 
     Their variables lie below "member" with a leading axis, see `stacked`. In turn
-    rather than at once, and written out: see `training.steps.in_turn`.
+    rather than at once, and written out: see `training.steps.ensemble_step`.
 
     Attributes:
       member: the architecture; takes a picture and named sentence fields.

@@ -36,21 +36,21 @@ class TextMLP(nn.Module):
 
     features: int = TEXT_DIM
     hidden: int | None = None
-    zero_start: bool = False
+    zero_init: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b f"]:
         x = dense(self.hidden or self.features, self.dtype, name="in")(x)
         x = gelu(LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x))
-        return dense(self.features, self.dtype, name="out", zero_start=self.zero_start)(x)
+        return dense(self.features, self.dtype, name="out", zero_init=self.zero_init)(x)
 
 
 class TextRefiner(nn.Module):
     """Vision to text: t' = t + g([t; i]); the fields are those of `TextMLP`."""
 
     hidden: int | None = None
-    zero_start: bool = False
+    zero_init: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -58,7 +58,7 @@ class TextRefiner(nn.Module):
         self, text: Float[Array, "b t"], image_embedding: Float[Array, "b i"]
     ) -> Float[Array, "b t"]:
         both = jnp.concatenate([text, image_embedding], axis=-1)
-        mlp = TextMLP(text.shape[-1], self.hidden, self.zero_start, self.dtype, name="mlp")
+        mlp = TextMLP(text.shape[-1], self.hidden, self.zero_init, self.dtype, name="mlp")
         return text + full_precision(mlp(both))
 
 
@@ -77,7 +77,7 @@ class LevelFusion(nn.Module):
     vision_to_text: bool = True
     text_to_vision: bool = True
     hidden: int = 256
-    zero_start: bool = False
+    zero_init: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -86,7 +86,7 @@ class LevelFusion(nn.Module):
     ) -> tuple[Float[Array, "b h w c"], Float[Array, "b t"]]:
         if self.vision_to_text:
             pooled = full_precision(features).mean(axis=(1, 2))
-            refiner = TextRefiner(self.hidden, self.zero_start, self.dtype, name="refiner")
+            refiner = TextRefiner(self.hidden, self.zero_init, self.dtype, name="refiner")
             text = refiner(text, pooled)
         if self.text_to_vision:
             zeros = nn.initializers.zeros

@@ -83,9 +83,9 @@ def _product_as_linen_calls(x, kernel, dimension_numbers, **_: Any):
 Dense = functools.partial(nn.Dense, dot_general=_product_as_linen_calls)
 
 
-def dense(features: int, dtype: Any, name: str | None = None, zero_start: bool = False) -> nn.Dense:
+def dense(features: int, dtype: Any, name: str | None = None, zero_init: bool = False) -> nn.Dense:
     """A linear layer that begins as the published network's do, or at zero."""
-    kernel_init = nn.initializers.zeros if zero_start else fan_in_uniform
+    kernel_init = nn.initializers.zeros if zero_init else fan_in_uniform
     return Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
 
 

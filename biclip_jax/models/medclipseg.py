@@ -8,7 +8,7 @@ values is sampled. A head compares every place of the picture with the sentence.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,11 +21,14 @@ from biclip_jax.models.biclip import IMAGENET_MEAN, IMAGENET_STD
 from biclip_jax.models.layers import LayerNorm, UpConv2x2, depthwise_conv3x3, full_precision, gelu
 from biclip_jax.models.transformer import fold_keys
 
-FROZEN = ("image_tower", "text_tower", "logit_scale")
+# Names in the parameter tree. Random parameters depend on them, so they stay: a seed gives the
+# published figures.
+IMAGE_PARAMS, TEXT_PARAMS = "image_tower", "text_tower"
+FROZEN = (IMAGE_PARAMS, TEXT_PARAMS, "logit_scale")
 
 # The towers of the published variants; `model` of a configuration adds the rest.
 BERT_TEXT = {"kind": "bert", "projection_size": 512, "projection_kind": "mlp", "dropout": 0.1}
-TOWERS: dict[str, dict[str, Any]] = {
+ENCODERS: dict[str, dict[str, Any]] = {
     "clip": {"image": clip.VIT_B16, "text": clip.TEXT},
     "pubmedclip": {"image": clip.VIT_B32, "text": clip.TEXT},
     "unimedclip": {"image": clip.VIT_B16, "text": BERT_TEXT},
@@ -88,7 +91,7 @@ class Head(nn.Module):
         return jnp.einsum("bhwc,bc->bhw", full_precision(x), full_precision(query))
 
 
-class Begun(NamedTuple):
+class PassState(NamedTuple):
     """A pass up to its first noise.
 
     Attributes:
@@ -125,8 +128,11 @@ class MedCLIPSeg(nn.Module):
       dtype: of the computation; parameters, scores, logits are float32.
     """
 
-    image_tower: nn.Module
-    text_tower: nn.Module
+    # The names that `build` gives the encoders are those of their parameters.
+    preserve_adopted_names: ClassVar[bool] = True
+
+    image_encoder: nn.Module
+    text_encoder: nn.Module
     adapter_width: int = 256
     beta: float = BETA
     gate_init: float = 0.0
@@ -140,13 +146,13 @@ class MedCLIPSeg(nn.Module):
     @property
     def image_size(self) -> int:
         """Side of the pictures, in pixels."""
-        return self.image_tower.image_size
+        return self.image_encoder.image_size
 
     def setup(self):
         self.adapters = [
             Adapter(
-                self.image_tower.width,
-                self.text_tower.width,
+                self.image_encoder.width,
+                self.text_encoder.width,
                 self.adapter_width,
                 self.beta,
                 self.gate_init,
@@ -212,32 +218,32 @@ class MedCLIPSeg(nn.Module):
         text_ids: Int[Array, "b l"],
         text_mask: Bool[Array, "b l"] | None = None,
         dropout_keys: Key[Array, " b"] | None = None,
-    ) -> Begun:
+    ) -> PassState:
         """What is the same for every noise: normalised pictures up to the first adapter."""
         if image.shape[1:3] != (self.image_size, self.image_size):
             raise ValueError(
                 f"pictures of {image.shape[1]} x {image.shape[2]}; expected {self.image_size} x "
                 f"{self.image_size}, the image tower's own size"
             )
-        if isinstance(self.text_tower, bert.Bert):
-            mask = self.text_tower.attention_mask(text_ids, text_mask)
-            u = self.text_tower.embed(text_ids, dropout_keys)
+        if isinstance(self.text_encoder, bert.Bert):
+            mask = self.text_encoder.attention_mask(text_ids, text_mask)
+            u = self.text_encoder.embed(text_ids, dropout_keys)
         else:
-            mask = self.text_tower.attention_mask(text_ids)
-            u = self.text_tower.embed(text_ids)
-        x = self.image_tower.embed(image)
+            mask = self.text_encoder.attention_mask(text_ids)
+            u = self.text_encoder.embed(text_ids)
+        x = self.image_encoder.embed(image)
         for i in range(self.layers[0]):
-            x = self.image_tower.blocks[i](x)
-            u = self.text_tower.blocks[i](u, mask, keys=_of_layer(dropout_keys, i))
-        row = self.text_tower.summary_row(text_ids)
-        return Begun(x, u, mask, row, self.adapters[0].prepare(x, u))
+            x = self.image_encoder.blocks[i](x)
+            u = self.text_encoder.blocks[i](u, mask, keys=_of_layer(dropout_keys, i))
+        row = self.text_encoder.summary_row(text_ids)
+        return PassState(x, u, mask, row, self.adapters[0].prepare(x, u))
 
     def finish(
-        self, begun: Begun, noise: Noise = None, dropout_keys: Key[Array, " b"] | None = None
+        self, begun: PassState, noise: Noise = None, dropout_keys: Key[Array, " b"] | None = None
     ) -> tuple[Float[Array, "b h w 1"], dict[str, Array]]:
         """The rest of the pass; returns as `__call__`."""
         x, u = begun.image, begun.text
-        last = len(self.image_tower.blocks) - 1
+        last = len(self.image_encoder.blocks) - 1
         for i in range(self.layers[0], last + 1):
             if i in self.layers:
                 number = self.layers.index(i)
@@ -248,9 +254,9 @@ class MedCLIPSeg(nn.Module):
             row = begun.row if i == last else None
             keys = _of_layer(dropout_keys, i)
             x = self._image_block(i, x)
-            u = self.text_tower.blocks[i](u, begun.mask, row=row, keys=keys)
-        features = full_precision(self.image_tower.project(x[:, 1:]))
-        text = full_precision(self.text_tower.pool(u[:, 0]))
+            u = self.text_encoder.blocks[i](u, begun.mask, row=row, keys=keys)
+        features = full_precision(self.image_encoder.project(x[:, 1:]))
+        text = full_precision(self.text_encoder.pool(u[:, 0]))
         low_logits = self.head(features, text)
         size = (len(x), self.image_size, self.image_size)
         logits = jax.image.resize(low_logits, size, "bilinear", antialias=False)
@@ -258,8 +264,8 @@ class MedCLIPSeg(nn.Module):
         return logits[..., None], aux
 
     def _image_block(self, i, x):
-        block = self.image_tower.blocks[i]
-        if not self.value_only or i + 1 < len(self.image_tower.blocks):
+        block = self.image_encoder.blocks[i]
+        if not self.value_only or i + 1 < len(self.image_encoder.blocks):
             return block(x)
         if self.is_initializing():
             block(x)  # the weights of a tower are whole, used or not
@@ -291,7 +297,7 @@ class MedCLIPSeg(nn.Module):
 def noise_shapes(model: MedCLIPSeg, batch_size: int, length: int) -> list[tuple[int, int, int]]:
     """Shapes of a pass's noise: for each adapter (B, L, C) of the sentence's values, then
     (B, 1 + patches, C) of the picture's."""
-    num_tokens = (model.image_size // model.image_tower.patch_size) ** 2 + 1
+    num_tokens = (model.image_size // model.image_encoder.patch_size) ** 2 + 1
     pair = [(batch_size, n, model.adapter_width) for n in (length, num_tokens)]
     return pair * len(model.layers)
 
@@ -334,17 +340,17 @@ def sample_statistics(
     """
     normalised = model.normalise(image)
     begun = model.apply(variables, normalised, text_ids, text_mask, method=model.begin)
-    at_once = max(n for n in range(1, min(chunk, num_samples) + 1) if num_samples % n == 0)
+    num_at_once = max(n for n in range(1, min(chunk, num_samples) + 1) if num_samples % n == 0)
     fold_each = jax.vmap(jax.random.fold_in, (0, None))
 
     def passes(sums, numbers):
-        repeated = jax.tree.map(lambda part: _repeat(part, len(image), at_once), begun)
+        repeated = jax.tree.map(lambda part: _repeat(part, len(image), num_at_once), begun)
         noise = jax.vmap(fold_each, (None, 0))(keys, numbers).reshape(-1)
         logits, _ = model.apply(variables, repeated, noise, method=model.finish)
-        probs = jax.nn.sigmoid(logits).reshape(at_once, *image.shape[:3], 1)
+        probs = jax.nn.sigmoid(logits).reshape(num_at_once, *image.shape[:3], 1)
         return (sums[0] + probs.sum(0), sums[1] + _entropy(probs).sum(0)), None
 
-    numbers = jnp.arange(num_samples).reshape(-1, at_once)
+    numbers = jnp.arange(num_samples).reshape(-1, num_at_once)
     zeros = jnp.zeros((*image.shape[:3], 1))
     (probs, entropies), _ = jax.lax.scan(passes, (zeros, zeros), numbers)
     mean, aleatoric = probs / num_samples, entropies / num_samples
@@ -388,23 +394,23 @@ def build(config: Mapping[str, Any]) -> MedCLIPSeg:
     image, text, dtype = config["image"], config["text"], config["dtype"]
     if image.get("kind", "vit") != "vit":
         raise ValueError(f"the image tower is a {image['kind']}; MedCLIPSeg needs a ViT")
-    image_tower = clip.build_image_encoder(image, dtype)
-    text_tower = clip.build_text_encoder(text, dtype)
-    for name, tower in (("image", image_tower), ("text", text_tower)):
-        if tower.width % tower.num_heads:
+    image_encoder = clip.build_image_encoder(image, dtype, IMAGE_PARAMS)
+    text_encoder = clip.build_text_encoder(text, dtype, TEXT_PARAMS)
+    for name, encoder in (("image", image_encoder), ("text", text_encoder)):
+        if encoder.width % encoder.num_heads:
             raise ValueError(
-                f"the {name} tower's width is {tower.width}, its heads {tower.num_heads}; "
+                f"the {name} tower's width is {encoder.width}, its heads {encoder.num_heads}; "
                 "expected heads that divide the width"
             )
-    depths = image_tower.num_layers, text_tower.num_layers
+    depths = image_encoder.num_layers, text_encoder.num_layers
     if depths[0] != depths[1] or not 1 <= config["num_layers"] < depths[0]:
         raise ValueError(
             f"the towers have {depths[0]} and {depths[1]} blocks, and there are "
             f"{config['num_layers']} adapters; expected towers of one depth, and fewer adapters"
         )
     return MedCLIPSeg(
-        image_tower,
-        text_tower,
+        image_encoder,
+        text_encoder,
         adapter_width=config["adapter_width"],
         beta=config["beta"],
         gate_init=config["gate_init"],

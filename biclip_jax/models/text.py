@@ -46,30 +46,32 @@ class TextEncoder(nn.Module):
         return (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1.0)
 
 
-class PooledTower(nn.Module):
+class PooledTextEncoder(nn.Module):
     """A pretrained text tower as one vector a sentence.
 
     Attributes:
-      tower: maps (ids, mask) to (embedding, {"hidden_states": ...}), see
+      pretrained: maps (ids, mask) to (embedding, {"hidden_states": ...}), see
         `models.bert.Bert` and `models.clip.TextTransformer`.
       pooling: all_tokens: the mean of the hidden states 1, 2 and last over ALL
         positions, as published; masked: the same over the tokens alone;
         embedding: the tower's own projected embedding.
     """
 
-    tower: nn.Module
+    pretrained: nn.Module
     pooling: str = "all_tokens"
 
     @property
     def num_features(self) -> int:
         """Length of the vector."""
-        return self.tower.embedding_size if self.pooling == "embedding" else self.tower.width
+        return (
+            self.pretrained.embedding_size if self.pooling == "embedding" else self.pretrained.width
+        )
 
     @nn.compact
     def __call__(
         self, text_ids: Int[Array, "b l"], text_mask: Bool[Array, "b l"]
     ) -> Float[Array, "b d"]:
-        embedding, aux = self.tower(text_ids, text_mask)
+        embedding, aux = self.pretrained(text_ids, text_mask)
         if self.pooling == "embedding":
             return full_precision(embedding)
         states = aux["hidden_states"]

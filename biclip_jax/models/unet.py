@@ -71,7 +71,7 @@ class UNet(nn.Module):
     vision_to_text: bool = True
     text_to_vision: bool = True
     fusion_hidden: int = 256
-    zero_start: bool = False
+    zero_init: bool = False
     axis_name: str | None = None
     dtype: Any = jnp.float32
     remat: bool = False
@@ -111,7 +111,7 @@ class UNet(nn.Module):
             self.vision_to_text,
             self.text_to_vision,
             self.fusion_hidden,
-            self.zero_start,
+            self.zero_init,
             self.dtype,
             name=f"fusion_{name}",
         )

@@ -29,8 +29,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from biclip_jax import places
-from biclip_jax.errors import UserError
+from biclip_jax.core import files
+from biclip_jax.core.errors import UserError
 from biclip_jax.training.state import TrainState, step_of
 
 KEEP_LAST = 2
@@ -65,7 +65,7 @@ def save(folder: Path, state: TrainState, meta: dict[str, Any], keep: int = KEEP
             f"{step}: could not be written ({error.strerror or error}); free space on the disk or "
             "make the folder writable, then run the same command again"
         ) from error
-    for old in steps(folder)[:-keep]:
+    for old in complete_steps(folder)[:-keep]:
         _discard(old)
     return step
 
@@ -83,9 +83,9 @@ def restore_latest(
     Raises:
       UserError: steps exist but none is intact, or its shapes are another model's.
     """
-    found = steps(folder)
+    found = complete_steps(folder)
     for step in reversed(found):
-        problem = damage(step)
+        problem = integrity_error(step)
         if problem is None:
             return _restore(step, template)
         # Set aside, so that it takes no intact step's place among those that are kept.
@@ -96,7 +96,7 @@ def restore_latest(
     return None
 
 
-def damage(step: Path) -> str | None:
+def integrity_error(step: Path) -> str | None:
     """What is wrong with a step's files, or None: compared with the manifest by SHA-256."""
     try:
         expected = json.loads(_manifest_path(step).read_text())
@@ -109,11 +109,11 @@ def damage(step: Path) -> str | None:
     return None
 
 
-def clean(folder: Path) -> None:
+def remove_incomplete(folder: Path) -> None:
     """Removes what an interrupted save left: folders without a manifest, manifests without one."""
     if not folder.is_dir():
         return
-    complete = {step.name for step in steps(folder)}
+    complete = {step.name for step in complete_steps(folder)}
     for path in folder.iterdir():
         if path.name.split(".")[0] not in complete or ".tmp" in path.name:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -216,7 +216,7 @@ def _checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
-def steps(folder: Path) -> list[Path]:
+def complete_steps(folder: Path) -> list[Path]:
     """Complete steps, oldest first."""
     if not folder.is_dir():
         return []
@@ -241,5 +241,5 @@ def _discard(step: Path) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    with places.written_whole(path) as part:
+    with files.atomic_write(path) as part:
         part.write_text(json.dumps(value))

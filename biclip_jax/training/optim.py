@@ -16,9 +16,9 @@ def make_schedule(
 
     Args:
       config: fields learning_rate, final_learning_rate, warmup_steps (cut to a quarter of the run),
-        and rate_moves: "step", or "epoch", where an epoch's steps all have the rate of its first.
+        and lr_update: "step", or "epoch", where an epoch's steps all have the rate of its first.
       num_steps: length of the run, where the cosine ends.
-      steps_per_epoch: for rate_moves "epoch".
+      steps_per_epoch: for lr_update "epoch".
 
     Returns:
       step -> learning rate.
@@ -30,7 +30,7 @@ def make_schedule(
     if warmup:
         rise = optax.linear_schedule(0.0, rate, warmup)
         schedule = optax.join_schedules([rise, schedule], [warmup])
-    if config["rate_moves"] == "step":
+    if config["lr_update"] == "step":
         return schedule
     return lambda step: schedule(step // steps_per_epoch * steps_per_epoch)
 
@@ -47,20 +47,22 @@ def make_optimizer(
       schedule: step -> learning rate.
     """
     optimizer = _rule(config, schedule)
-    if config["tower_learning_rate"] > 0:
-        factor = config["tower_learning_rate"] / config["learning_rate"]
+    if config["encoder_learning_rate"] > 0:
+        factor = config["encoder_learning_rate"] / config["learning_rate"]
         slow = _rule(config, lambda step: factor * schedule(step))
-        optimizer = optax.multi_transform({"tower": slow, "rest": optimizer}, tower_labels)
+        optimizer = optax.multi_transform({"pretrained": slow, "rest": optimizer}, encoder_labels)
     if config["clip_norm"] <= 0:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(config["clip_norm"]), optimizer)
 
 
-def tower_labels(params: Any) -> Any:
-    """A tree like `params`: "tower" for what belongs to a pretrained tower, else "rest"."""
+def encoder_labels(params: Any) -> Any:
+    """A tree like `params`: "pretrained" for what belongs to a pretrained tower, else "rest"."""
 
     def label(path: tuple[Any, ...], _: Any) -> str:
-        return "tower" if any(getattr(key, "key", "") == "tower" for key in path) else "rest"
+        return (
+            "pretrained" if any(getattr(key, "key", "") == "pretrained" for key in path) else "rest"
+        )
 
     return jax.tree_util.tree_map_with_path(label, params)
 

@@ -67,7 +67,7 @@ def create(
     )
 
 
-def variables_of(state: TrainState) -> dict[str, Any]:
+def inference_variables(state: TrainState) -> dict[str, Any]:
     """The state's part that inference needs, as `model.apply` takes it; averages where kept."""
     kept = state.ema or {"params": state.params, "batch_stats": state.batch_stats}
     return {**kept, "params": {**kept["params"], **state.frozen}}

@@ -86,7 +86,7 @@ def train_step(
     return new_state, metrics
 
 
-def in_turn(step: Callable[..., Any]) -> Callable[..., Any]:
+def ensemble_step(step: Callable[..., Any]) -> Callable[..., Any]:
     """The step of an ensemble: every argument and the state have a leading axis of members.
 
     Members step in turn inside one program, written out one after the other: `vmap` makes
@@ -104,7 +104,7 @@ def in_turn(step: Callable[..., Any]) -> Callable[..., Any]:
     return members
 
 
-def pick(data: Mapping[str, Array], rows: Mapping[str, Array]) -> dict[str, Array]:
+def gather_batch(data: Mapping[str, Array], rows: Mapping[str, Array]) -> dict[str, Array]:
     """The batch of some rows out of a whole split.
 
     Args:
@@ -115,7 +115,7 @@ def pick(data: Mapping[str, Array], rows: Mapping[str, Array]) -> dict[str, Arra
     return {**batch, "row": rows["row"], "labelled": rows["labelled"]}
 
 
-def several(step: Callable[..., Any], length: int) -> Callable[..., Any]:
+def multi_step(step: Callable[..., Any], length: int) -> Callable[..., Any]:
     """Some steps as one program, over a split that lies on the device.
 
     Args:
@@ -124,11 +124,11 @@ def several(step: Callable[..., Any], length: int) -> Callable[..., Any]:
 
     Returns:
       (state, data, rows, count, key) -> (state, metrics): rows and metrics have a leading
-      axis of `length`, of which the first `count` are taken; data as for `pick`.
+      axis of `length`, of which the first `count` are taken; data as for `gather_batch`.
     """
 
     def one(state: Any, data: Any, rows: Any, key: Any) -> tuple[Any, Any]:
-        return step(state, pick(data, rows), key)
+        return step(state, gather_batch(data, rows), key)
 
     def single(state: Any, data: Any, rows: Any, count: Any, key: Any) -> tuple[Any, Any]:
         state, metrics = one(state, data, jax.tree.map(lambda x: x[0], rows), key)

@@ -20,14 +20,14 @@ BLUR_TAPS = 5
 ELASTIC_GRID = 7  # control points of the elastic deformation, each way
 # Numbers of random streams; those under 16 are taken by `split`, whose keys are folded in likewise.
 BOX_STREAM, ELASTIC_STREAM, VALUES_STREAM = range(16, 19)  # of a strong view's key
-LIGHT_STREAM = 16  # of the geometry's key
+PHOTOMETRIC_STREAM = 16  # of the geometry's key
 CUTMIX_AREA = (0.1, 0.5)  # of the picture: a larger box is the partner's smaller one
 
 
 class Geometry(NamedTuple):
     """Probabilities and ranges of the joint geometry; angles in degrees, shifts in widths.
 
-    `whole_degrees` turns with the probability `affine` by a whole number of degrees, to the nearest
+    `integer_degrees` turns with the probability `affine` by a whole number of degrees, to the nearest
     pixel, and does nothing else: what MedCLIPSeg's released code does.
     """
 
@@ -38,7 +38,7 @@ class Geometry(NamedTuple):
     translation: float = 0.1
     scale_low: float = 0.8
     scale_high: float = 1.2
-    whole_degrees: bool = False
+    integer_degrees: bool = False
 
 
 def make_geometry(config: Mapping[str, Any]) -> Geometry:
@@ -49,17 +49,17 @@ def make_geometry(config: Mapping[str, Any]) -> Geometry:
     """
     geometry = Geometry(**config)
     still = Geometry(0.0, 0.0, geometry.affine, geometry.rotation, 0.0, 1.0, 1.0, True)
-    if geometry.whole_degrees and geometry != still:
+    if geometry.integer_degrees and geometry != still:
         raise ValueError(
-            "views.whole_degrees turns pictures and does nothing else; set the flips and "
+            "views.integer_degrees turns pictures and does nothing else; set the flips and "
             "views.translation to 0, views.scale_low and views.scale_high to 1"
         )
-    if geometry.whole_degrees and geometry.rotation % 1:
+    if geometry.integer_degrees and geometry.rotation % 1:
         raise ValueError(f"views.rotation is {geometry.rotation}; whole_degrees wants an integer")
     return geometry
 
 
-class Light(NamedTuple):
+class Photometric(NamedTuple):
     """Largest changes of a picture's values before both views: x + b and x (1 + c), either way."""
 
     brightness: float = 0.0
@@ -70,14 +70,14 @@ class Strong(NamedTuple):
     """What the strong view adds to the weak one; 0 is off and costs nothing.
 
     Attributes:
-      light: whether to change the light as published, see `change_light`.
+      light: whether to change the light as published, see `published_photometric`.
       noise: largest standard deviation of Gaussian noise.
       brightness, contrast: largest change, x + b and x (1 + c), either way.
       elastic: standard deviation of the control points' shifts, in widths.
       cutmix: probability that a pair of rows exchanges a box.
     """
 
-    light: bool = True
+    photometric: bool = True
     noise: float = 0.0
     brightness: float = 0.0
     contrast: float = 0.0
@@ -97,7 +97,7 @@ class Deformation(NamedTuple):
     box: Bool[Array, "b h w 1"] | None
 
 
-def move(
+def transform(
     keys: Key[Array, " b"], maps: Sequence[Float[Array, "b h w _"]], geometry: Geometry
 ) -> tuple[list[Float[Array, "b h w _"]], Bool[Array, " b"]]:
     """The joint geometry: several maps of each example moved alike, 0 outside.
@@ -105,8 +105,8 @@ def move(
     Returns:
       The maps, and (B,) whether the example was flipped from left to right.
     """
-    if geometry.whole_degrees:
-        turned = jax.vmap(lambda key, one: turn_at_random(key, one, geometry))
+    if geometry.integer_degrees:
+        turned = jax.vmap(lambda key, one: random_rotation(key, one, geometry))
         moved = turned(keys, jnp.concatenate(list(maps), axis=-1))
         return _unstack(moved, maps), jnp.zeros(len(keys), bool)
     matrix, shift, flipped = jax.vmap(lambda key: random_geometry(key, geometry))(keys)
@@ -114,19 +114,19 @@ def move(
     return _unstack(moved, maps), flipped
 
 
-def relight(
-    keys: Key[Array, " b"], images: Float[Array, "b h w 3"], light: Light
+def adjust_photometric(
+    keys: Key[Array, " b"], images: Float[Array, "b h w 3"], photometric: Photometric
 ) -> Float[Array, "b h w 3"]:
     """Contrast about each picture's mean and brightness, of the geometry's keys, clipped to [0, 1].
 
     Nothing where `light` is off.
     """
-    if light == Light():
+    if photometric == Photometric():
         return images
 
     def one(key: Any, image: Any) -> Any:
-        keys = jax.random.split(jax.random.fold_in(key, LIGHT_STREAM))
-        changed = _adjust(keys[0], keys[1], image, light.contrast, light.brightness)
+        keys = jax.random.split(jax.random.fold_in(key, PHOTOMETRIC_STREAM))
+        changed = _adjust(keys[0], keys[1], image, photometric.contrast, photometric.brightness)
         return jnp.clip(changed, 0.0, 1.0)
 
     return jax.vmap(one)(keys, images)
@@ -163,7 +163,7 @@ def deform(
     return _unstack(stack, maps)
 
 
-def mix(vectors: Float[Array, "b d"], deformation: Deformation) -> Float[Array, "b d"]:
+def mix_vectors(vectors: Float[Array, "b d"], deformation: Deformation) -> Float[Array, "b d"]:
     """Vectors of a batch, each mixed with its partner's by the area of the box."""
     if deformation.box is None:
         return vectors
@@ -176,12 +176,12 @@ def swap_pairs(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
     return x.reshape(-1, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
 
 
-def change_strongly(
+def strong_photometric(
     key: Key[Array, ""], image: Float[Array, "h w 3"], strong: Strong
 ) -> Float[Array, "h w 3"]:
     """The strong view's change of one picture's values, clipped to [0, 1]."""
-    if strong.light:
-        image = change_light(key, image)
+    if strong.photometric:
+        image = published_photometric(key, image)
     keys = jax.random.split(jax.random.fold_in(key, VALUES_STREAM), 4)
     image = _adjust(keys[0], keys[1], image, strong.contrast, strong.brightness)
     if strong.noise:
@@ -240,19 +240,21 @@ def random_geometry(
     return matrix * flips[:, None], jnp.where(affine, shift, 0.0), flipped
 
 
-def turn_at_random(
+def random_rotation(
     key: Key[Array, ""], image: Float[Array, "h w c"], geometry: Geometry
 ) -> Float[Array, "h w c"]:
-    """A turn by a whole number of degrees, all of -rotation to rotation alike; see `turn`."""
+    """A turn by a whole number of degrees, all of -rotation to rotation alike; see `rotate_nearest`."""
     turn_key, angle_key = jax.random.split(key)
     largest = int(geometry.rotation)
     angle = jax.random.randint(angle_key, (), -largest, largest + 1)
-    turned = turn(image, jnp.asarray(turning_table(largest, *image.shape[:2]))[angle + largest])
+    turned = rotate_nearest(
+        image, jnp.asarray(rotation_table(largest, *image.shape[:2]))[angle + largest]
+    )
     return jnp.where(jax.random.bernoulli(turn_key, geometry.affine), turned, image)
 
 
-def turning_table(largest: int, height: int, width: int) -> np.ndarray:
-    """For -largest to largest degrees, what `turn` takes: (2 largest + 1, 2, 3) int32.
+def rotation_table(largest: int, height: int, width: int) -> np.ndarray:
+    """For -largest to largest degrees, what `rotate_nearest` takes: (2 largest + 1, 2, 3) int32.
 
     Rows are of x and y, columns of x, y and 1, from output to input, in 65536ths of a pixel:
     pillow computes so, and its turned pixels are met exactly.
@@ -266,12 +268,12 @@ def turning_table(largest: int, height: int, width: int) -> np.ndarray:
     return np.floor(65536 * table + 0.5).astype(np.int32)
 
 
-def turn(image: Float[Array, "h w c"], row: Int[Array, "2 3"]) -> Float[Array, "h w c"]:
+def rotate_nearest(image: Float[Array, "h w c"], row: Int[Array, "2 3"]) -> Float[Array, "h w c"]:
     """The picture turned about its centre, to the nearest pixel, 0 outside.
 
     Args:
       image: any.
-      row: of `turning_table`.
+      row: of `rotation_table`.
     """
     height, width, _ = image.shape
     y, x = _grid(height, width)[..., 0], _grid(height, width)[..., 1]
@@ -313,7 +315,9 @@ def sample(image: Float[Array, "h w c"], source: Float[Array, "h w 2"]) -> Float
     return top * (1 - fy) + bottom * fy
 
 
-def change_light(key: Key[Array, ""], image: Float[Array, "h w 3"]) -> Float[Array, "h w 3"]:
+def published_photometric(
+    key: Key[Array, ""], image: Float[Array, "h w 3"]
+) -> Float[Array, "h w 3"]:
     """Strong photometric change: gamma, noise, brightness, contrast, motion blur.
 
     Gamma .9-1.1 always; Gaussian noise sd .01 p .5; brightness +-.3 p .5;

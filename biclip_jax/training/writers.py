@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from biclip_jax import places
+from biclip_jax.core import files
 
 
 class Writer:
@@ -21,9 +21,7 @@ class Writer:
 
     def __init__(self, workdir: Path, num_steps: int, first_step: int) -> None:
         self.console = Console(highlight=False)
-        self._lines: TextIO = open(  # noqa: SIM115
-            _trimmed(workdir / "metrics.jsonl", first_step), "a"
-        )
+        self._lines: TextIO = open(_trimmed(workdir / "metrics.jsonl", first_step), "a")  # noqa: SIM115
         self._tensorboard = _tensorboard(workdir / "tensorboard", first_step)
         columns = (
             TextColumn("{task.description}"),
@@ -79,7 +77,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _trimmed(path: Path, first_step: int) -> Path:
     """Drops what was written after the checkpoint that the run goes on from."""
     kept = [row for row in read_metrics(path) if row["step"] <= first_step]
-    with places.written_whole(path) as part:
+    with files.atomic_write(path) as part:
         part.write_text("".join(json.dumps(row) + "\n" for row in kept))
     return path
 

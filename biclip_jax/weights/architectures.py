@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from biclip_jax.errors import UserError
+from biclip_jax.core.errors import UserError
 from biclip_jax.models import bert, biclip, clip, fusion
 from biclip_jax.models.transformer import ACTIVATIONS
 from biclip_jax.weights import convert, keys
@@ -103,17 +103,17 @@ def convert_biclip(
         for name, tensor in convert.standard_names(checkpoint).items()
     }
     _expect(path, tensors, r"(inc|text_refiner)\.", "published BiCLIP", "inc.*, text_refiner.*")
-    tower_prefix = "text_encoder.model."
+    encoder_prefix = "text_encoder.model."
     inside = {
-        name.removeprefix(tower_prefix): tensors.pop(name)
+        name.removeprefix(encoder_prefix): tensors.pop(name)
         for name in list(tensors)
-        if name.startswith(tower_prefix)
+        if name.startswith(encoder_prefix)
     }
     if not inside:
-        raise UserError(f"{path}: {tower_prefix}* is missing; give the whole checkpoint")
-    tower = convert_bert(Checkpoint(path, checkpoint.format, inside), hf_config)
+        raise UserError(f"{path}: {encoder_prefix}* is missing; give the whole checkpoint")
+    encoder = convert_bert(Checkpoint(path, checkpoint.format, inside), hf_config)
     config = _biclip_config(_Shapes(path, tensors), max_length)
-    features = jnp.zeros((1, tower.config["width"]))
+    features = jnp.zeros((1, encoder.config["width"]))
     size = config["image_size"]
     try:
         model = biclip.build(config)
@@ -123,7 +123,7 @@ def convert_biclip(
     doublings = len(fusion.generator_widths(size)) + 1
     table = keys.biclip(config["num_levels"], doublings)
     variables, report = convert.load(path, tensors, table, expected, keys.BICLIP_UNUSED)
-    return Converted(config, variables, report), tower
+    return Converted(config, variables, report), encoder
 
 
 def shapes_of(model: nn.Module, *inputs: Any, **named: Any) -> dict[str, tuple[int, ...]]:

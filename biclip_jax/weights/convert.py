@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from biclip_jax.errors import UserError
+from biclip_jax.core.errors import UserError
 from biclip_jax.weights import keys
-from biclip_jax.weights.readers import Checkpoint, Tensor
+from biclip_jax.weights.formats.tensor import Tensor
+from biclip_jax.weights.readers import Checkpoint
 
 SHOWN = 5  # names in an error or a line
 
@@ -115,10 +116,10 @@ def load(
     return variables, Report(tuple(variables), tuple(reshaped), tuple(left_out), fresh)
 
 
-def _require(path: Path, wrong: list[str], what: str, mend: str) -> None:
+def _require(path: Path, wrong: list[str], what: str, fix: str) -> None:
     if wrong:
         verb = "are" if len(wrong) > 1 else "is"
-        raise UserError(f"{path}: {_listed(wrong)} {verb} {what}; {mend}")
+        raise UserError(f"{path}: {_listed(wrong)} {verb} {what}; {fix}")
 
 
 def _listed(names: Sequence[str]) -> str:

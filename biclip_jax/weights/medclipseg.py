@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from biclip_jax.errors import UserError
+from biclip_jax.core.errors import UserError
 from biclip_jax.models import medclipseg
 from biclip_jax.weights import architectures, convert, keys
 from biclip_jax.weights.convert import Converted, Report, Tensor
@@ -44,8 +44,8 @@ def convert_medclipseg(
             "give another kind or file"
         )
     aliases = _take_aliases(path, tensors)
-    towers = architectures.clip_of(path, _as_clip(tensors), hf_config or {})
-    config = model_config(own, towers.config)
+    encoders = architectures.clip_of(path, _as_clip(tensors), hf_config or {})
+    config = model_config(own, encoders.config)
     try:
         model = medclipseg.build(config)
     except ValueError as error:
@@ -54,27 +54,27 @@ def convert_medclipseg(
     expected = architectures.shapes_of(model, jnp.zeros((1, size, size, 3)), ids)
     table = keys.medclipseg(config["num_layers"], config["num_upscales"])
     variables, report = convert.load(path, own, table, expected, ())
-    loaded = {_our_name(name): array for name, array in towers.variables.items()}
+    loaded = {_our_name(name): array for name, array in encoders.variables.items()}
     everything = variables | loaded
     fresh = tuple(sorted(expected.keys() - everything.keys()))
     joined = Report(
         tuple(everything),
-        (*report.reshaped, *map(_our_name, towers.report.reshaped)),
-        (*aliases, *towers.report.unused),
+        (*report.reshaped, *map(_our_name, encoders.report.reshaped)),
+        (*aliases, *encoders.report.unused),
         fresh,
     )
     return Converted(config, everything, joined)
 
 
-def model_config(own: Mapping[str, Tensor], towers: Mapping[str, Any]) -> dict[str, Any]:
+def model_config(own: Mapping[str, Tensor], encoders: Mapping[str, Any]) -> dict[str, Any]:
     """`models.medclipseg.build`'s fields, read off the names and shapes; sampling as published."""
-    kind = towers["text"].get("kind", "clip")
+    kind = encoders["text"].get("kind", "clip")
     widths = [t.shape[0] for name, t in own.items() if name.endswith("proj_txt_down.weight")]
     return {
-        "image": towers["image"],
-        "text": towers["text"],
-        "image_size": towers["image"].get("image_size", 0),
-        "max_length": min(PUBLISHED_LENGTH[kind], towers["text"]["max_length"]),
+        "image": encoders["image"],
+        "text": encoders["text"],
+        "image_size": encoders["image"].get("image_size", 0),
+        "max_length": min(PUBLISHED_LENGTH[kind], encoders["text"]["max_length"]),
         "resize": "opencv",
         "input": "imagenet_bgr",
         "value_only": kind == "clip",
@@ -117,8 +117,8 @@ def _as_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _our_name(name: str) -> str:
-    return name.replace("/image_encoder/", "/image_tower/").replace(
-        "/text_encoder/", "/text_tower/"
+    return name.replace("/image_encoder/", f"/{medclipseg.IMAGE_PARAMS}/").replace(
+        "/text_encoder/", f"/{medclipseg.TEXT_PARAMS}/"
     )
 
 

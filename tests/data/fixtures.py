@@ -55,13 +55,13 @@ def table(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
 
 
 def lvit(root: Path, made: list[Sample], books: str = "inside", prefix: str = "mask_") -> Path:
-    """books: "inside" the split folders, at the "root", or train and val "together"."""
+    """books: "inside" the split folders, at the "root", or train and val "ensemble_with"."""
     for s in made:
         folder = root / f"{FOLDERS[s.split]}_Folder"
         save(folder / f"img/{s.name}.png", s.image)
         save(folder / f"labelcol/{prefix}{s.name}.png", s.mask)
     groups = {split: (split,) for split in FOLDERS}
-    if books == "together":
+    if books == "ensemble_with":
         groups = {"train_val": ("train", "val"), "test": ("test",)}
     for key, splits in groups.items():
         name = f"{key.title()}_text.xlsx"

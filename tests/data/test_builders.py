@@ -9,12 +9,14 @@ import sys
 import numpy as np
 import pytest
 
-from biclip_jax.data import opencv
-from biclip_jax.data.builders import open_split, preparation, prepare, verify
+from biclip_jax.core.errors import DataError
+from biclip_jax.data import opencv_resize
+from biclip_jax.data.builders import preparation
 from biclip_jax.data.builders.drawing import describe, draw_example, draw_lesions
+from biclip_jax.data.builders.preparation import prepare
+from biclip_jax.data.builders.prepared import open_split, verify
 from biclip_jax.data.image_io import read_image, resize_image, resize_mask, write_png
 from biclip_jax.data.schema import SPLITS
-from biclip_jax.errors import DataError
 
 from . import fixtures
 
@@ -92,8 +94,8 @@ def test_the_method_of_resizing_is_part_of_the_folder_s_name_where_it_is_chosen(
     assert prepare("folder", **args, resize="antialiased") == plain != path
     for record, sample in zip(open_split(path, "train"), made, strict=False):
         mask = (sample.mask > 127).astype(np.uint8)[..., None]
-        np.testing.assert_array_equal(record["image"], opencv.bilinear(sample.image, 16, 16))
-        np.testing.assert_array_equal(record["mask"], opencv.nearest(mask, 16, 16))
+        np.testing.assert_array_equal(record["image"], opencv_resize.bilinear(sample.image, 16, 16))
+        np.testing.assert_array_equal(record["mask"], opencv_resize.nearest(mask, 16, 16))
         np.testing.assert_array_equal(record["full_mask"], mask)
     with pytest.raises(DataError, match="resize: found 'cubic'"):
         prepare("folder", **args, resize="cubic")
@@ -241,7 +243,8 @@ def test_neither_tensorflow_nor_an_early_tfds(tmp_path):
     path = prepare("synthetic", data_dir=tmp_path, image_size=16, num_examples=SMALL)
     code = f"""
 import sys
-from biclip_jax.data.builders import open_split, prepare
+from biclip_jax.data.builders.preparation import prepare
+from biclip_jax.data.builders.prepared import open_split
 assert "tensorflow_datasets" not in sys.modules
 prepare("synthetic", data_dir={str(tmp_path)!r}, image_size=24, num_examples={SMALL})
 print(open_split({str(path)!r}, "val")[0]["text"])

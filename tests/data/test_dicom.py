@@ -8,8 +8,8 @@ import pydicom
 import pytest
 from pydicom import Dataset
 
+from biclip_jax.core.errors import BadImageError
 from biclip_jax.data import dicom, image_io
-from biclip_jax.errors import BadImageError
 
 from .fixtures import CT, dicom_file
 

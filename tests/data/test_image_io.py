@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from biclip_jax.data import image_io, opencv
-from biclip_jax.errors import BadImageError
+from biclip_jax.core.errors import BadImageError
+from biclip_jax.data import image_io, opencv_resize
 
 from . import fixtures
 
@@ -201,11 +201,11 @@ def test_resize_mask_is_the_area_average():
 
 def test_the_method_of_resizing_is_chosen_by_name():
     np.testing.assert_array_equal(
-        image_io.resize_image(COLOUR, 5, "opencv"), opencv.bilinear(COLOUR, 5, 5)
+        image_io.resize_image(COLOUR, 5, "opencv"), opencv_resize.bilinear(COLOUR, 5, 5)
     )
     mask = (GREY > 127).astype(np.uint8)[..., None]
     np.testing.assert_array_equal(
-        image_io.resize_mask(mask, 5, "opencv"), opencv.nearest(mask, 5, 5)
+        image_io.resize_mask(mask, 5, "opencv"), opencv_resize.nearest(mask, 5, 5)
     )
     for resize in (image_io.resize_image, image_io.resize_mask):
         square = mask[:7]

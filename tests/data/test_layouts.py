@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from biclip_jax.core.errors import DataError
 from biclip_jax.data.layouts import (
     LAYOUTS,
     find_layout,
@@ -13,7 +14,6 @@ from biclip_jax.data.layouts import (
     read_unlabelled,
     read_variants,
 )
-from biclip_jax.errors import DataError
 
 from . import fixtures
 
@@ -44,7 +44,7 @@ def test_layout_is_found_and_read_in_order(tmp_path, layout):
         assert os.path.basename(example.image_path) == f"{example.id}.png"
 
 
-@pytest.mark.parametrize("books", ["inside", "root", "together"])
+@pytest.mark.parametrize("books", ["inside", "root", "ensemble_with"])
 @pytest.mark.parametrize("prefix", ["mask_", ""])
 def test_lvit_workbook_places_and_mask_names(tmp_path, books, prefix):
     made = fixtures.samples()
@@ -113,7 +113,7 @@ def test_missing_mask_and_missing_picture(tmp_path, layout):
     os.remove(examples[5].image_path)
     text = message(root)
     assert f"{examples[1].mask_path.rsplit('/', 1)[1]}: mask not found" in text
-    assert "case_5.png: picture not found" in text
+    assert "case_5.png: image not found" in text
     assert "2 problem(s)" in text
 
 
@@ -322,7 +322,7 @@ def test_pictures_without_masks_are_all_of_a_table_that_has_no_such_column(tmp_p
     fixtures.table(
         root / "annotations.csv", ("image", "text"), [*rows, ("gone.png", ""), ("", "a")]
     )
-    with pytest.raises(DataError, match=r"(?s)found no image.*gone.png: picture not found"):
+    with pytest.raises(DataError, match=r"(?s)found no image.*gone.png: image not found"):
         read_unlabelled(root)
     fixtures.table(root / "annotations.csv", ("image", "text"), [])
     with pytest.raises(DataError, match="found no picture to train on"):
@@ -352,7 +352,7 @@ def test_a_published_target_may_have_a_test_split_alone(tmp_path):
         (root / f"Prompts_Folder/{split}_text.xlsx").unlink()
     assert {e.split for e in read_layout(root)} == {"test"}
     shutil.rmtree(root / "Test_Folder")
-    assert "picture not found" in message(root)
+    assert "image not found" in message(root)
     (root / "Prompts_Folder/Test_text_original.xlsx").unlink(missing_ok=True)
     (root / "Prompts_Folder/Test_text.xlsx").unlink(missing_ok=True)
     assert "found no annotated picture" in message(root)

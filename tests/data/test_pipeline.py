@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from biclip_jax.data import pipeline, subsets, text
-from biclip_jax.errors import UserError
+from biclip_jax.core.errors import UserError
+from biclip_jax.data import label_subset, pipeline, text
 
 NUM = 10
 
@@ -23,10 +23,10 @@ def split():
         }
         for i in range(NUM)
     ]
-    sentences = [record["text"] for record in records]
-    tokenizer = text.build_tokenizer(sentences)
-    return records, pipeline.sentence_fields(
-        partial(text.encode_fields, tokenizer, max_length=6), sentences
+    prompts = [record["text"] for record in records]
+    tokenizer = text.build_tokenizer(prompts)
+    return records, pipeline.text_fields(
+        partial(text.encode_fields, tokenizer, max_length=6), prompts
     )
 
 
@@ -37,8 +37,8 @@ def splits_of(config):
 
 def test_a_configuration_s_resizing_and_subset_reach_the_builder(smoke_config, monkeypatch):
     asked = []
-    monkeypatch.setattr(pipeline.builders, "prepare", lambda name, **given: asked.append(given))
-    monkeypatch.setattr(pipeline.builders, "open_split", lambda prepared, split: [])
+    monkeypatch.setattr(pipeline.preparation, "prepare", lambda name, **given: asked.append(given))
+    monkeypatch.setattr(pipeline, "open_split", lambda prepared, split: [])
     smoke_config.data.resize, smoke_config.data.percent = "opencv", 25
     smoke_config.data.unlabelled = "elsewhere"
     data = smoke_config.data.to_dict()
@@ -88,9 +88,9 @@ def test_rows_belong_together(split):
 
 def test_the_mirrored_sentence_travels_along(split):
     _, texts = split
-    assert texts["mirrored_text_ids"].shape == texts["text_ids"].shape
-    # "right" is no word of the captions: the mirrored side is unknown to the vocabulary.
-    assert (texts["mirrored_text_ids"] == 1).any()
+    assert texts["swapped_text_ids"].shape == texts["text_ids"].shape
+    # "original" is no word of the captions: the mirrored side is unknown to the vocabulary.
+    assert (texts["swapped_text_ids"] == 1).any()
 
 
 def test_processes_share_every_global_batch(split):
@@ -123,7 +123,7 @@ def test_evaluation_counts_every_record_once(split, batch_size, count):
 
 def test_missing_sentences_are_empty_everywhere(smoke_config):
     with smoke_config.unlocked():
-        smoke_config.data.sentences = "missing"
+        smoke_config.data.text_condition = "empty"
     splits = splits_of(smoke_config)
     assert {len(records) for records in splits.values()} == {32, 8}
     assert {record["text"] for records in splits.values() for record in records} == {""}
@@ -135,7 +135,7 @@ def test_a_share_of_the_labels_takes_training_pictures_alone(smoke_config):
     part = splits_of(smoke_config)
     assert [len(part[split]) for split in ("train", "val", "test")] == [8, 8, 8]
     ids = [record["id"] for record in whole["train"]]
-    expected = [ids[row] for row in subsets.labelled(ids, 0.25)]
+    expected = [ids[row] for row in label_subset.select_rows(ids, 0.25)]
     assert [record["id"] for record in part["train"]] == expected
 
 
@@ -196,17 +196,17 @@ def test_a_later_start_goes_on_with_both_kinds(split, stop):
 
 
 def test_an_ensemble_s_members_have_the_orders_of_their_seeds(split):
-    together = next(batches(*split, batch_size=4, seed=1, num_members=3))
+    ensemble_with = next(batches(*split, batch_size=4, seed=1, num_members=3))
     for k in range(3):
         alone = next(batches(*split, batch_size=4, seed=1 + k))
-        assert together.keys() == alone.keys()
+        assert ensemble_with.keys() == alone.keys()
         for name, values in alone.items():
-            np.testing.assert_array_equal(together[name][k], values)
+            np.testing.assert_array_equal(ensemble_with[name][k], values)
 
 
 def test_a_whole_split_is_by_record(split):
     records, texts = split
-    data = pipeline.whole(records, texts)
+    data = pipeline.stack_split(records, texts)
     assert data["image"].shape[0] == data["mask"].shape[0] == len(records)
     np.testing.assert_array_equal(data["image"][3], records[3]["image"])
     assert data.keys() == {"image", "mask", *texts}
@@ -237,7 +237,7 @@ def test_the_rest_is_what_the_labels_leave(smoke_config):
     for record in unlabelled_of(smoke_config):
         assert record["mask"].shape == (56, 56, 1) and not record["mask"].any()
         assert not record["full_mask"].any()
-    smoke_config.data.sentences = "missing"
+    smoke_config.data.text_condition = "empty"
     assert {record["text"] for record in unlabelled_of(smoke_config)} == {""}
 
 
@@ -270,8 +270,8 @@ def test_grey_and_coloured_pictures_share_a_batch(smoke_config, labelled, unlabe
     record = splits_of(smoke_config)["train"][0]
     grey = record["image"][..., :1]
     kinds = [{**record, "image": np.repeat(grey, c, -1)} for c in (labelled, unlabelled)]
-    images = [r["image"] for r in pipeline.joined(kinds[:1], kinds[1:])]
+    images = [r["image"] for r in pipeline.join_records(kinds[:1], kinds[1:])]
     wide = max(labelled, unlabelled)
     assert [image.shape for image in images] == [(56, 56, wide)] * 2
     assert all((image == grey).all() for image in images)
-    assert pipeline.joined(kinds, []) is kinds
+    assert pipeline.join_records(kinds, []) is kinds

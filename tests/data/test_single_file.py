@@ -6,11 +6,12 @@ import sys
 import numpy as np
 import pytest
 
-from biclip_jax import cli
+from biclip_jax.core import config as config_lib
+from biclip_jax.core.errors import DataError
 from biclip_jax.data import pipeline
-from biclip_jax.data.builders import open_split, single_file
+from biclip_jax.data.builders import single_file
+from biclip_jax.data.builders.prepared import open_split
 from biclip_jax.data.schema import SPLITS
-from biclip_jax.errors import DataError
 
 from . import fixtures
 
@@ -21,7 +22,7 @@ def written(tmp_path_factory):
     base = tmp_path_factory.mktemp("single_file")
     fixtures.plain_csv(base / "source", fixtures.samples())
     overrides = [f"--config.data.source={base / 'source'}", f"--config.data.cache_dir={base}"]
-    data = cli.load_config("folder", overrides).data.to_dict()
+    data = config_lib.load_config("folder", overrides).data.to_dict()
     counts = pipeline.write_file(data, 24, base / "set.npz")
     assert counts == {split: len(open_split(base / "set.npz", split)) for split in SPLITS}
     return data, base / "set.npz"
@@ -49,7 +50,7 @@ import sys
 from biclip_jax.data import pipeline
 data = {of_file(data, path)!r}
 splits = pipeline.open_splits(pipeline.prepare(data, 24), data)
-assert len(pipeline.whole(splits["train"], {{}})["image"]) == len(splits["train"]) > 0
+assert len(pipeline.stack_split(splits["train"], {{}})["image"]) == len(splits["train"]) > 0
 assert not {{"tensorflow_datasets", "grain"}} & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -67,10 +68,10 @@ def test_another_set_than_is_asked_for_is_refused(written, change, size, message
 
 def test_damaged_missing_and_foreign_files_are_named(written, tmp_path):
     data, path = written
-    damaged, foreign = tmp_path / "damaged.npz", tmp_path / "foreign.npz"
+    corrupted, foreign = tmp_path / "damaged.npz", tmp_path / "foreign.npz"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 255
-    damaged.write_bytes(bytes(content))
+    corrupted.write_bytes(bytes(content))
     np.savez(foreign, x=np.zeros(3))
     with pytest.raises(DataError, match=r"absent\.npz: cannot be read"):
         pipeline.prepare(of_file(data, tmp_path / "absent.npz"), 24)
@@ -81,7 +82,7 @@ def test_damaged_missing_and_foreign_files_are_named(written, tmp_path):
         pipeline.prepare(of_file(data, foreign), 24)
     with pytest.raises(DataError, match=r"damaged\.npz: cannot be read .*; make it again"):
         for split in SPLITS:
-            single_file.examples(damaged, split)
+            single_file.examples(corrupted, split)
     (tmp_path / "short.npz").write_bytes(path.read_bytes()[:500])
     with pytest.raises(DataError, match=r"short\.npz: cannot be read"):
         pipeline.prepare(of_file(data, tmp_path / "short.npz"), 24)

@@ -5,8 +5,8 @@ import warnings
 import numpy as np
 import pytest
 
+from biclip_jax.core.errors import UserError
 from biclip_jax.data import text, tokenizers
-from biclip_jax.errors import UserError
 
 SENTENCES = [
     "Bilateral pulmonary infection, two infected areas, lower left lung and upper right lung.",
@@ -44,7 +44,7 @@ def test_fields_say_whether_there_is_a_sentence():
     assert fields["has_text"].tolist() == [True, False, False]
     np.testing.assert_array_equal(fields["text_ids"], ids)
     np.testing.assert_array_equal(fields["text_mask"], mask)
-    vectors = {sentence: np.full(3, len(sentence), np.float32) for sentence in texts}
+    vectors = {prompt: np.full(3, len(prompt), np.float32) for prompt in texts}
     found = text.feature_fields(vectors, texts[::-1])
     assert found["has_text"].tolist() == [False, False, True]
     assert found["text_features"][:, 0].tolist() == [2, 0, 9]
@@ -70,13 +70,13 @@ def test_a_sentence_that_just_fits_is_whole_and_of_no_concern():
     assert mask.all()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        text.warn_of_cut(tokenizer, ["lower left lung"] * 2, 4)
+        text.warn_truncated(tokenizer, ["lower left lung"] * 2, 4)
 
 
 def test_distinct_sentences_that_are_too_long_are_counted_in_a_warning():
     tokenizer = text.build_tokenizer(SENTENCES)
     with pytest.warns(UserWarning, match="2 of 3 sentences are longer than 5 tokens"):
-        text.warn_of_cut(tokenizer, [*SENTENCES, *SENTENCES, "left lung"], 5)
+        text.warn_truncated(tokenizer, [*SENTENCES, *SENTENCES, "left lung"], 5)
 
 
 def test_a_length_without_room_for_the_special_tokens_is_refused():
@@ -86,8 +86,8 @@ def test_a_length_without_room_for_the_special_tokens_is_refused():
 
 def test_unknown_words_are_found_as_they_stand_in_the_sentence():
     tokenizer = text.build_tokenizer(SENTENCES)
-    sentences = ["Lower left lung", "a Zebra in the lower lung"]
-    assert text.unknown_words(tokenizer, sentences) == ["Zebra", "a", "in", "the"]
+    prompts = ["Lower left lung", "a Zebra in the lower lung"]
+    assert text.unknown_words(tokenizer, prompts) == ["Zebra", "a", "in", "the"]
 
 
 def test_save_and_load_give_the_same_ids(tmp_path):
@@ -109,7 +109,7 @@ def test_a_missing_or_damaged_tokenizer_names_its_file(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    ("sentence", "mirrored"),
+    ("prompt", "swapped"),
     [
         (
             "two infected areas, lower left lung and upper middle right lung.",
@@ -124,16 +124,16 @@ def test_a_missing_or_damaged_tokenizer_names_its_file(tmp_path, content):
         ("", ""),
     ],
 )
-def test_mirror_swaps_sides_and_keeps_the_left_first(sentence, mirrored):
-    assert text.mirror(sentence) == mirrored
-    assert text.mirror(mirrored) == sentence
+def test_mirror_swaps_sides_and_keeps_the_left_first(prompt, swapped):
+    assert text.swap_sides(prompt) == swapped
+    assert text.swap_sides(swapped) == prompt
 
 
 def test_shuffle_gives_each_row_another_string_of_the_split_by_seed():
-    sentences = ["a", "b", "a", "c"] * 25
-    shuffled = text.shuffle(sentences, seed=3)
-    assert all(x != y for x, y in zip(sentences, shuffled, strict=True))
-    assert set(shuffled) <= set(sentences)
-    assert shuffled == text.shuffle(sentences, seed=3)
-    assert shuffled != text.shuffle(sentences, seed=4)
+    prompts = ["a", "b", "a", "c"] * 25
+    shuffled = text.shuffle(prompts, seed=3)
+    assert all(x != y for x, y in zip(prompts, shuffled, strict=True))
+    assert set(shuffled) <= set(prompts)
+    assert shuffled == text.shuffle(prompts, seed=3)
+    assert shuffled != text.shuffle(prompts, seed=4)
     assert text.shuffle(["a", "a"], seed=0) is None

@@ -8,9 +8,9 @@ import unicodedata
 import pytest
 import regex
 
+from biclip_jax.core.errors import UserError
 from biclip_jax.data import text, tokenizers
 from biclip_jax.data.tokenizers import MAX_BYTES, read_tokenizer
-from biclip_jax.errors import UserError
 
 ARCHIVE = "bpe_simple_vocab_16e6.txt.gz"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -63,8 +63,8 @@ def plain_bpe(merges):
             parts = [part for part, _ in joined]
         return parts
 
-    def encode(sentence):
-        cleaned = " ".join(unicodedata.normalize("NFC", sentence).split()).lower()
+    def encode(prompt):
+        cleaned = " ".join(unicodedata.normalize("NFC", prompt).split()).lower()
         parts = [part for piece in pieces.findall(cleaned) for part in parts_of(piece)]
         return [vocabulary[part] for part in [START, *parts, END]]
 
@@ -99,8 +99,8 @@ def write_json(folder, **changes):
     return stored
 
 
-def ids_of(tokenizer, sentences=SENTENCES):
-    return [encoding.ids for encoding in tokenizer.encode_batch(sentences)]
+def ids_of(tokenizer, prompts=SENTENCES):
+    return [encoding.ids for encoding in tokenizer.encode_batch(prompts)]
 
 
 @pytest.mark.parametrize("write", [write_archive, write_pair])
@@ -110,7 +110,7 @@ def test_clip_gives_the_ids_of_a_plain_python_encoder(tmp_path, write, whole_fol
     tokenizer = read_tokenizer("clip", tmp_path if whole_folder else file)
     encode, vocabulary = plain_bpe(MERGES)
     assert tokenizer.get_vocab() == vocabulary
-    assert ids_of(tokenizer) == [encode(sentence) for sentence in SENTENCES]
+    assert ids_of(tokenizer) == [encode(prompt) for prompt in SENTENCES]
 
 
 def test_clip_gives_the_ids_of_transformers(tmp_path):
@@ -118,7 +118,7 @@ def test_clip_gives_the_ids_of_transformers(tmp_path):
 
     write_pair(tmp_path)
     reference = CLIPTokenizer.from_pretrained(tmp_path, local_files_only=True)
-    expected = [reference(sentence)["input_ids"] for sentence in SENTENCES]
+    expected = [reference(prompt)["input_ids"] for prompt in SENTENCES]
     assert ids_of(read_tokenizer("clip", tmp_path)) == expected
 
 
@@ -145,7 +145,7 @@ def test_bert_gives_the_ids_of_transformers(tmp_path, config):
     from transformers import BertTokenizer
 
     reference = BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)}, **(config or {}))
-    expected = [reference(sentence)["input_ids"] for sentence in SENTENCES]
+    expected = [reference(prompt)["input_ids"] for prompt in SENTENCES]
     write_words(tmp_path, config)
     for path in (tmp_path, tmp_path / "vocab.txt"):
         assert ids_of(read_tokenizer("bert", path)) == expected
@@ -272,7 +272,7 @@ def test_a_pair_without_its_merges_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("corruption", "words"),
     [
         (lambda data: data[: len(data) // 2], "end-of-stream"),
         (lambda data: b"plain text", "gzip"),
@@ -286,9 +286,9 @@ def test_a_pair_without_its_merges_is_refused(tmp_path):
         (lambda data: gzip.compress(bytes(8 * MAX_BYTES)), f"more than {MAX_BYTES} bytes"),
     ],
 )
-def test_a_damaged_archive_is_refused(tmp_path, damage, words):
+def test_a_damaged_archive_is_refused(tmp_path, corruption, words):
     path = write_archive(tmp_path)
-    path.write_bytes(damage(path.read_bytes()))
+    path.write_bytes(corruption(path.read_bytes()))
     fails("clip", path, words)
 
 

@@ -24,41 +24,44 @@ import jax  # isort: skip
 import jax.numpy as jnp
 import numpy as np
 
-from biclip_jax import cli, evaluate, feeding, inference, places, train
-from biclip_jax.assembly import stream
+from biclip_jax import evaluate, inference, train
 from biclip_jax.configs import medclipseg, variants
+from biclip_jax.core import config as config_lib
+from biclip_jax.core import files
+from biclip_jax.core.rng import stream
 from biclip_jax.data import pipeline
-from biclip_jax.program import FAMILIES, build, labelled_rows
-from biclip_jax.training import steps
+from biclip_jax.experiment import input_feed
+from biclip_jax.experiment.program import FAMILIES, build, num_labelled_rows
 from biclip_jax.training import state as train_state
-from biclip_jax.weights import folder as model_folder
+from biclip_jax.training import steps
+from biclip_jax.weights import model_folder
 
 ROOT = Path(__file__).parent.parent.parent
 OWN_VARIANTS = {"default": ("no_text",), "qata": ("cxr_bert",)}
 SENTENCE = "one large lesion, upper left lung, none in the right one."
 # Smaller than `smoke`.
 MEDCLIPSEG = {
-    "model.towers.patch_size": 14,
-    "model.towers.num_layers": 2,
+    "model.encoders.patch_size": 14,
+    "model.encoders.num_layers": 2,
     "model.num_layers": 1,
     "model.num_upscales": 1,
     "model.num_samples": 2,
 }
 SECTIONS = (
-    *("--calibration", "--tta", "--mirroring", "--surface", "--degradations", "all"),
+    *("--calibration", "--tta", "--flip-consistency", "--surface-metrics", "--corruptions", "all"),
     *("--severities", "2,4", "--batch-size", "8"),
 )
 
 
 def machine():
     """The processor's instruction set, and the versions that numbers depend on."""
-    return {"instructions": places._instructions(), "jax": jax.__version__}
+    return {"instructions": files.instruction_set(), "jax": jax.__version__}
 
 
 def configs():
     """Every config and variant, resolved: whole for the config, differences for its variants."""
     found = {}
-    for name in cli.config_names():
+    for name in config_lib.config_names():
         whole = fields_of(name)
         found[name] = whole
         methods = medclipseg.VARIANTS if name == "medclipseg" else variants.METHODS
@@ -72,17 +75,17 @@ def configs():
 
 
 def fields_of(name):
-    return dict(cli.leaves(json.loads(cli.load_config(name, []).to_json())))
+    return dict(config_lib.flatten(json.loads(config_lib.load_config(name, []).to_json())))
 
 
 def rules():
     """What `cli.check` accepts of each field, and the fields that a resumed run may change."""
     return {
-        "choices": {name: list(values) for name, values in cli.CHOICES.items()},
-        "at_least": dict(cli.AT_LEAST),
-        "between": {name: list(ends) for name, ends in cli.BETWEEN.items()},
-        "weights": list(cli.WEIGHTS),
-        "free": list(cli.FREE_FIELDS),
+        "choices": {name: list(values) for name, values in config_lib.CHOICES.items()},
+        "at_least": dict(config_lib.AT_LEAST),
+        "between": {name: list(ends) for name, ends in config_lib.BETWEEN.items()},
+        "weights": list(config_lib.LOSS_WEIGHTS),
+        "free": list(config_lib.FREE_FIELDS),
     }
 
 
@@ -101,7 +104,7 @@ def eight_steps(name, cache, fields):
     if name.endswith("semi"):
         fields = {**fields, "data.label_fraction": 0.5}
     overrides = [f"--config.{field}={value}" for field, value in fields.items()]
-    config = cli.load_config(name, [*overrides, f"--config.data.cache_dir={cache}"])
+    config = config_lib.load_config(name, [*overrides, f"--config.data.cache_dir={cache}"])
     found = {"float32": run_steps(config, "float32")}
     with jax.enable_x64(True):
         found["float64"] = run_steps(config, "float64")
@@ -114,34 +117,36 @@ def run_steps(config, dtype):
     config = config.copy_and_resolve_references().unlock()
     config.model.dtype = dtype
     family, data = FAMILIES[config.model.kind], config.data.to_dict()
-    towers = family.open_towers(config)
+    encoders = family.open_encoders(config)
     prepared = pipeline.prepare(data, config.model.image_size)
     splits = pipeline.open_splits(prepared, data)
     unlabelled = pipeline.open_unlabelled(prepared, data, config.model.image_size)
     num_labelled = len(splits["train"])
-    records = pipeline.joined(splits["train"], unlabelled)
+    records = pipeline.join_records(splits["train"], unlabelled)
     texts = {"train": [record["text"] for record in records]}
     texts["val"] = [record["text"] for record in splits["val"]]
-    spoken = family.read_sentences(config, texts, towers, prepared)
-    program = build(config, num_labelled, spoken, towers)
+    encoded_text = family.encode_texts(config, texts, encoders, prepared)
+    program = build(config, num_labelled, encoded_text, encoders)
     initial = cast(program.initial, dtype)
     key = stream(config, "augment")
     # The gradient is taken by plain jit, where no device axis has a name.
     alone = config.copy_and_resolve_references()
     alone.parallel.mode = "mesh"
-    built = family.assemble(alone, spoken, towers, labelled_rows(config) / config.batch_size)
-    fields = spoken.fields["train"]
+    built = family.make_spec(
+        alone, encoded_text, encoders, num_labelled_rows(config) / config.batch_size
+    )
+    fields = encoded_text.fields["train"]
     first = first_batch(config, program, records, fields)
     keys = steps.example_keys(key, initial.step, first["row"])
     gradient = jax.jit(jax.grad(built.objective, has_aux=True))
     grads, _ = gradient(initial.params, initial, first, keys)
-    advance = feeding.open_feed(config.to_dict(), program, records, fields, 0)
+    advance = input_feed.open_feed(config.to_dict(), program, records, fields, 0)
     state, losses = program.place(initial), []
     for step in range(8):
         state, metrics = advance(state, key, step, 1)
         total, count = jax.device_get(metrics[0]["loss"])
         losses.append(float(total) / float(count))
-    values = train_state.variables_of(state)["params"]
+    values = train_state.inference_variables(state)["params"]
     found = {"loss": losses, "gradient": norm(grads), "params": norm(values)}
     if dtype == "float32":
         found |= {"gradient_sha256": digest(grads), "state_sha256": digest(state)}
@@ -155,7 +160,7 @@ def first_batch(config, program, records, fields):
         batch_size=config.batch_size,
         seed=config.seed,
         num_labelled=program.num_labelled,
-        labelled_rows=program.labelled_rows,
+        labelled_rows=program.num_labelled_rows,
     )
     batch = next(pipeline.train_batches(records, fields, rows, 0))
     return {name: jnp.asarray(value) for name, value in batch.items()}
@@ -192,7 +197,7 @@ def evaluations():
         base = Path(folder)
         for name, config, fields, options in (
             ("biclip", "default:smoke", {}, ()),
-            ("ensemble", "default:smoke", {"ensemble": 2}, ("--text-conditions", "right")),
+            ("ensemble", "default:smoke", {"ensemble": 2}, ("--text-conditions", "original")),
             ("medclipseg", "medclipseg:smoke", MEDCLIPSEG, ("--uncertainty",)),
         ):
             workdir = drawn_run(base, name, config, fields)
@@ -200,11 +205,11 @@ def evaluations():
             found[name] = evaluated(argv, base, workdir / "evaluation/test")
             found[f"{name}_predictions"] = predictions(workdir)
         apart = base / "apart"
-        argv = ["--workdir", base / "biclip", "--together", drawn_run(base, "other", seed=1)]
-        argv += ["--output", apart, "--text-conditions", "right", "--no-baselines", "--tta"]
+        argv = ["--workdir", base / "biclip", "--ensemble-with", drawn_run(base, "other", seed=1)]
+        argv += ["--output", apart, "--text-conditions", "original", "--no-baselines", "--tta"]
         found["together"] = evaluated(argv, base, apart)
         argv = ["--workdir", base / "biclip", "--subset", "5", "--text-conditions"]
-        argv += ["right,shuffled,mirrored", "--no-baselines"]
+        argv += ["original,shuffled,swapped", "--no-baselines"]
         found["subset"] = evaluated(argv, base, base / "biclip/evaluation/test-5")
     return found
 
@@ -214,7 +219,9 @@ def drawn_run(base, name, config="default:smoke", fields=None, seed=0):
     workdir = base / name
     fields = {"num_steps": 1, "eval_every": 1, "final_test": False, **(fields or {})}
     overrides = [f"--config.{field}={value}" for field, value in fields.items()]
-    resolved = cli.load_config(config, [*overrides, f"--config.data.cache_dir={base / 'cache'}"])
+    resolved = config_lib.load_config(
+        config, [*overrides, f"--config.data.cache_dir={base / 'cache'}"]
+    )
     train.train_and_evaluate(resolved, workdir)
     path = workdir / "model"
     described, variables = model_folder.read(path)
@@ -261,12 +268,12 @@ def evaluated(argv, base, folder):
 
 def predictions(workdir):
     """Masks, probabilities and uncertainty of five images: bits, and some of the values."""
-    predictor, rng = inference.load(workdir), np.random.default_rng(7)
+    segmenter, rng = inference.load(workdir), np.random.default_rng(7)
     found = []
     for size in ((56, 56), (40, 90), (131, 77), (224, 224), (33, 57)):
         image = rng.integers(0, 256, (*size, 1 + 2 * (size[0] % 2)), np.uint8)
-        prediction = predictor.predict(image, SENTENCE)
-        views = predictor.predict_views(image, SENTENCE)
+        prediction = segmenter.predict(image, SENTENCE)
+        views = segmenter.predict_views(image, SENTENCE)
         arrays = (*prediction, *views)
         found.append(
             {
@@ -303,22 +310,22 @@ REFUSED = (
     ("default:smoke,semi", "data.label_fraction=1.0"),
     ("default:smoke,semi", "loss.iac_learner=weak"),
     ("default:smoke,semi", "data.unlabelled_ratio=100.0"),
-    ("default:smoke,full", "data.teachers_flip=True"),
+    ("default:smoke,full", "data.teacher_flip_tta=True"),
     ("default:smoke,full", "data.teachers=runs/none"),
-    ("default:smoke,no_generator", "model.bmf.dropout=0.5"),
+    ("default:smoke,no_generator", "model.bmf.level_text_dropout=0.5"),
     ("default:smoke", "model.image_size=60"),
     ("default:smoke,unet", "model.image_size=58"),
     ("default:smoke", "data.label_fraction=2.0"),
-    ("default:smoke", "data.composed=8"),
+    ("default:smoke", "data.half_mix=8"),
     ("medclipseg:smoke", "data.unlabelled=rest"),
     ("medclipseg:smoke", "ensemble=2"),
-    ("medclipseg:smoke", "optim.tower_learning_rate=0.1"),
+    ("medclipseg:smoke", "optim.encoder_learning_rate=0.1"),
     ("medclipseg:smoke", "optim.accumulate=2"),
     ("medclipseg:smoke", "model.image_size=112"),
     ("medclipseg:smoke", "model.variant=clip"),
     ("medclipseg:smoke", "model.max_length=1000"),
-    ("medclipseg:smoke", "views.whole_degrees=True"),
-    ("medclipseg:smoke", "model.towers.weights=somewhere"),
+    ("medclipseg:smoke", "views.integer_degrees=True"),
+    ("medclipseg:smoke", "model.encoders.weights=somewhere"),
 )
 COMMANDS = (
     "train --help",
@@ -355,22 +362,22 @@ def refusals():
                 overrides.append("--config.data.label_fraction=0.5")
             said = "accepted"
             try:
-                config = cli.load_config(name, overrides)
+                config = config_lib.load_config(name, overrides)
                 train.train_and_evaluate(config, Path(folder) / str(number))
             except Exception as error:
                 said = f"{type(error).__name__}: {error}".replace(folder, "FOLDER")
             fields[f"{name} {override}"] = said
             print(name, override, said, flush=True)
-        for command in COMMANDS:
-            door, *argv = command.split()
+        for line in COMMANDS:
+            command, *argv = line.split()
             done = subprocess.run(
-                [sys.executable, "-m", f"biclip_jax.{door}", *argv],
+                [sys.executable, "-m", f"biclip_jax.{command}", *argv],
                 cwd=folder,
                 capture_output=True,
                 text=True,
                 env={**os.environ, "PYTHONPATH": str(ROOT)},
             )
-            codes[command] = done.returncode
+            codes[line] = done.returncode
             assert "Traceback" not in done.stderr, done.stderr
     return {"fields": fields, "exit_codes": codes}
 

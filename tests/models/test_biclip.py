@@ -44,8 +44,8 @@ def test_published_parameter_counts():
 
 def test_inference_gives_logits_and_named_intermediates(initialised):
     model, variables = initialised
-    image, sentence = inputs()
-    logits, aux = model.apply(variables, image, **sentence)
+    image, prompt = inputs()
+    logits, aux = model.apply(variables, image, **prompt)
     assert logits.shape == (2, 56, 56, 1)
     shapes = {name: value.shape for name, value in aux.items()}
     assert shapes == {
@@ -59,9 +59,9 @@ def test_inference_gives_logits_and_named_intermediates(initialised):
 
 def test_call_is_fuse_and_segment(initialised):
     model, variables = initialised
-    image, sentence = inputs()
-    logits, _ = model.apply(variables, image, **sentence)
-    fused = model.apply(variables, image, **sentence, method=model.fuse)
+    image, prompt = inputs()
+    logits, _ = model.apply(variables, image, **prompt)
+    fused = model.apply(variables, image, **prompt, method=model.fuse)
     view = biclip.View(image, fused.pseudo_image, fused.refined_text)
     again, _ = model.apply(variables, view, method=model.segment)
     np.testing.assert_array_equal(logits, again)
@@ -70,29 +70,29 @@ def test_call_is_fuse_and_segment(initialised):
 
 def test_the_sentence_reaches_the_mask_and_the_picture_reaches_the_sentence(initialised):
     model, variables = initialised
-    image, sentence = inputs()
-    logits, aux = model.apply(variables, image, **sentence)
-    other = {**sentence, "text_ids": sentence["text_ids"][::-1]}
+    image, prompt = inputs()
+    logits, aux = model.apply(variables, image, **prompt)
+    other = {**prompt, "text_ids": prompt["text_ids"][::-1]}
     assert np.abs(model.apply(variables, image, **other)[0] - logits).max() > 1e-6
-    _, seen = model.apply(variables, image * 0.5, **sentence)
+    _, seen = model.apply(variables, image * 0.5, **prompt)
     np.testing.assert_array_equal(seen["text"], aux["text"])
     assert np.abs(seen["refined_text"] - aux["refined_text"]).max() > 1e-6
 
 
 def test_padding_does_not_change_the_sentence(initialised):
     model, variables = initialised
-    image, sentence = inputs()
-    scrambled = jnp.where(sentence["text_mask"], sentence["text_ids"], 9)
-    logits, _ = model.apply(variables, image, **sentence)
-    again, _ = model.apply(variables, image, scrambled, sentence["text_mask"])
+    image, prompt = inputs()
+    scrambled = jnp.where(prompt["text_mask"], prompt["text_ids"], 9)
+    logits, _ = model.apply(variables, image, **prompt)
+    again, _ = model.apply(variables, image, scrambled, prompt["text_mask"])
     np.testing.assert_allclose(logits, again, atol=1e-6)
 
 
 def test_an_empty_sentence_is_legal(initialised):
     model, variables = initialised
-    image, sentence = inputs()
+    image, prompt = inputs()
     only_cls = jnp.arange(tiny.MAX_LENGTH)[None] < jnp.ones((2, 1))
-    logits, _ = model.apply(variables, image, sentence["text_ids"], only_cls)
+    logits, _ = model.apply(variables, image, prompt["text_ids"], only_cls)
     assert np.isfinite(logits).all()
 
 
@@ -106,8 +106,8 @@ def test_text_features_take_the_place_of_ids():
 
 def test_a_training_pass_is_segment_with_the_heads_embeddings(initialised):
     model, variables = initialised
-    image, sentence = inputs()
-    pseudo = model.apply(variables, image, **sentence, method=model.fuse).pseudo_image
+    image, prompt = inputs()
+    pseudo = model.apply(variables, image, **prompt, method=model.fuse).pseudo_image
     view = biclip.View(image, pseudo)
     found, updates = model.apply(
         variables, view, method=model.training_pass, mutable=["batch_stats"]

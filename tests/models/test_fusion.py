@@ -86,9 +86,9 @@ def test_full_begins_at_the_same_network_without_levels_to_the_bit():
     unet = {k: v for k, v in params["unet"].items() if not k.startswith("fusion_")}
     plain = {**variables, "params": {**params, "unet": unet}}
     batch = tiny.batch(2)
-    image, sentence = biclip.to_unit_rgb(batch["image"]), biclip.text_inputs(batch)
-    found, _ = model.apply(variables, image, **sentence)
-    expected, _ = model.clone(levels=()).apply(plain, image, **sentence)
+    image, prompt = biclip.to_unit_rgb(batch["image"]), biclip.text_inputs(batch)
+    found, _ = model.apply(variables, image, **prompt)
+    expected, _ = model.clone(levels=()).apply(plain, image, **prompt)
     np.testing.assert_array_equal(found, expected)
 
 
@@ -179,15 +179,15 @@ def test_an_empty_sentence_has_a_learned_vector_of_its_own():
     model = tiny.model(method="full")
     variables = tiny.noisy(tiny.init(model))
     batch = tiny.batch(2)
-    image, sentence = biclip.to_unit_rgb(batch["image"]), biclip.text_inputs(batch)
-    half = {**sentence, "has_text": jnp.array([True, False])}
+    image, prompt = biclip.to_unit_rgb(batch["image"]), biclip.text_inputs(batch)
+    half = {**prompt, "has_text": jnp.array([True, False])}
     fuse = jax.jit(lambda text: model.apply(variables, image, **text, method=model.fuse))
-    whole, found = fuse(sentence), fuse(half)
+    whole, found = fuse(prompt), fuse(half)
     np.testing.assert_array_equal(found.text[0], whole.text[0])
     np.testing.assert_array_equal(found.text[1], variables["params"]["no_text_embedding"])
     other = fuse({**half, "text_ids": jnp.stack([half["text_ids"][0], half["text_ids"][0]])})
     np.testing.assert_array_equal(found.refined_text, other.refined_text)
-    unmarked = {name: value for name, value in sentence.items() if name != "has_text"}
+    unmarked = {name: value for name, value in prompt.items() if name != "has_text"}
     np.testing.assert_array_equal(fuse(unmarked).text, whole.text)
 
 
@@ -210,10 +210,10 @@ def test_group_norm_keeps_no_statistics_and_is_the_formula():
 @pytest.mark.parametrize(("method", "refiners"), [("full", 6), ("published", 0)])
 def test_refiners_that_begin_at_zero_let_the_sentence_pass(method, refiners):
     model, batch = tiny.model(method=method), tiny.batch(2)
-    sentence = biclip.text_inputs(batch)
-    one = {name: rows[:1] for name, rows in sentence.items()}
+    prompt = biclip.text_inputs(batch)
+    one = {name: rows[:1] for name, rows in prompt.items()}
     variables = biclip.init(model, jax.random.key(0), one)
-    _, named = model.apply(variables, biclip.to_unit_rgb(batch["image"]), **sentence)
+    _, named = model.apply(variables, biclip.to_unit_rgb(batch["image"]), **prompt)
     assert np.array_equal(named["refined_text"], named["text"]) == bool(refiners)
     flat = flatten_dict(variables["params"], sep="/")
     outputs = [leaf for name, leaf in flat.items() if name.endswith("refiner/mlp/out/kernel")]
@@ -233,12 +233,12 @@ def test_configurations_from_before_the_levels_give_the_published_model():
 
 def test_the_pseudo_image_begins_with_the_sentence_s_contrast_at_any_size():
     """What differs between sentences, which the published first values lose by a factor a layer."""
-    sentences = jnp.asarray(RNG.standard_normal((16, 784)), jnp.float32)
+    prompts = jnp.asarray(RNG.standard_normal((16, 784)), jnp.float32)
 
     def contrast(size, begins):
         module = fusion.Generator(size, begins)
-        pictures, _ = module.init_with_output(jax.random.key(0), sentences)
-        return float(pictures.std(axis=0).mean())
+        images, _ = module.init_with_output(jax.random.key(0), prompts)
+        return float(images.std(axis=0).mean())
 
     kept = [contrast(size, True) for size in (56, 112, 224)]
     lost = [contrast(size, False) for size in (56, 112, 224)]

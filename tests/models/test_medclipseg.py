@@ -207,7 +207,7 @@ def test_noise_is_two_arrays_an_adapter_the_sentence_s_first():
     shapes = medclipseg.noise_shapes(MODEL, 4, tiny.MAX_LENGTH)
     assert shapes == [(4, 6, 8), (4, 17, 8), (4, 6, 8), (4, 17, 8)]
     full = medclipseg.build(
-        {**FIELDS, **medclipseg.TOWERS["clip"], "num_layers": 10, "adapter_width": 256}
+        {**FIELDS, **medclipseg.ENCODERS["clip"], "num_layers": 10, "adapter_width": 256}
     )
     assert medclipseg.noise_shapes(full, 2, 77) == [(2, 77, 256), (2, 197, 256)] * 10
 
@@ -400,7 +400,7 @@ def test_what_does_not_go_together_is_refused(changes, said):
         medclipseg.build({**FIELDS, **changes})
 
 
-@pytest.mark.parametrize("variant", medclipseg.TOWERS)
+@pytest.mark.parametrize("variant", medclipseg.ENCODERS)
 def test_narrow_values_stay_narrow_and_logits_near(variant):
     """bfloat16 keeps 8 bits: a hundredth or two of the largest logit are lost on the way."""
     ids = tiny.batch(2)["text_ids"]

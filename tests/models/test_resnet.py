@@ -12,18 +12,18 @@ TOWER = ModifiedResNet(image_size=64, width=4, stages=(1, 2, 1, 1), num_heads=2,
 apply = jax.jit(TOWER.apply)
 
 
-def pictures(*shape):
+def images(*shape):
     return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
 
 
 @pytest.fixture(scope="module")
 def variables():
-    return by_hand.noise(TOWER, pictures(1, 64, 64, 3), amount=0.2)
+    return by_hand.noise(TOWER, images(1, 64, 64, 3), amount=0.2)
 
 
 @pytest.mark.parametrize("size", [(64, 96), (224, 224)])
 def test_the_maps_shrink_from_a_quarter_to_a_thirtysecond(variables, size):
-    embedding, aux = apply(variables, pictures(1, *size, 3))
+    embedding, aux = apply(variables, images(1, *size, 3))
     shapes = [state.shape[1:] for state in aux["hidden_states"]]
     factors, channels = (4, 4, 8, 16, 32), (4, 16, 32, 64, 128)
     expected = [(size[0] // f, size[1] // f, c) for f, c in zip(factors, channels, strict=True)]
@@ -35,7 +35,7 @@ def test_the_maps_shrink_from_a_quarter_to_a_thirtysecond(variables, size):
 
 
 def test_average_pooling_is_the_mean_of_four():
-    x = pictures(2, 4, 6, 3)
+    x = images(2, 4, 6, 3)
     expected = np.zeros((2, 2, 3, 3))
     for i, j in np.ndindex(2, 3):
         expected[:, i, j] = np.asarray(x)[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean((1, 2))
@@ -52,7 +52,7 @@ def test_a_constant_picture_gives_one_token_away_from_the_borders(variables):
 
 
 def test_attention_pooling_is_that_of_the_mean_over_everything():
-    pool, x = AttentionPool(side=2, num_heads=2, embedding_size=3), pictures(2, 2, 2, 8)
+    pool, x = AttentionPool(side=2, num_heads=2, embedding_size=3), images(2, 2, 2, 8)
     variables = by_hand.noise(pool, x)
     params = variables["params"]
 
@@ -73,7 +73,7 @@ def test_attention_pooling_is_that_of_the_mean_over_everything():
 
 
 def test_training_moves_every_running_statistic_of_a_block():
-    block, x = Bottleneck(2, stride=2), pictures(2, 4, 4, 3)
+    block, x = Bottleneck(2, stride=2), images(2, 4, 4, 3)
     variables = by_hand.noise(block, x, False)
     train = jax.jit(lambda v, x: block.apply(v, x, True, mutable=["batch_stats"])[1])
     updated = train(variables, x)
@@ -87,4 +87,4 @@ def test_a_tower_with_stages_from_json_can_be_compiled(variables):
     listed = ModifiedResNet(
         image_size=64, width=4, stages=[1, 2, 1, 1], num_heads=2, embedding_size=6
     )
-    jax.jit(listed.apply).trace(variables, pictures(2, 64, 64, 3))
+    jax.jit(listed.apply).trace(variables, images(2, 64, 64, 3))

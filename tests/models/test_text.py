@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from biclip_jax.models import bert, clip
-from biclip_jax.models.text import POOLINGS, PooledTower, TextEncoder
+from biclip_jax.models.text import POOLINGS, PooledTextEncoder, TextEncoder
 from tests.models.by_hand import noise
 
 ENCODER = TextEncoder(vocab_size=20, max_length=8, width=16, num_layers=2, num_heads=4)
@@ -60,21 +60,23 @@ TOWERS: dict[str, nn.Module] = {
 
 
 @pytest.fixture(scope="module", params=TOWERS)
-def tower(request):
+def encoder(request):
     """(tower, its variables, a function of them that gives every pooling and the intermediates)."""
     module = TOWERS[request.param]
 
     @jax.jit
     def everything(variables, ids, mask):
-        inside = {"params": {"tower": variables["params"]}}
-        pooled = {name: PooledTower(module, name).apply(inside, ids, mask) for name in POOLINGS}
+        inside = {"params": {"pretrained": variables["params"]}}
+        pooled = {
+            name: PooledTextEncoder(module, name).apply(inside, ids, mask) for name in POOLINGS
+        }
         return pooled, module.apply(variables, ids, mask)
 
     return module, noise(module, IDS, MASK), everything
 
 
-def test_each_pooling_is_what_it_says(tower):
-    module, variables, everything = tower
+def test_each_pooling_is_what_it_says(encoder):
+    module, variables, everything = encoder
     mask = IDS.at[1, 3].set(0) > 0
     pooled, (embedding, aux) = everything(variables, IDS, mask)
     states = [np.asarray(state) for state in aux["hidden_states"]]
@@ -88,11 +90,11 @@ def test_each_pooling_is_what_it_says(tower):
     assert by_hand.keys() == pooled.keys()
     for name, expected in by_hand.items():
         np.testing.assert_allclose(pooled[name], expected, atol=1e-5)
-        assert pooled[name].shape[1] == PooledTower(module, name).num_features
+        assert pooled[name].shape[1] == PooledTextEncoder(module, name).num_features
 
 
-def test_the_padding_s_length_matters_to_all_tokens_alone(tower):
-    _, variables, everything = tower
+def test_the_padding_s_length_matters_to_all_tokens_alone(encoder):
+    _, variables, everything = encoder
     pad = ((0, 0), (0, 2))
     short, _ = everything(variables, IDS, MASK)
     longer, _ = everything(variables, jnp.pad(IDS, pad), jnp.pad(MASK, pad))
@@ -102,9 +104,9 @@ def test_the_padding_s_length_matters_to_all_tokens_alone(tower):
     assert (difference > 1e-3).all()
 
 
-def test_pooled_vectors_are_float32_whatever_the_tower_computes_in(tower):
-    module, variables, _ = tower
-    inside = {"params": {"tower": variables["params"]}}
+def test_pooled_vectors_are_float32_whatever_the_tower_computes_in(encoder):
+    module, variables, _ = encoder
+    inside = {"params": {"pretrained": variables["params"]}}
     for name in POOLINGS:
-        pooled = PooledTower(module.clone(dtype=jnp.bfloat16), name)
+        pooled = PooledTextEncoder(module.clone(dtype=jnp.bfloat16), name)
         assert jax.eval_shape(pooled.apply, inside, IDS, MASK).dtype == jnp.float32

@@ -6,13 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import ndtr
 
-from biclip_jax.models.transformer import (
-    ACTIVATIONS,
-    Attention,
-    Block,
-    drop,
-    interpolate_positions,
-)
+from biclip_jax.models.transformer import ACTIVATIONS, Attention, Block, drop, interpolate_positions
 from tests.models.by_hand import dense, noise, norm
 
 HEADS, LENGTH, WIDTH = 2, 5, 8

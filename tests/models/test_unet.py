@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import flops
-from biclip_jax import cli
+from biclip_jax.core import config as config_lib
 from biclip_jax.models import biclip
 from biclip_jax.models.unet import UNet, block_names
 
@@ -55,6 +55,6 @@ def test_every_block_is_computed_again_in_the_backward_pass(params):
 
 def test_the_configuration_reaches_the_network():
     for remat in (False, True):
-        config = cli.load_config("default:smoke", [f"--config.model.remat={remat}"])
+        config = config_lib.load_config("default:smoke", [f"--config.model.remat={remat}"])
         model = biclip.build(config.model.to_dict(), vocab_size=9)
         assert model.bind({}).unet.remat == remat

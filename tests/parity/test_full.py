@@ -12,13 +12,14 @@ from flax.traverse_util import flatten_dict
 
 from biclip_jax.models import biclip
 from biclip_jax.models.unet import block_names
-from biclip_jax.training import objective, views
 from biclip_jax.training import state as train_state
+from biclip_jax.training import views
+from biclip_jax.training.objectives import biclip as objective
 from tests import tiny
 
 torch = pytest.importorskip("torch")
-from tests.parity.test_published import nchw, nhwc, to_flax, to_torch  # noqa: E402
-from tests.torch_twin import TorchBiCLIP, full_loss, randomize_  # noqa: E402
+from reference.torch_biclip import TorchBiCLIP, full_loss, randomize_
+from tests.parity.test_published import nchw, nhwc, to_flax, to_torch
 
 SIZE, WIDTH, FEATURES = 56, 4, 24
 
@@ -75,7 +76,7 @@ def test_losses_gradients_and_statistics_match_the_twin(monkeypatch, norm):
     box[:2, 3:30, 8:40], box[2:, 20:44, :16] = True, True
     fixed = views.Deformation(None, jnp.asarray(box))
     monkeypatch.setattr(views, "random_deformation", lambda *_: fixed)
-    monkeypatch.setattr(views, "change_strongly", lambda _key, image, _strong: darker(image))
+    monkeypatch.setattr(views, "strong_photometric", lambda _key, image, _strong: darker(image))
     with jax.enable_x64(True):  # see test_published
         check_training_step(norm, box)
 
@@ -106,11 +107,11 @@ def check_training_step(norm, box):
     gradients = flatten_dict(to_flax(twin)["params"], sep="/")
 
     geometry = views.Geometry(1.0, 0.0, 0.0)
-    recipe = tiny.recipe("full", geometry=geometry, text_dropout=0.0, level_dropout=0.0)
+    recipe = tiny.recipe("full", geometry=geometry, text_dropout=0.0, level_text_dropout=0.0)
     bound = functools.partial(objective.objective, model=model, recipe=recipe)
     # Every example is flipped: the mirrored sentence alone may be looked at.
     batch = {"image": pixels, "mask": mask, "text_features": jnp.full(text.shape, jnp.nan)}
-    batch["mirrored_text_features"] = jnp.asarray(text)
+    batch["swapped_text_features"] = jnp.asarray(text)
     step = jax.jit(jax.value_and_grad(bound, has_aux=True))
     state = train_state.create(variables, optax.sgd(1.0))
     keys = jax.random.split(jax.random.key(0), len(pixels))

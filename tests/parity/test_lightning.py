@@ -8,7 +8,7 @@ import pytest
 from biclip_jax import convert, inference
 
 torch = pytest.importorskip("torch")
-from tests.torch_twin import TorchBiCLIP, randomize_  # noqa: E402
+from reference.torch_biclip import TorchBiCLIP, randomize_
 
 pytestmark = pytest.mark.slow
 WORDS = ["[PAD]", "[unused0]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", "left", "lung", "upper", ","]
@@ -23,7 +23,7 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lightning")
     torch.manual_seed(0)
     twin = randomize_(TorchBiCLIP(), 0).eval()
-    tower = BertForMaskedLM(BertConfig()).eval()
+    encoder = BertForMaskedLM(BertConfig()).eval()
     head = torch.nn.ModuleDict(
         {
             "dense_to_hidden": torch.nn.Linear(768, 128),
@@ -33,7 +33,7 @@ def saved(tmp_path_factory):
     )
     state = {f"model.{name}": value for name, value in twin.state_dict().items()}
     inside = "model.text_encoder.model."
-    state |= {f"{inside}{name}": value for name, value in tower.state_dict().items()}
+    state |= {f"{inside}{name}": value for name, value in encoder.state_dict().items()}
     state |= {f"{inside}cls_projection_head.{k}": v for k, v in head.state_dict().items()}
     state[f"{inside}bert.embeddings.position_ids"] = torch.arange(512)[None]
     checkpoint = {
@@ -48,11 +48,11 @@ def saved(tmp_path_factory):
     }
     torch.save(checkpoint, folder / "last.ckpt")
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    return twin, tower, folder / "last.ckpt"
+    return twin, encoder, folder / "last.ckpt"
 
 
 def test_the_published_checkpoint_gives_the_published_logits(saved, tmp_path, capsys):
-    twin, tower, path = saved
+    twin, encoder, path = saved
     with pytest.raises(SystemExit, match="0"):
         convert.main(["biclip", str(path), str(tmp_path / "out")])
     arrays = [name for name in twin.state_dict() if "num_batches_tracked" not in name]
@@ -62,15 +62,15 @@ def test_the_published_checkpoint_gives_the_published_logits(saved, tmp_path, ca
 
     model, variables, processor = inference.load_model(tmp_path / "out")
     rng = np.random.default_rng(0)
-    pictures = [rng.integers(0, 256, (224, 224, 1)).astype(np.uint8) for _ in SENTENCES]
-    inputs = {name: jnp.asarray(x) for name, x in processor(pictures, SENTENCES).items()}
+    images = [rng.integers(0, 256, (224, 224, 1)).astype(np.uint8) for _ in SENTENCES]
+    inputs = {name: jnp.asarray(x) for name, x in processor(images, SENTENCES).items()}
     image = inputs["image"].astype(jnp.float32) / 255
     with jax.default_matmul_precision("highest"):
         logits, _ = jax.jit(model.apply)(variables, image, inputs["text_ids"], inputs["text_mask"])
 
     with torch.no_grad():
         ids = torch.tensor(np.asarray(inputs["text_ids"])).long()
-        read = tower.bert(ids, attention_mask=(ids > 0).long(), output_hidden_states=True)
+        read = encoder.bert(ids, attention_mask=(ids > 0).long(), output_hidden_states=True)
         states = [read.hidden_states[i].mean(dim=1) for i in (1, 2, -1)]
         features = torch.stack(states).mean(dim=0)
         x = torch.tensor(np.asarray(image)).permute(0, 3, 1, 2)
@@ -79,5 +79,5 @@ def test_the_published_checkpoint_gives_the_published_logits(saved, tmp_path, ca
     assert np.abs(np.asarray(logits) - expected).max() < 1e-4 * spread
 
     # The command line's way: the tower's vectors of distinct sentences, then the network.
-    found = inference.load(tmp_path / "out").predict(pictures[0], SENTENCES[0]).probability
+    found = inference.load(tmp_path / "out").predict(images[0], SENTENCES[0]).probability
     np.testing.assert_allclose(found, 1 / (1 + np.exp(-expected[0, ..., 0])), atol=1e-4)

@@ -14,16 +14,18 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from biclip_jax import convert
 from biclip_jax.models import medclipseg
 from biclip_jax.models.transformer import fold_keys
-from biclip_jax.training import objective_medclipseg as objective
 from biclip_jax.training import state as train_state
 from biclip_jax.training import views
+from biclip_jax.training.objectives import medclipseg as objective
 from biclip_jax.weights import readers
+from biclip_jax.weights.formats import tensor
 from biclip_jax.weights.medclipseg import convert_medclipseg
 from tests import tiny_medclipseg as tiny
 
 torch = pytest.importorskip("torch")
-from tests import torch_clip, torch_medclipseg  # noqa: E402
-from tests import torch_medclipseg_losses as torch_losses  # noqa: E402
+from reference import torch_clip, torch_medclipseg
+from reference import torch_medclipseg_losses as torch_losses
+from tests import torch_tiny_medclipseg
 
 VARIANTS = (
     "clip",
@@ -41,7 +43,7 @@ def precise():
 def converted(tensors, hf_config=None):
     """(configuration, variables) of the twin's arrays, by the released checkpoints' tables."""
     held = {
-        name: readers.Tensor(tuple(t.shape), np.dtype("float32"), t.detach().float().numpy)
+        name: tensor.Tensor(tuple(t.shape), np.dtype("float32"), t.detach().float().numpy)
         for name, t in tensors.items()
     }
     found = convert_medclipseg(readers.Checkpoint(None, "torch", held), hf_config)
@@ -52,7 +54,7 @@ def converted(tensors, hf_config=None):
 @pytest.fixture(scope="module", params=VARIANTS)
 def both(request):
     """(twin, model, variables) of a variant, and a function of a dtype to the same model."""
-    twin = torch_medclipseg.tiny_twin(request.param, num_layers=4)
+    twin = torch_tiny_medclipseg.tiny_twin(request.param, num_layers=4)
     config, variables = converted(torch_medclipseg.state_dict_with_aliases(twin), tiny.HEADS)
 
     def build(dtype):
@@ -151,8 +153,8 @@ def check_gradients(twin, model, variables):
         """The model with the noise that is given, whatever the objective's keys are."""
 
         @staticmethod
-        def apply(held, pictures, *, text_ids, text_mask, has_text=None, **_):
-            assert pictures.shape == image.shape
+        def apply(held, images, *, text_ids, text_mask, has_text=None, **_):
+            assert images.shape == image.shape
             return model.apply(held, jnp.asarray(image), text_ids, text_mask, noise=noise)
 
     batch = tiny.batch(SIZE)
@@ -213,7 +215,7 @@ def test_the_published_size(tmp_path, variant):
     source.unlink()
     described = json.loads((tmp_path / "out/config.json").read_text())["model"]
     assert described["num_layers"] == 10
-    for part, fields in medclipseg.TOWERS[variant].items():
+    for part, fields in medclipseg.ENCODERS[variant].items():
         assert fields.items() <= {"dropout": 0.1, **described[part]}.items()
     model, variables, processor = biclip_jax.load_model(tmp_path / "out")
     image = np.random.default_rng(0).random((1, 224, 224, 3)).astype(np.float32)

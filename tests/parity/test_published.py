@@ -12,11 +12,12 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from biclip_jax.models import biclip, layers
-from biclip_jax.training import objective, views
 from biclip_jax.training import state as train_state
+from biclip_jax.training import views
+from biclip_jax.training.objectives import biclip as objective
 
 torch = pytest.importorskip("torch")
-from tests.torch_twin import TorchBiCLIP, published_loss, randomize_  # noqa: E402
+from reference.torch_biclip import TorchBiCLIP, published_loss, randomize_
 
 WEIGHTS = {"gen": 0.1, "iac": 0.05, "cycle": 0.07}
 
@@ -159,7 +160,7 @@ def test_every_parameter_has_a_name_in_the_twin():
 @pytest.mark.parametrize("double_sigmoid", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_losses_gradients_and_statistics_match_the_twin(monkeypatch, double_sigmoid):
     """The objective that training uses, with a flip for geometry and a fixed change of light."""
-    monkeypatch.setattr(views, "change_light", lambda _, image: darker(image))
+    monkeypatch.setattr(views, "published_photometric", lambda _, image: darker(image))
     # In double precision: in single one rounding may flip a ReLU, and one flip
     # changes a gradient by a part in a thousand.
     with jax.enable_x64(True):

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def sentences():
+def prompts():
     """The distinct sentences of all files, in order."""
     files = [Path(name) for name in FILES.split(os.pathsep)]
     lines = [line for file in files for line in file.read_text("utf-8").split("\n")]
@@ -39,16 +39,16 @@ def clip_merges():
         return file.read().split("\n")[1 : 49152 - 256 - 2 + 1]
 
 
-def differing(tokenizer, sentences, reference):
+def differing(tokenizer, prompts, reference):
     """The sentences whose ids differ; says how many were compared."""
-    encodings = tokenizer.encode_batch(sentences)
-    pairs = zip(sentences, encodings, strict=True)
-    different = [sentence for sentence, ours in pairs if ours.ids != reference(sentence)]
-    print(f"{len(sentences)} distinct sentences compared, {len(different)} differ")
+    encodings = tokenizer.encode_batch(prompts)
+    pairs = zip(prompts, encodings, strict=True)
+    different = [prompt for prompt, ours in pairs if ours.ids != reference(prompt)]
+    print(f"{len(prompts)} distinct sentences compared, {len(different)} differ")
     return different
 
 
-def test_cxr_bert(sentences):
+def test_cxr_bert(prompts):
     from transformers import BertTokenizer
 
     file = vocabulary_file("vocab.txt")
@@ -58,35 +58,35 @@ def test_cxr_bert(sentences):
     assert ids == [2, 3, 0]
     words = file.read_text("utf-8").removesuffix("\n").split("\n")
     reference = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
-    assert differing(tokenizer, sentences, lambda s: reference(s)["input_ids"]) == []
+    assert differing(tokenizer, prompts, lambda s: reference(s)["input_ids"]) == []
 
 
-def test_clip_against_plain_python(sentences):
+def test_clip_against_plain_python(prompts):
     tokenizer = read_tokenizer("clip", FOLDER)
     assert tokenizer.get_vocab_size() == 49408
     ids = [tokenizer.token_to_id(token) for token in ("<|startoftext|>", "<|endoftext|>")]
     assert ids == [49406, 49407]
     encode, vocabulary = plain_bpe(clip_merges())
     assert tokenizer.get_vocab() == vocabulary
-    assert differing(tokenizer, sentences, encode) == []
+    assert differing(tokenizer, prompts, encode) == []
 
 
-def test_clip_against_transformers(sentences):
+def test_clip_against_transformers(prompts):
     from transformers import CLIPTokenizer
 
     merges = [tuple(line.split()) for line in clip_merges()]
     vocabulary = plain_bpe(clip_merges())[1]
     reference = CLIPTokenizer(vocab=vocabulary, merges=merges)
     tokenizer = read_tokenizer("clip", FOLDER)
-    assert differing(tokenizer, sentences, lambda s: reference(s)["input_ids"]) == []
+    assert differing(tokenizer, prompts, lambda s: reference(s)["input_ids"]) == []
 
 
 @pytest.mark.parametrize("kind", ["bert", "clip"])
-def test_stored_and_loaded_it_encodes_the_same(sentences, kind, tmp_path):
+def test_stored_and_loaded_it_encodes_the_same(prompts, kind, tmp_path):
     tokenizer = read_tokenizer(kind, vocabulary_file("vocab.txt") if kind == "bert" else FOLDER)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     loaded = tokenizers.load_tokenizer(tmp_path)
     for ours, stored in zip(
-        text.encode(tokenizer, sentences, 77), text.encode(loaded, sentences, 77), strict=True
+        text.encode(tokenizer, prompts, 77), text.encode(loaded, prompts, 77), strict=True
     ):
         assert (ours == stored).all()

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 
 from biclip_jax.models.biclip import Fused, Segmented
-from biclip_jax.training import objective, views
 from biclip_jax.training import state as train_state
+from biclip_jax.training import views
+from biclip_jax.training.objectives import biclip as objective
 
 SIZE, NUM, TEXT = 8, 4, 5
 STILL = views.Geometry(0.0, 0.0, 0.0)
@@ -62,9 +63,9 @@ def plain_batch(labelled=NUM, seed=0):
         "mask": jnp.asarray((image > 127) & known[:, None, None, None]).astype(jnp.uint8),
         "labelled": jnp.asarray(known),
         "text_features": jnp.asarray(rng.standard_normal((NUM, TEXT)), jnp.float32),
-        "mirrored_text_features": jnp.asarray(rng.standard_normal((NUM, TEXT)), jnp.float32),
+        "swapped_text_features": jnp.asarray(rng.standard_normal((NUM, TEXT)), jnp.float32),
         "has_text": jnp.ones(NUM, bool),
-        "mirrored_has_text": jnp.ones(NUM, bool),
+        "swapped_has_text": jnp.ones(NUM, bool),
     }
 
 
@@ -73,7 +74,7 @@ def recipe(weights=None, **changes):
     made = objective.Recipe(
         weights or {},
         geometry=STILL,
-        strong=views.Strong(light=False, cutmix=1.0),
+        strong=views.Strong(photometric=False, cutmix=1.0),
         segment_strong=True,
         iac_learner="strong",
         cycle_distance="l2",

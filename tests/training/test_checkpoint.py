@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from biclip_jax.errors import UserError
+from biclip_jax.core.errors import UserError
 from biclip_jax.training import checkpoint
 from biclip_jax.training import state as train_state
 
@@ -85,7 +85,7 @@ def test_damage_is_found_and_the_older_step_taken(folder, fault):
     assert str(folder / "3") in said[0]
     # The damaged step takes no place among those that are kept.
     checkpoint.save(folder, make_state(4), {"note": 4})
-    assert [step.name for step in checkpoint.steps(folder)] == ["2", "4"]
+    assert [step.name for step in checkpoint.complete_steps(folder)] == ["2", "4"]
 
 
 def test_no_intact_step_is_an_error_that_names_the_folder(folder):
@@ -99,7 +99,7 @@ def test_a_step_without_manifest_does_not_count_and_is_cleaned(folder):
     (folder / "3.sha256.json").unlink()
     (folder / "4.orbax-checkpoint-tmp").mkdir()
     assert restore(folder)[1] == {"note": 2}
-    checkpoint.clean(folder)
+    checkpoint.remove_incomplete(folder)
     assert sorted(p.name for p in folder.iterdir()) == ["2", "2.sha256.json"]
 
 

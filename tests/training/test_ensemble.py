@@ -24,13 +24,13 @@ def runs():
         for seed in range(MEMBERS)
     ]
     keys = [jax.random.key(seed) for seed in range(MEMBERS)]
-    single, together = jax.jit(step), jax.jit(steps.in_turn(step))
+    single, ensemble_with = jax.jit(step), jax.jit(steps.ensemble_step(step))
     stacked, alone = train_state.stack(members), list(members)
     sums = []
     for number in range(STEPS):
         batches = [tiny.batch(seed=10 * number + member) for member in range(MEMBERS)]
         joined = jax.tree.map(lambda *rows: jnp.stack(rows), *batches)
-        stacked, metrics = together(stacked, joined, jnp.stack(keys))
+        stacked, metrics = ensemble_with(stacked, joined, jnp.stack(keys))
         taken = [single(*one) for one in zip(alone, batches, keys, strict=True)]
         alone = [state for state, _ in taken]
         sums.append((metrics, [values for _, values in taken]))
@@ -38,7 +38,7 @@ def runs():
 
 
 def tiny_optimizer():
-    fields = {"name": "sgd", "weight_decay": 0.0, "clip_norm": 0.0, "tower_learning_rate": 0.0}
+    fields = {"name": "sgd", "weight_decay": 0.0, "clip_norm": 0.0, "encoder_learning_rate": 0.0}
     return optim.make_optimizer(fields, 1e-2)
 
 
@@ -59,8 +59,8 @@ def test_three_in_one_program_are_three_runs(runs):
 
 @pytest.mark.slow
 def test_metrics_are_summed_over_the_members(runs):
-    for together, single in runs[2]:
-        total, count = together["loss"]
+    for ensemble_with, single in runs[2]:
+        total, count = ensemble_with["loss"]
         assert float(count) == sum(float(values["loss"][1]) for values in single)
         wanted = sum(float(values["loss"][0]) for values in single)
         assert float(total) == pytest.approx(wanted, rel=1e-5)
@@ -72,11 +72,11 @@ def test_the_ensemble_answers_with_the_mean_of_its_members_probabilities(runs):
     batch, member = tiny.batch(2), tiny.model()
     image = jnp.asarray(batch["image"] / 255.0, jnp.float32).repeat(3, -1)
     text = {name: batch[name] for name in ("text_ids", "text_mask", "has_text")}
-    variables = ensemble.stacked(train_state.variables_of(stacked))
+    variables = ensemble.stacked(train_state.inference_variables(stacked))
     model = ensemble.Ensemble(member, MEMBERS)
     logits, aux = jax.jit(model.apply)(variables, image, **text)
     answers = [
-        jax.nn.sigmoid(member.apply(train_state.variables_of(state), image, **text)[0])
+        jax.nn.sigmoid(member.apply(train_state.inference_variables(state), image, **text)[0])
         for state in alone
     ]
     np.testing.assert_allclose(jax.nn.sigmoid(logits), np.mean(answers, axis=0), atol=1e-5)
@@ -89,17 +89,17 @@ def test_the_ensemble_answers_with_the_mean_of_its_members_probabilities(runs):
 
 @pytest.mark.slow
 def test_a_shared_text_tower_encodes_once_for_all_members():
-    batch, tower = tiny.batch(2), TextEncoder(tiny.VOCAB_SIZE, tiny.MAX_LENGTH, 8, 1, 2)
+    batch, encoder = tiny.batch(2), TextEncoder(tiny.VOCAB_SIZE, tiny.MAX_LENGTH, 8, 1, 2)
     member = tiny.model().clone(text_encoder=None)
     ids = {name: batch[name] for name in ("text_ids", "text_mask")}
     image = jnp.asarray(batch["image"] / 255.0, jnp.float32).repeat(3, -1)
-    model = ensemble.Ensemble(member, 2, tower)
+    model = ensemble.Ensemble(member, 2, encoder)
     variables = jax.jit(model.init)(jax.random.key(0), image, **ids)
     assert set(variables["params"]) == {"member", "text_encoder"}
     logits, _ = model.apply(variables, image, **ids)
     alone = {"params": {"member": variables["params"]["member"]}}
     alone["batch_stats"] = variables["batch_stats"]
-    vectors = tower.apply({"params": variables["params"]["text_encoder"]}, *ids.values())
+    vectors = encoder.apply({"params": variables["params"]["text_encoder"]}, *ids.values())
     again, _ = ensemble.Ensemble(member, 2).apply(alone, image, text_features=vectors)
     np.testing.assert_allclose(logits, again, atol=1e-6)
 

@@ -24,8 +24,8 @@ def test_soft_dice_is_the_formula_per_image():
 
 
 def test_soft_dice_of_perfect_and_empty():
-    sure = jnp.where(MASK == 1, 40.0, -40.0)
-    np.testing.assert_allclose(losses.soft_dice_loss(sure, MASK), 0, atol=1e-6)
+    confidence = jnp.where(MASK == 1, 40.0, -40.0)
+    np.testing.assert_allclose(losses.soft_dice_loss(confidence, MASK), 0, atol=1e-6)
     empty = jnp.zeros_like(MASK)
     np.testing.assert_allclose(losses.soft_dice_loss(empty - 200.0, empty), 0, atol=1e-6)
     np.testing.assert_allclose(losses.soft_dice_loss(empty + 9.0, empty), 1, atol=1e-5)

@@ -8,8 +8,8 @@ import pytest
 
 from biclip_jax.training import optim
 
-SCHEDULE = {"final_learning_rate": 0.0, "warmup_steps": 0, "rate_moves": "step"}
-ADAMW = {"name": "adamw", "weight_decay": 0.01, "clip_norm": 0.0, "tower_learning_rate": 0.0}
+SCHEDULE = {"final_learning_rate": 0.0, "warmup_steps": 0, "lr_update": "step"}
+ADAMW = {"name": "adamw", "weight_decay": 0.01, "clip_norm": 0.0, "encoder_learning_rate": 0.0}
 
 
 @pytest.mark.parametrize("step", [0, 1, 37, 99, 100])
@@ -36,7 +36,7 @@ def test_a_warmup_takes_a_quarter_of_the_run_at_most():
 def test_medclipseg_s_rate_falls_once_an_epoch_to_its_floor(epoch):
     """lr(e) = 1e-4 + 1e-4 (1 + cos(pi e / E)), at every step of epoch e."""
     fields = {**SCHEDULE, "learning_rate": 3e-4, "final_learning_rate": 1e-4}
-    schedule = optim.make_schedule({**fields, "rate_moves": "epoch"}, 700, steps_per_epoch=7)
+    schedule = optim.make_schedule({**fields, "lr_update": "epoch"}, 700, steps_per_epoch=7)
     expected = 1e-4 + 1e-4 * (1 + math.cos(math.pi * epoch / 100))
     for step in range(7 * epoch, 7 * epoch + 7):
         assert float(schedule(step)) == pytest.approx(expected, rel=1e-5)
@@ -81,23 +81,23 @@ def nested():
     """Towers where the models have them, beside what only sounds like one."""
     leaf = jnp.array([1.0])
     return {
-        "image_encoder": {"tower": {"blocks_0": {"kernel": leaf}}},
-        "text_encoder": {"tower": {"words": leaf}},
-        "unet": {"towers": leaf, "head": leaf},
+        "image_encoder": {"pretrained": {"blocks_0": {"kernel": leaf}}},
+        "text_encoder": {"pretrained": {"words": leaf}},
+        "unet": {"encoders": leaf, "head": leaf},
     }
 
 
 def test_labels_tell_towers_from_the_rest():
-    assert optim.tower_labels(nested()) == {
-        "image_encoder": {"tower": {"blocks_0": {"kernel": "tower"}}},
-        "text_encoder": {"tower": {"words": "tower"}},
-        "unet": {"towers": "rest", "head": "rest"},
+    assert optim.encoder_labels(nested()) == {
+        "image_encoder": {"pretrained": {"blocks_0": {"kernel": "pretrained"}}},
+        "text_encoder": {"pretrained": {"words": "pretrained"}},
+        "unet": {"encoders": "rest", "head": "rest"},
     }
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_towers_have_the_schedule_scaled_to_their_own_rate(name):
-    config = {**ADAMW, "name": name, "learning_rate": 0.1, "tower_learning_rate": 0.001}
+    config = {**ADAMW, "name": name, "learning_rate": 0.1, "encoder_learning_rate": 0.001}
     schedule = optim.make_schedule({**SCHEDULE, "learning_rate": 0.1, "warmup_steps": 2}, 10)
     optimizer = optim.make_optimizer(config, schedule)
     params = nested()
@@ -108,18 +108,21 @@ def test_towers_have_the_schedule_scaled_to_their_own_rate(name):
         rate = float(schedule(step))
         # AdamW's own step is the sign of a gradient that never changes, plus the decay.
         expected = -rate * (0.5 if name == "sgd" else 1.01)
-        slow = (updates["image_encoder"]["tower"]["blocks_0"]["kernel"], updates["text_encoder"])
+        slow = (
+            updates["image_encoder"]["pretrained"]["blocks_0"]["kernel"],
+            updates["text_encoder"],
+        )
         assert float(updates["unet"]["head"][0]) == pytest.approx(expected, rel=1e-3, abs=1e-9)
-        assert float(updates["unet"]["towers"][0]) == pytest.approx(expected, rel=1e-3, abs=1e-9)
-        for update in (slow[0], slow[1]["tower"]["words"]):
+        assert float(updates["unet"]["encoders"][0]) == pytest.approx(expected, rel=1e-3, abs=1e-9)
+        for update in (slow[0], slow[1]["pretrained"]["words"]):
             assert float(update[0]) == pytest.approx(expected / 100, rel=1e-3, abs=1e-11)
 
 
 def test_the_global_norm_is_that_of_towers_and_rest_together():
-    config = {**ADAMW, "name": "sgd", "learning_rate": 1.0, "tower_learning_rate": 0.1}
+    config = {**ADAMW, "name": "sgd", "learning_rate": 1.0, "encoder_learning_rate": 0.1}
     optimizer = optim.make_optimizer({**config, "clip_norm": 1.0}, lambda step: 1.0)
-    params = {"tower": jnp.zeros(1), "rest": jnp.zeros(1)}
-    gradient = {"tower": jnp.array([3.0]), "rest": jnp.array([4.0])}
+    params = {"pretrained": jnp.zeros(1), "rest": jnp.zeros(1)}
+    gradient = {"pretrained": jnp.array([3.0]), "rest": jnp.array([4.0])}
     updates, _ = optimizer.update(gradient, optimizer.init(params), params)
-    assert float(updates["tower"][0]) == pytest.approx(-0.06)
+    assert float(updates["pretrained"][0]) == pytest.approx(-0.06)
     assert float(updates["rest"][0]) == pytest.approx(-0.8)

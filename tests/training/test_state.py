@@ -11,20 +11,20 @@ from biclip_jax.training import steps
 
 
 def variables():
-    params = {"w": jnp.float32(1.0), "tower": {"v": jnp.arange(3.0)}}
+    params = {"w": jnp.float32(1.0), "encoder": {"v": jnp.arange(3.0)}}
     return {"params": params, "batch_stats": {"seen": jnp.float32(0)}}
 
 
 def quadratic(params, state, batch, keys):
     """mean((w - x)^2), and the sum of x for statistics; the frozen part is looked at, too."""
-    value = jnp.square(params["w"] - batch["x"]) + state.frozen["tower"]["v"].sum()
+    value = jnp.square(params["w"] - batch["x"]) + state.frozen["encoder"]["v"].sum()
     return value.mean(), ({"seen": state.batch_stats["seen"] + batch["x"].sum()}, {"loss": value})
 
 
 def run(values, decay, **options):
     """The states after each step of SGD with rate 0.5: w becomes the batch's mean."""
     sgd = optax.sgd(0.5)
-    state = train_state.create(variables(), sgd, ["tower"], average=decay > 0)
+    state = train_state.create(variables(), sgd, ["encoder"], average=decay > 0)
     states = [state]
     for x in values:
         batch = {"x": jnp.array([x, x]), "row": jnp.arange(2, dtype=jnp.int32)}
@@ -51,7 +51,7 @@ def test_averages_are_the_formula_over_three_steps():
     assert float(last.params["w"]) == pytest.approx(5.0)
     assert float(last.ema["params"]["w"]) == pytest.approx(w, rel=1e-6)
     assert float(last.ema["batch_stats"]["seen"]) == pytest.approx(seen, rel=1e-6)
-    assert "tower" not in last.ema["params"]
+    assert "encoder" not in last.ema["params"]
 
 
 def test_statistics_that_are_the_average_s_own_are_not_averaged_again():
@@ -75,29 +75,29 @@ def test_without_a_decay_no_averages_are_kept():
 
 
 def test_frozen_parameters_stay_and_have_no_state_of_the_optimiser():
-    state = train_state.create(variables(), optax.adam(0.1), ["tower"])
+    state = train_state.create(variables(), optax.adam(0.1), ["encoder"])
     assert set(state.params) == {"w"}
     kept = [leaf.size for leaf in jax.tree.leaves(state.opt_state)]
     assert kept == [1, 1, 1]  # the count, and both moments of w
     last = run([2.0, 3.0], 0.5)[-1]
-    np.testing.assert_array_equal(last.frozen["tower"]["v"], np.arange(3))
+    np.testing.assert_array_equal(last.frozen["encoder"]["v"], np.arange(3))
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 def test_inference_gets_the_averages_and_what_is_frozen(decay):
     last = run([2.0, 3.0], decay)[-1]
-    found = train_state.variables_of(last)
+    found = train_state.inference_variables(last)
     source = last.ema if decay else {"params": last.params, "batch_stats": last.batch_stats}
     assert float(found["params"]["w"]) == float(source["params"]["w"])
     assert float(found["batch_stats"]["seen"]) == float(source["batch_stats"]["seen"])
-    np.testing.assert_array_equal(found["params"]["tower"]["v"], np.arange(3))
+    np.testing.assert_array_equal(found["params"]["encoder"]["v"], np.arange(3))
     assert set(found) == {"params", "batch_stats"}
     assert (float(found["params"]["w"]) == 3.0) == (decay == 0)
 
 
 def test_a_state_with_averages_can_be_donated():
     """No buffer may be in it twice."""
-    state = train_state.create(variables(), optax.adam(0.1), ["tower"], average=True)
+    state = train_state.create(variables(), optax.adam(0.1), ["encoder"], average=True)
     kept = jax.jit(lambda state: state.replace(step=state.step + 1), donate_argnums=0)(state)
     assert int(kept.step) == 1
     assert float(kept.ema["params"]["w"]) == float(kept.params["w"]) == 1.0

@@ -8,8 +8,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from biclip_jax.models import biclip
-from biclip_jax.training import objective, steps, views
 from biclip_jax.training import state as train_state
+from biclip_jax.training import steps, views
+from biclip_jax.training.objectives import biclip as objective
 from tests import tiny
 
 
@@ -113,11 +114,13 @@ def test_no_gradient_enters_through_the_strong_view():
 
     def embeddings(params):
         variables = {"params": params, "batch_stats": state.batch_stats}
-        image, sentence = biclip.to_unit_rgb(batch["image"]), biclip.text_inputs(batch)
-        pseudo = model.apply(variables, image, **sentence, method=model.fuse).pseudo_image
-        light = jax.vmap(lambda k, x: views.change_light(jax.random.split(k)[1], x))(keys, image)
-        seen = [biclip.View(image, pseudo), biclip.View(light, pseudo)]
-        out, _ = objective.in_turn(model, variables, seen, recipe)
+        image, prompt = biclip.to_unit_rgb(batch["image"]), biclip.text_inputs(batch)
+        pseudo = model.apply(variables, image, **prompt, method=model.fuse).pseudo_image
+        photometric = jax.vmap(lambda k, x: views.published_photometric(jax.random.split(k)[1], x))(
+            keys, image
+        )
+        seen = [biclip.View(image, pseudo), biclip.View(photometric, pseudo)]
+        out, _ = objective.forward_passes(model, variables, seen, recipe)
         return [part.embeddings["decoder_0"] for part in out]
 
     _, fixed = embeddings(state.params)
@@ -169,12 +172,12 @@ def test_bfloat16_computes_narrow_and_keeps_parameters_and_statistics_wide():
 def test_a_batch_is_picked_by_record():
     data = {"image": jnp.arange(6.0), "mask": jnp.arange(1, 7, dtype=jnp.uint8).reshape(6, 1, 1, 1)}
     rows = {"index": jnp.array([4, 0]), "row": jnp.array([0, 1]), "labelled": jnp.array([1, 0])}
-    batch = steps.pick(data, rows)
+    batch = steps.gather_batch(data, rows)
     assert batch["image"].tolist() == [4.0, 0.0]
     assert batch["mask"].ravel().tolist() == [5, 1] and batch["mask"].dtype == jnp.uint8
     assert batch["row"].tolist() == [0, 1] and batch["labelled"].tolist() == [1, 0]
     # Members of an ensemble come first.
-    stacked = steps.pick(data, {name: jnp.stack([x, x[::-1]]) for name, x in rows.items()})
+    stacked = steps.gather_batch(data, {name: jnp.stack([x, x[::-1]]) for name, x in rows.items()})
     assert stacked["image"].tolist() == [[4.0, 0.0], [0.0, 4.0]]
     assert stacked["mask"].shape == (2, 2, 1, 1, 1)
 
@@ -197,14 +200,14 @@ def test_several_steps_are_single_ones_and_compile_once(length):
     index = jnp.array([[0, 5], [1, 1], [3, 2], [4, 0]])
     rows = {"index": index, "row": jnp.tile(jnp.arange(2), (4, 1)), "labelled": index >= 0}
     rows = jax.tree.map(lambda x: x[:length], rows)
-    several, key = jax.jit(steps.several(step, length)), jax.random.key(3)
+    several, key = jax.jit(steps.multi_step(step, length)), jax.random.key(3)
     several(quadratic_state(adam), data, rows, np.int32(1), key)
     before = len(traces)
     for count in range(1, length + 1):
         expected, losses = quadratic_state(adam), []
         state, metrics = several(expected, data, rows, np.int32(count), key)
         for i in range(count):
-            batch = steps.pick(data, jax.tree.map(lambda x, i=i: x[i], rows))
+            batch = steps.gather_batch(data, jax.tree.map(lambda x, i=i: x[i], rows))
             expected, single = steps.train_step(
                 expected, batch, key, objective=picked_loss, optimizer=adam
             )

@@ -13,7 +13,7 @@ HEIGHT, WIDTH, NUM = 16, 20, 4
 IMAGES = jnp.asarray(RNG.random((NUM, HEIGHT, WIDTH, 3)), jnp.float32)
 MASKS = (IMAGES[..., :1] > 0.5).astype(jnp.float32)
 KEYS = jax.random.split(jax.random.key(0), NUM)
-OFF = views.Strong(light=False)
+OFF = views.Strong(photometric=False)
 PARTNER = [1, 0, 3, 2]
 
 
@@ -69,13 +69,13 @@ def test_a_pair_exchanges_the_same_box():
 def test_vectors_are_mixed_by_the_area_of_the_box():
     drawn = deformation(cutmix=1.0)
     vectors = RNG.standard_normal((NUM, 5)).astype(np.float32)
-    found = views.mix(jnp.asarray(vectors), drawn)
+    found = views.mix_vectors(jnp.asarray(vectors), drawn)
     for row, other in enumerate(PARTNER):
         area = np.asarray(drawn.box[row]).sum() / (HEIGHT * WIDTH)
         expected = (1 - area) * vectors[row] + area * vectors[other]
         np.testing.assert_allclose(found[row], expected, rtol=1e-5)
     still = jnp.asarray(vectors)
-    np.testing.assert_array_equal(views.mix(still, deformation(elastic=0.1)), still)
+    np.testing.assert_array_equal(views.mix_vectors(still, deformation(elastic=0.1)), still)
 
 
 def test_pairs_are_exchanged_whatever_the_shape():
@@ -125,7 +125,7 @@ def test_what_is_off_is_the_identity():
     assert drawn == views.Deformation(None, None)
     for found, maps in zip(views.deform([IMAGES, MASKS], drawn), (IMAGES, MASKS), strict=True):
         np.testing.assert_array_equal(found, maps)
-    np.testing.assert_array_equal(views.change_strongly(KEYS[0], IMAGES[0], OFF), IMAGES[0])
+    np.testing.assert_array_equal(views.strong_photometric(KEYS[0], IMAGES[0], OFF), IMAGES[0])
 
 
 def test_rows_are_drawn_by_their_own_keys():
@@ -138,13 +138,13 @@ def test_rows_are_drawn_by_their_own_keys():
 @pytest.mark.parametrize(
     "strong",
     [
-        pytest.param({"light": True}, marks=pytest.mark.slow),
+        pytest.param({"photometric": True}, marks=pytest.mark.slow),
         *({"noise": 0.5}, {"brightness": 0.9}, {"contrast": 0.9}),
     ],
     ids=lambda strong: next(iter(strong)),
 )
 def test_strong_changes_stay_in_range_and_follow_the_key(strong):
-    change = jax.vmap(lambda key: views.change_strongly(key, IMAGES[0], OFF._replace(**strong)))
+    change = jax.vmap(lambda key: views.strong_photometric(key, IMAGES[0], OFF._replace(**strong)))
     found = np.asarray(change(jax.random.split(jax.random.key(0), 16)))
     assert found.min() >= 0
     assert found.max() <= 1
@@ -158,7 +158,7 @@ def test_each_change_is_its_formula():
 
     def changed(**strong):
         made = OFF._replace(**strong)
-        return np.asarray(jax.vmap(lambda k: views.change_strongly(k, grey, made))(keys))
+        return np.asarray(jax.vmap(lambda k: views.strong_photometric(k, grey, made))(keys))
 
     mean = float(grey.mean())
     bright = changed(brightness=0.2) - np.asarray(grey)

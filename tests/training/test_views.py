@@ -12,7 +12,7 @@ from biclip_jax.training import views
 RNG = np.random.default_rng(0)
 IMAGE = jnp.asarray(RNG.random((16, 20, 3)), jnp.float32)
 # Compiled: one program takes less time than dozens of small ones.
-move = jax.jit(views.move, static_argnums=2)
+move = jax.jit(views.transform, static_argnums=2)
 
 
 def test_identity_and_flips_are_exact():
@@ -66,12 +66,12 @@ def test_random_geometry_keeps_its_ranges_and_probabilities():
 
 def test_one_geometry_moves_all_maps_of_an_example():
     keys = jax.random.split(jax.random.key(3), 2)
-    pictures = jnp.stack([IMAGE, 1 - IMAGE])
-    masks = (pictures[..., :1] > 0.5).astype(jnp.float32)
+    images = jnp.stack([IMAGE, 1 - IMAGE])
+    masks = (images[..., :1] > 0.5).astype(jnp.float32)
     geometry = views.Geometry(horizontal_flip=1.0, vertical_flip=0.0, affine=0.0)
-    (moved, pseudo, mask), flipped = move(keys, (pictures, 1 - pictures, masks), geometry)
-    np.testing.assert_array_equal(moved, pictures[:, :, ::-1])
-    np.testing.assert_array_equal(pseudo, 1 - pictures[:, :, ::-1])
+    (moved, pseudo, mask), flipped = move(keys, (images, 1 - images, masks), geometry)
+    np.testing.assert_array_equal(moved, images[:, :, ::-1])
+    np.testing.assert_array_equal(pseudo, 1 - images[:, :, ::-1])
     np.testing.assert_array_equal(mask, masks[:, :, ::-1])
     assert flipped.tolist() == [True, True]
 
@@ -79,19 +79,19 @@ def test_one_geometry_moves_all_maps_of_an_example():
 def test_each_example_moves_by_its_own_key_and_says_whether_it_was_flipped():
     keys = jax.random.split(jax.random.key(0), 16)
     geometry = views.Geometry(horizontal_flip=0.5, vertical_flip=0.0, affine=0.0)
-    pictures = jnp.broadcast_to(IMAGE, (16, *IMAGE.shape))
-    (moved,), flipped = move(keys, [pictures], geometry)
-    expected = np.where(np.asarray(flipped)[:, None, None, None], pictures[:, :, ::-1], pictures)
+    images = jnp.broadcast_to(IMAGE, (16, *IMAGE.shape))
+    (moved,), flipped = move(keys, [images], geometry)
+    expected = np.where(np.asarray(flipped)[:, None, None, None], images[:, :, ::-1], images)
     np.testing.assert_array_equal(moved, expected)
     assert 0 < flipped.sum() < 16
-    (again,), _ = move(keys[4:6], [pictures[4:6]], geometry)
+    (again,), _ = move(keys[4:6], [images[4:6]], geometry)
     np.testing.assert_array_equal(again, moved[4:6])
 
 
 def test_moved_pictures_stay_in_range_and_mask_and_picture_move_alike():
     keys = jax.random.split(jax.random.key(0), 20)
     mask = jnp.broadcast_to((IMAGE[..., :1] > 0.5).astype(jnp.float32), (20, 16, 20, 1))
-    (moved, other), _ = views.move(keys, (jnp.repeat(mask, 3, -1), mask), views.Geometry())
+    (moved, other), _ = views.transform(keys, (jnp.repeat(mask, 3, -1), mask), views.Geometry())
     np.testing.assert_array_equal(moved, np.repeat(other, 3, -1))
     assert 0 <= moved.min() < moved.max() <= 1
 
@@ -99,7 +99,7 @@ def test_moved_pictures_stay_in_range_and_mask_and_picture_move_alike():
 def test_light_changes_by_key_and_stays_in_range():
     strong = views.Strong()
     first, again, other = (
-        views.change_strongly(jax.random.key(seed), IMAGE, strong) for seed in (0, 0, 1)
+        views.strong_photometric(jax.random.key(seed), IMAGE, strong) for seed in (0, 0, 1)
     )
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - IMAGE).max() > 1e-3
@@ -136,20 +136,23 @@ def test_convolve_is_scipy_s_correlation_with_repeated_edges():
 def test_turns_by_whole_degrees_are_pillow_s(degrees, size):
     picture = np.random.default_rng(0).integers(1, 256, (*size, 3)).astype(np.uint8)
     expected = np.asarray(Image.fromarray(picture).rotate(degrees, Image.Resampling.NEAREST))
-    row = jnp.asarray(views.turning_table(20, *size)[degrees + 20])
-    turned = views.turn(jnp.asarray(picture, jnp.float32), row)
+    row = jnp.asarray(views.rotation_table(20, *size)[degrees + 20])
+    turned = views.rotate_nearest(jnp.asarray(picture, jnp.float32), row)
     np.testing.assert_array_equal(turned, expected)
 
 
 def test_turning_at_random_takes_every_angle_and_leaves_the_rest_alone():
-    geometry = views.Geometry(0.0, 0.0, 0.5, 2.0, 0.0, 1.0, 1.0, whole_degrees=True)
+    geometry = views.Geometry(0.0, 0.0, 0.5, 2.0, 0.0, 1.0, 1.0, integer_degrees=True)
     picture = jnp.arange(1.0, 80 * 80 + 1).reshape(80, 80, 1)
     keys = jax.random.split(jax.random.key(0), 200)
-    pictures = jnp.tile(picture, (200, 1, 1, 1))
-    (turned,), flipped = move(keys, [pictures], geometry)
+    images = jnp.tile(picture, (200, 1, 1, 1))
+    (turned,), flipped = move(keys, [images], geometry)
     assert not flipped.any()
-    table = jnp.asarray(views.turning_table(2, 80, 80))
-    known = {np.asarray(views.turn(picture, row)).tobytes(): i - 2 for i, row in enumerate(table)}
+    table = jnp.asarray(views.rotation_table(2, 80, 80))
+    known = {
+        np.asarray(views.rotate_nearest(picture, row)).tobytes(): i - 2
+        for i, row in enumerate(table)
+    }
     seen = [known[np.asarray(one).tobytes()] for one in turned]
     counts = {angle: seen.count(angle) for angle in range(-2, 3)}
     assert 90 < counts[0] < 150  # half of them, and a fifth of the other half
@@ -157,7 +160,7 @@ def test_turning_at_random_takes_every_angle_and_leaves_the_rest_alone():
 
 
 def test_whole_degrees_with_a_flip_are_refused():
-    fields = {**views.Geometry()._asdict(), "whole_degrees": True}
+    fields = {**views.Geometry()._asdict(), "integer_degrees": True}
     with pytest.raises(ValueError, match="turns pictures and does nothing else"):
         views.make_geometry(fields)
 
@@ -166,20 +169,22 @@ def test_the_light_of_both_views_changes_contrast_about_the_mean_and_brightness(
     keys = jax.random.split(jax.random.key(0), 64)
     images = jnp.tile(0.4 + 0.2 * IMAGE, (64, 1, 1, 1))  # far from the ends, where nothing is cut
     means = images.mean((1, 2, 3))
-    assert views.relight(keys, images, views.Light()) is images
-    brighter = views.relight(keys, images, views.Light(brightness=0.2)) - images
+    assert views.adjust_photometric(keys, images, views.Photometric()) is images
+    brighter = views.adjust_photometric(keys, images, views.Photometric(brightness=0.2)) - images
     np.testing.assert_allclose(brighter.max((1, 2, 3)), brighter.min((1, 2, 3)), atol=1e-6)
     assert 0.15 < float(jnp.abs(brighter).max()) <= 0.2
     assert float(brighter.min()) < 0 < float(brighter.max())
-    other = views.relight(keys, images, views.Light(contrast=0.3))
+    other = views.adjust_photometric(keys, images, views.Photometric(contrast=0.3))
     np.testing.assert_allclose(other.mean((1, 2, 3)), means, atol=1e-5)
     factor = other.std((1, 2, 3)) / images.std((1, 2, 3))
     assert 0.7 <= float(factor.min()) < 0.8 and 1.2 < float(factor.max()) <= 1.3
-    both = views.relight(keys, jnp.tile(IMAGE, (64, 1, 1, 1)), views.Light(0.5, 0.9))
+    both = views.adjust_photometric(
+        keys, jnp.tile(IMAGE, (64, 1, 1, 1)), views.Photometric(0.5, 0.9)
+    )
     assert float(both.min()) == 0 and float(both.max()) == 1
     # Each picture by its own key.
     np.testing.assert_allclose(
-        views.relight(keys[3:4], images[3:4], views.Light(0.2, 0.3))[0],
-        views.relight(keys, images, views.Light(0.2, 0.3))[3],
+        views.adjust_photometric(keys[3:4], images[3:4], views.Photometric(0.2, 0.3))[0],
+        views.adjust_photometric(keys, images, views.Photometric(0.2, 0.3))[3],
         atol=1e-6,
     )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from biclip_jax.errors import UserError
+from biclip_jax.core.errors import UserError
 from biclip_jax.weights.readers import open_checkpoint
 
 

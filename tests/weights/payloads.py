@@ -161,7 +161,7 @@ CONTAINERS = {
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".npz", ".msgpack", ".safetensors")
 
 
-def damaged(data, seed, num_flips):
+def corrupted(data, seed, num_flips):
     """Truncations at many lengths, then copies with one flipped bit each, reproducibly."""
     import numpy as np
 

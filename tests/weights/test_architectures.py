@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from biclip_jax.convert import read_hf_config
-from biclip_jax.errors import UserError
+from biclip_jax.core.errors import UserError
 from biclip_jax.weights import architectures, readers
-from biclip_jax.weights.readers import Tensor
+from biclip_jax.weights.formats.tensor import Tensor
 
-TOWERS = Path(__file__).parent.parent / "fixtures/towers"
+TOWERS = Path(__file__).parent.parent / "fixtures/encoders"
 
 
 @cache
@@ -88,8 +88,8 @@ HEADS = {"vision_config": {"num_attention_heads": 1}, "text_config": {"num_atten
 def test_heads_are_those_of_the_config_and_the_activation_openai_s(name):
     config = architectures.convert_clip(opened(name)[0], HEADS).config
     assert (config["image"]["num_heads"], config["text"]["num_heads"]) == (1, 2)
-    for tower in ("image", "text"):
-        assert (config[tower]["activation"], config[tower]["epsilon"]) == ("quick_gelu", 1e-5)
+    for encoder in ("image", "text"):
+        assert (config[encoder]["activation"], config[encoder]["epsilon"]) == ("quick_gelu", 1e-5)
 
 
 @pytest.mark.parametrize("name", ["hf_clip", "openai_vit"])

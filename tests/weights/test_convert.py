@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from biclip_jax.errors import UserError
+from biclip_jax.core.errors import UserError
 from biclip_jax.weights import convert, keys
-from biclip_jax.weights.readers import Checkpoint, Tensor
+from biclip_jax.weights.formats.tensor import Tensor
+from biclip_jax.weights.readers import Checkpoint
 
 PATH = Path("given.bin")
 TABLE = {

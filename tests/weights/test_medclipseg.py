@@ -16,19 +16,21 @@ from tokenizers import Tokenizer, processors
 from tokenizers import models as tokenizer_models
 
 import biclip_jax
-from biclip_jax import convert, medclipseg_towers
-from biclip_jax.errors import UserError
+from biclip_jax import convert
+from biclip_jax.core.errors import UserError
+from biclip_jax.encoders import clip_pair
 from biclip_jax.models import clip, medclipseg
-from biclip_jax.weights import architectures, keys, readers
+from biclip_jax.weights import architectures, keys, model_folder, readers
 from biclip_jax.weights import convert as tables
-from biclip_jax.weights import folder as model_folder
+from biclip_jax.weights.formats import tensor
 from biclip_jax.weights.medclipseg import convert_medclipseg
 from tests import tiny_medclipseg as tiny
 
 torch = pytest.importorskip("torch")
-from tests import torch_medclipseg  # noqa: E402
+from reference import torch_medclipseg
+from tests import torch_tiny_medclipseg
 
-CXR_BERT = Path(__file__).parent.parent / "fixtures/towers/cxr_bert"
+CXR_BERT = Path(__file__).parent.parent / "fixtures/encoders/cxr_bert"
 VARIANTS = ("clip", "unimedclip", "biomedclip")
 # all values, those that are trained, entries of the file: as published
 PUBLISHED = {
@@ -49,7 +51,7 @@ def published_names():
 NAMES = tuple(published_names())
 
 
-twin = functools.cache(torch_medclipseg.tiny_twin)
+twin = functools.cache(torch_tiny_medclipseg.tiny_twin)
 
 
 def save_checkpoint(folder, variant):
@@ -69,7 +71,7 @@ def arrays(variant):
 
 def opened(tensors, path="latest.pth"):
     held = {
-        name: readers.Tensor(value.shape, value.dtype, lambda value=value: value)
+        name: tensor.Tensor(value.shape, value.dtype, lambda value=value: value)
         for name, value in tensors.items()
     }
     return readers.Checkpoint(Path(path), "torch", held)
@@ -160,7 +162,7 @@ def test_arrays_go_where_they_belong(folders, variant):
         ours["head"]["up_1"]["depthwise"], theirs["upscale.1.conv2.weight"][:, 0].transpose(1, 2, 0)
     )
     same(ours["head"]["mlp_2"]["kernel"], theirs["mask_head.4.weight"].T)
-    image = ours["image_tower"]
+    image = ours[medclipseg.IMAGE_PARAMS]
     if variant == "biomedclip":
         same(image["class_token"], theirs["vision_model.trunk.cls_token"][0, 0])
         same(image["positions"], theirs["vision_model.trunk.pos_embed"][0])
@@ -170,13 +172,16 @@ def test_arrays_go_where_they_belong(folders, variant):
         same(image["projection"]["kernel"], theirs["vision_model.proj"])
         kernel = theirs["vision_model.transformer.resblocks.1.attn.in_proj_weight"]
     same(image["blocks_1"]["attention"]["qkv"]["kernel"], kernel.T)
-    words = ours["text_tower"]["words"]["embedding"]
+    words = ours[medclipseg.TEXT_PARAMS]["words"]["embedding"]
     if variant == "clip":
         same(words, theirs["clip_model.token_embedding.weight"])
-        same(ours["text_tower"]["projection"]["kernel"], theirs["text_model.text_projection"])
+        same(
+            ours[medclipseg.TEXT_PARAMS]["projection"]["kernel"],
+            theirs["text_model.text_projection"],
+        )
     else:
         same(words, theirs["text_model.transformer.embeddings.word_embeddings.weight"])
-        hidden = ours["text_tower"]["projection"]["hidden"]["kernel"]
+        hidden = ours[medclipseg.TEXT_PARAMS]["projection"]["hidden"]["kernel"]
         same(hidden, theirs["text_model.proj.0.weight"].T)
 
 
@@ -187,7 +192,7 @@ def test_a_converted_folder_opens(folders, variant):
     assert (model.num_samples, model.input, model.layers) == (30, "imagenet_bgr", (1,))
     assert model.value_only == (variant == "clip")
     assert (processor.image_size, processor.max_length) == (tiny.IMAGE_SIZE, tiny.MAX_LENGTH)
-    assert processor.resizing == "opencv"
+    assert processor.resize_method == "opencv"
     assert set(variables["params"]) == {"adapters_0", "head", *medclipseg.FROZEN}
 
 
@@ -273,7 +278,7 @@ def test_all_names_and_shapes_of_the_published_files_are_known(variant, monkeypa
     total, trained, entries = PUBLISHED[variant]
     assert len(released) == entries
     held = {
-        name: readers.Tensor(shape, np.dtype("float32"), lambda: np.zeros(0))
+        name: tensor.Tensor(shape, np.dtype("float32"), lambda: np.zeros(0))
         for name, shape in shapes.items()
     }
     found = convert_medclipseg(readers.Checkpoint(Path("x.pth"), "torch", held))
@@ -283,7 +288,7 @@ def test_all_names_and_shapes_of_the_published_files_are_known(variant, monkeypa
     frozen = tuple(f"params/{name}" for name in medclipseg.FROZEN)
     own = [size for name, size in sizes.items() if not name.startswith(frozen)]
     assert (sum(sizes.values()), sum(own)) == (total, trained)
-    wanted = medclipseg.TOWERS[variant]
+    wanted = medclipseg.ENCODERS[variant]
     for part in ("image", "text"):
         assert wanted[part].items() <= {"dropout": 0.1, **found.config[part]}.items()
     assert found.config["max_length"] == (77 if variant == "clip" else 256)
@@ -335,7 +340,7 @@ FILES = {
 @pytest.fixture(scope="module")
 def tower_folders(tmp_path_factory):
     """{name of `FILES`: converted folder}."""
-    base, made = tmp_path_factory.mktemp("towers"), {}
+    base, made = tmp_path_factory.mktemp("encoders"), {}
     words = save_clip_words(base / "tokenizer.json")
     for name, (variant, tensors) in FILES.items():
         source = base / name / "source"
@@ -352,8 +357,8 @@ def tower_folders(tmp_path_factory):
 @pytest.fixture
 def small(monkeypatch):
     """The published towers are too large to make here: tiny ones pass for them."""
-    small = {name: tiny.towers(name) for name in medclipseg.TOWERS}
-    monkeypatch.setattr(medclipseg, "TOWERS", small)
+    small = {name: tiny.encoders(name) for name in medclipseg.ENCODERS}
+    monkeypatch.setattr(medclipseg, "ENCODERS", small)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -361,10 +366,10 @@ def test_a_tower_file_is_a_clip_and_the_towers_of_its_variant(tower_folders, fol
     model, variables, _ = biclip_jax.load_model(tower_folders[name])
     assert isinstance(model, clip.CLIP)
     variant = FILES[name][0]
-    towers = medclipseg_towers.open_folder(tower_folders[name], variant)
-    assert towers.folder == tower_folders[name]
-    assert len(towers.identity) == 64
-    placed = medclipseg_towers.place(towers.params)
+    encoders = clip_pair.open_folder(tower_folders[name], variant)
+    assert encoders.folder == tower_folders[name]
+    assert len(encoders.identity) == 64
+    placed = clip_pair.rename_params(encoders.params)
     assert set(placed) == set(medclipseg.FROZEN)
     _, whole = model_folder.read(folders[variant])
     for part in medclipseg.FROZEN:
@@ -394,24 +399,24 @@ def test_needless_arrays_of_a_tower_file_are_reported(tower_folders):
 )
 def test_the_towers_of_another_variant_are_refused(tower_folders, small, name, variant, said):
     with pytest.raises(UserError, match=f"{said}; give other weights or another model.variant"):
-        medclipseg_towers.open_folder(tower_folders[name], variant)
+        clip_pair.open_folder(tower_folders[name], variant)
 
 
 @pytest.mark.parametrize("name", ["width", "patch_size", "num_layers"])
 def test_towers_of_another_size_are_refused(tower_folders, small, name):
-    medclipseg.TOWERS["clip"]["image"][name] = 999
+    medclipseg.ENCODERS["clip"]["image"][name] = 999
     with pytest.raises(UserError, match=rf"the image tower has {name} \d+, that of clip has 999"):
-        medclipseg_towers.open_folder(tower_folders["openai"], "clip")
+        clip_pair.open_folder(tower_folders["openai"], "clip")
 
 
 def test_a_folder_without_a_clip_is_refused(folders, tmp_path):
     with pytest.raises(UserError, match=r"convert clip SOURCE .*nowhere$"):
-        medclipseg_towers.open_folder(tmp_path / "nowhere", "clip")
+        clip_pair.open_folder(tmp_path / "nowhere", "clip")
     with pytest.raises(UserError, match="holds a medclipseg, not a CLIP"):
-        medclipseg_towers.open_folder(folders["clip"], "clip")
+        clip_pair.open_folder(folders["clip"], "clip")
     assert run("bert", CXR_BERT, tmp_path / "bert") == 0
     with pytest.raises(UserError, match="holds a bert, not a CLIP"):
-        medclipseg_towers.open_folder(tmp_path / "bert", "unimedclip")
+        clip_pair.open_folder(tmp_path / "bert", "unimedclip")
 
 
 def test_open_clip_s_towers_are_built_with_their_activation(tmp_path):
@@ -432,7 +437,7 @@ def test_open_clip_s_towers_are_built_with_their_activation(tmp_path):
 
 def test_second_names_with_other_numbers_are_refused():
     def held(*values):
-        return readers.Tensor((2,), np.dtype("float32"), lambda: np.array(values, np.float32))
+        return tensor.Tensor((2,), np.dtype("float32"), lambda: np.array(values, np.float32))
 
     tensors = {"text_model.ln_final.bias": held(1, 2), "clip_model.ln_final.bias": held(1, 3)}
     tensors |= {"pvl_adapters.0.proj_txt_down.weight": held(0, 0)}

@@ -12,14 +12,14 @@ import pytest
 from flax import serialization
 from safetensors.numpy import save, save_file
 
-from biclip_jax.errors import UserError
-from biclip_jax.weights import readers
+from biclip_jax.core.errors import UserError
+from biclip_jax.weights.formats import tensor
 from biclip_jax.weights.readers import FOLDER_ORDER, open_checkpoint
 from tests.weights import payloads
 from tests.weights.files import assert_same, refused, write
 
 ARRAYS = {
-    name: np.arange(6).reshape(2, 3).astype(dtype) for name, dtype in readers.DTYPES.items()
+    name: np.arange(6).reshape(2, 3).astype(dtype) for name, dtype in tensor.DTYPES.items()
 } | {"empty": np.zeros((0, 5), np.float32), "scalar": np.array(3.0, np.float32)}
 
 
@@ -124,7 +124,7 @@ def nested(depth):
         (packed([1] * 40, "float32", bytes(4)), "no packed array"),
         ({"a": 1}, "without any array"),
         ({1: {}}, "no short text"),
-        (nested(readers.MAX_DEPTH + 1), "nested or repeated"),
+        (nested(tensor.MAX_DEPTH + 1), "nested or repeated"),
         (200, "root is no map"),
         ([1], "without any array"),
     ],
@@ -162,7 +162,7 @@ def test_damage_gives_a_user_error_or_arrays(tmp_path, kind):
     data = write_out({name: array for name, array in ARRAYS.items() if name != "empty"})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refusals = 0
-    for changed in payloads.damaged(data, seed=1, num_flips=300):
+    for changed in payloads.corrupted(data, seed=1, num_flips=300):
         path = write(tmp_path / f"a.{kind}", changed)
         try:
             for tensor in open_checkpoint(path).tensors.values():

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from biclip_jax.data.annotations import collected
+from biclip_jax.core.errors import BadImageError
+from biclip_jax.data.annotations import combine_problems
 from biclip_jax.data.builders import records
 from biclip_jax.data.image_io import read_image, read_mask, resize_image, resize_mask
 from biclip_jax.data.schema import SPLITS, Example, Record, Split
-from biclip_jax.errors import BadImageError
 
 CONFIGS = (
     tfds.core.BuilderConfig(
@@ -78,7 +78,7 @@ class LayoutDataset(tfds.core.GeneratorBasedBuilder):
     ):
         """Keeps what `_info` needs before TFDS calls it.
 
-        See `layouts.read_variants` for `variants`, `survey` for `channels`,
+        See `layouts.read_variants` for `variants`, `check_files` for `channels`,
         `image_io.RESIZE_METHODS` for `resize`.
         """
         self.examples, self.variants = examples, variants
@@ -103,7 +103,7 @@ class LayoutDataset(tfds.core.GeneratorBasedBuilder):
         for index, example in enumerate(chosen):
             record = read_record(example, self.image_size, self.channels, self.resize)
             variants = self.variants.get(example.id, {})
-            yield index, records.encode(records.VariedRecord(**record, variants=variants))
+            yield index, records.encode(records.RecordWithVariants(**record, variants=variants))
 
 
 def read_record(example: Example, image_size: int, channels: int, resize: str) -> Record:
@@ -127,7 +127,7 @@ def _read(example: Example, resize: str) -> tuple[np.ndarray, np.ndarray]:
     return image, read_mask(example.mask_path, resize)
 
 
-def survey(source: str, examples: list[Example], resize: str) -> int:
+def check_files(source: str, examples: list[Example], resize: str) -> int:
     """Decodes every picture and mask once, before anything is written.
 
     Args:
@@ -158,5 +158,5 @@ def survey(source: str, examples: list[Example], resize: str) -> int:
         if channels == 1 and not (image == image[..., :1]).all():
             channels = 3
     if problems:
-        raise collected(source, problems)
+        raise combine_problems(source, problems)
     return channels

@@ -16,11 +16,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from biclip_jax.core.errors import DataError
 from biclip_jax.data.builders.prepared import verify, write_checksums
 from biclip_jax.data.image_io import RESIZE_METHODS
 from biclip_jax.data.layouts import read_layout, read_unlabelled, read_variants
 from biclip_jax.data.schema import SPLITS, Example, Split
-from biclip_jax.errors import DataError
 
 # Part of every folder's name: raise it whenever the same source would give other records.
 FORMAT = 2
@@ -131,7 +131,7 @@ def _from_folder(
     labelled: bool,
 ) -> tuple[Callable, object]:
     """Returns data_dir -> builder, and what tells this set from others."""
-    from biclip_jax.data.builders.layout import CONFIGS, LayoutDataset, survey
+    from biclip_jax.data.builders.layout import CONFIGS, LayoutDataset, check_files
 
     known = [config.name for config in CONFIGS]
     if name not in known:
@@ -156,7 +156,7 @@ def _from_folder(
             examples=examples,
             variants=variants,
             image_size=image_size,
-            channels=survey(os.fspath(source_dir), examples, resize),
+            channels=check_files(os.fspath(source_dir), examples, resize),
             resize=resize,
             file_format="array_record",
         )

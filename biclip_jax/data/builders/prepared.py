@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from biclip_jax.core.errors import DataError
 from biclip_jax.data.builders import single_file
 from biclip_jax.data.schema import Record, Split
-from biclip_jax.errors import DataError
 
 CHECKSUMS = "checksums.json"
 
@@ -32,18 +32,18 @@ def verify(path: str | os.PathLike[str]) -> None:
       DataError: naming the damaged or missing file.
     """
     path = Path(path)
-    mend = f"delete the folder {path} and prepare the data set again."
+    fix = f"delete the folder {path} and prepare the data set again."
     try:
         expected = json.loads((path / CHECKSUMS).read_text())
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path / CHECKSUMS}: cannot be read ({error}); expected checksums; {mend}"
+            f"{path / CHECKSUMS}: cannot be read ({error}); expected checksums; {fix}"
         ) from error
     for name, checksum in expected.items():
         file = path / name
         found = _sha256(file) if file.is_file() else "no file"
         if found != checksum:
-            raise DataError(f"{file}: found {found}; expected SHA-256 {checksum}; {mend}")
+            raise DataError(f"{file}: found {found}; expected SHA-256 {checksum}; {fix}")
 
 
 class PreparedSplit(Sequence[Record]):
@@ -81,7 +81,7 @@ def open_split(path: str | os.PathLike[str], split: Split) -> PreparedSplit:
     Raises:
       DataError: the folder is not a prepared set, or lacks the split.
     """
-    if single_file.is_one(path):
+    if single_file.is_prepared_file(path):
         return PreparedSplit(single_file.examples(Path(path), split))
     import tensorflow_datasets as tfds
 
@@ -96,7 +96,7 @@ def open_split(path: str | os.PathLike[str], split: Split) -> PreparedSplit:
             f"{path}: found the splits {present}, as in the data set that it was prepared from; "
             f"expected {split!r}; give some pictures of the data set that split."
         )
-    decoders = {name: tfds.decode.SkipDecoding() for name in records.PICTURES}
+    decoders = {name: tfds.decode.SkipDecoding() for name in records.IMAGE_FIELDS}
     return PreparedSplit(builder.as_data_source(split=split, decoders=decoders))
 
 

@@ -14,7 +14,7 @@ from biclip_jax.data.image_io import decode_png, encode_png
 from biclip_jax.data.schema import Record
 
 
-class VariedRecord(Record, total=False):
+class RecordWithVariants(Record, total=False):
     """A Record with the other published sentences of its picture.
 
     Attributes:
@@ -24,7 +24,7 @@ class VariedRecord(Record, total=False):
     variants: dict[str, str]
 
 
-PICTURES = ("image", "mask", "full_mask")
+IMAGE_FIELDS = ("image", "mask", "full_mask")
 
 
 def features(image_size: int, channels: int) -> Any:
@@ -45,16 +45,16 @@ def features(image_size: int, channels: int) -> Any:
     )
 
 
-def encode(record: VariedRecord) -> dict[str, Any]:
+def encode(record: RecordWithVariants) -> dict[str, Any]:
     """Returns the example that a TFDS generator yields for a record."""
     example: dict[str, Any] = dict(record)
     example["variants"] = json.dumps(record.get("variants", {}), sort_keys=True)
-    return example | {name: io.BytesIO(encode_png(example[name])) for name in PICTURES}
+    return example | {name: io.BytesIO(encode_png(example[name])) for name in IMAGE_FIELDS}
 
 
-def decode(example: dict[str, Any]) -> VariedRecord:
+def decode(example: dict[str, Any]) -> RecordWithVariants:
     """Returns the record of an example read with its pictures left as PNG bytes."""
-    return VariedRecord(
+    return RecordWithVariants(
         id=example["id"].decode(),
         image=decode_png(example["image"]),
         mask=decode_png(example["mask"]),

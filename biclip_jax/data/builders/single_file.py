@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from biclip_jax import places
+from biclip_jax.core import files
+from biclip_jax.core.errors import DataError
 from biclip_jax.data.schema import SPLITS, Split
-from biclip_jax.errors import DataError
 
 SUFFIX = ".npz"
-MEND = "expected a prepared set; make it again by biclip_jax.prepare."
+FIX = "expected a prepared set; make it again by biclip_jax.prepare."
 FIELDS = ("id", "image", "mask", "full_mask", "text", "variants")
 
 
-def is_one(path: str | os.PathLike[str]) -> bool:
+def is_prepared_file(path: str | os.PathLike[str]) -> bool:
     """Whether a path is that of such a file, by its name."""
     return Path(path).suffix == SUFFIX
 
@@ -46,7 +46,7 @@ def write(
             arrays[f"{split}/{field}"] = np.frombuffer(b"".join(parts), np.uint8)
             lengths = [len(part) for part in parts]
             arrays[f"{split}/{field}_ends"] = np.cumsum(lengths, dtype=np.int64)
-    with places.written_whole(path) as part, part.open("wb") as file:
+    with files.atomic_write(path) as part, part.open("wb") as file:
         np.savez(file, **arrays)
 
 
@@ -59,7 +59,7 @@ def check(path: Path, expected: Mapping[str, Any]) -> None:
     try:
         facts = json.loads(_read(path, ["facts"])["facts"].tobytes())
     except ValueError as error:
-        raise DataError(f"{path}: its facts are no JSON ({error}); {MEND}") from error
+        raise DataError(f"{path}: its facts are no JSON ({error}); {FIX}") from error
     for name, value in expected.items():
         if facts.get(name) != value:
             raise DataError(
@@ -93,9 +93,9 @@ def _read(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in names}
     except KeyError as error:
-        raise DataError(f"{path}: found no {error.args[0]}; {MEND}") from error
+        raise DataError(f"{path}: found no {error.args[0]}; {FIX}") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: cannot be read ({error}); {MEND}") from error
+        raise DataError(f"{path}: cannot be read ({error}); {FIX}") from error
 
 
 def _bytes(value: Any) -> bytes:

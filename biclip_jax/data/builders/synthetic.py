@@ -41,7 +41,7 @@ class Synthetic(tfds.core.GeneratorBasedBuilder):
         for index in range(self.num_examples[split]):
             image, mask, text = draw_example(SEEDS[split], index, self.image_size)
             name = f"{split}_{index:05d}"
-            record = records.VariedRecord(
+            record = records.RecordWithVariants(
                 id=name, image=image, mask=mask, full_mask=mask, text=text
             )
             yield index, records.encode(record)

@@ -1,0 +1,1 @@
+"""Pretrained text and image encoders, and cached text features."""

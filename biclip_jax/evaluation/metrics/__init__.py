@@ -1,0 +1,1 @@
+"""Overlap, surface and calibration metrics."""

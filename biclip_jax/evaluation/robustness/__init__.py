@@ -1,0 +1,1 @@
+"""Corruptions, text conditions, test-time augmentation, flip consistency."""

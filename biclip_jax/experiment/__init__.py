@@ -1,0 +1,1 @@
+"""What a config builds: model, steps, batches, pseudo-labels."""

@@ -1,0 +1,91 @@
+"""How training gets its batches: streamed from the host, or out of a split on the device.
+
+Both take the same records in the same order, and so the same steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from biclip_jax.core import distributed
+from biclip_jax.core.errors import UserError
+from biclip_jax.data import pipeline
+from biclip_jax.experiment.program import Program
+
+# (state, key, step, limit) -> (state after at least one and at most `limit` steps, their metrics)
+Advance = Callable[[Any, Any, int, int], tuple[Any, list[Any]]]
+
+
+def open_feed(
+    config: Mapping[str, Any],
+    program: Program,
+    records: Sequence[Any],
+    texts: Mapping[str, np.ndarray],
+    step: int,
+) -> Advance:
+    """What the loop calls for its next steps.
+
+    Args:
+      config: of the run, as nested mappings.
+      program: of the run.
+      records: of the training split, the labelled ones first.
+      texts: `sentence_fields` of the same rows.
+      step: the first one.
+
+    Raises:
+      UserError: `data.on_device` with a split that the device cannot hold.
+    """
+    rows = pipeline.training_order(
+        len(records),
+        batch_size=config["batch_size"],
+        seed=config["seed"],
+        num_labelled=program.num_labelled,
+        labelled_rows=program.num_labelled_rows,
+        num_members=program.num_members,
+        **distributed.process_shard(),
+    )
+    members = int(program.num_members > 1)
+    if config["data"]["on_device"]:
+        return _on_device(program, pipeline.stack_split(records, texts), rows, members)
+    return _streamed(program, pipeline.train_batches(records, texts, rows, step), members)
+
+
+def _streamed(program: Program, batches: Any, members: int) -> Advance:
+    """One step a call; the next batch is read and sent while the device is at work."""
+
+    def advance(state: Any, key: Any, step: int, limit: int) -> tuple[Any, list[Any]]:
+        batch = program.shard(next(batches), axis=members)
+        state, metrics = program.train_step(state, batch, key)
+        return state, [metrics]
+
+    return advance
+
+
+def _on_device(
+    program: Program, data: Mapping[str, np.ndarray], rows: Callable[[int], Any], members: int
+) -> Advance:
+    """Up to `program.steps_at_once` steps a call; only the numbers of records are sent."""
+    megabytes = sum(x.nbytes for x in data.values()) / 1e6
+    free = distributed.free_bytes()
+    if free is not None and megabytes * 1e6 > free:
+        raise UserError(
+            f"--config.data.on_device: the training split takes {megabytes:.0f} MB, and the device "
+            f"has {free / 1e6:.0f} MB left; leave data.on_device away"
+        )
+    print(f"{len(data['image'])} training records stay on the device, {megabytes:.0f} MB")
+    placed, length = distributed.replicate(dict(data)), program.steps_per_call
+
+    def advance(state: Any, key: Any, step: int, limit: int) -> tuple[Any, list[Any]]:
+        count = min(limit, length)
+        picked = [rows(step + min(i, count - 1)) for i in range(length)]
+        stacked = {name: np.stack([one[name] for one in picked]) for name in picked[0]}
+        sharded = program.shard(stacked, axis=1 + members)
+        state, metrics = program.train_steps(state, placed, sharded, np.int32(count), key)
+        found = jax.device_get(metrics)
+        return state, [jax.tree.map(lambda x, i=i: x[i], found) for i in range(count)]
+
+    return advance

@@ -1,0 +1,1 @@
+"""Readers of weight file formats; nothing in a file is executed."""
