@@ -1,16 +1,17 @@
-"""Speed and memory: ours, PyTorch eager and `torch.compile`, in turn in one run.
+"""Speed and memory of biclip_jax, PyTorch eager and `torch.compile`, interleaved in one run.
 
     python -m benchmarks.bench --suite cpu --output bench.jsonl
     python -m benchmarks.bench --suite cpu --cases published_train bert --batches 1
     python -m benchmarks.bench --cases bert --implementations jax --before OLDER_CHECKOUT
     python -m benchmarks.bench --table bench.jsonl --plot bench.png
 
-The same shapes and threads, random weights, noise for pictures. Every case has one JSON line: the
-medians of the warm calls, the time of the first call (compilation included), memory after building
-and at its peak, and the ratios; above 1 they are in our favour. The work of a case is counted from
-our program, and set against this machine's own ceiling: the better matrix product of 4096^3, jax's
-or PyTorch's, taken first. Cases that stand in the file already are not run again;
-`--retry-failed` does so with those that failed. Needs the extra `parity`; on a GPU, PyTorch for it.
+All implementations get the same shapes and threads, random weights, and noise as images. Every case
+is one JSON line: the medians of the warm calls, the time of the first call (including compilation),
+memory after building and at its peak, and the speed ratios; above 1, ours is faster. The FLOPs of a
+case are counted from our program and compared with the ceiling of the machine, which is measured
+first: the faster matrix product of 4096^3, of jax or PyTorch. Cases that are already in the file
+  are skipped; `--retry-failed` repeats the failed ones. Needs the extra `parity`; on a GPU, a
+  PyTorch build for it.
 """
 
 from __future__ import annotations
@@ -23,24 +24,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import biclip, harness, medclipseg
-from benchmarks import encoders as encoders
+from benchmarks import biclip, encoders, harness, medclipseg
 from benchmarks.harness import Work
 from biclip_jax.core import config as config_lib
 from biclip_jax.core import runtime
 
 IMPLEMENTATIONS = ("jax", "torch", "torch_compile")
 CEILING = "matmul_4096"
-PAGES = {"published": "qata:published", "full": "qata:full"}
+CONFIGS = {"published": "qata:published", "full": "qata:full"}
 
 
 class Case(NamedTuple):
     """A row of the table.
 
     Attributes:
-      name: of `MAKERS`.
-      batch: pictures or sentences of one call.
-      dtype: of the computation, parameters are float32.
+      name: Key of `MAKERS`.
+      batch: Images or prompts per call.
+      dtype: dtype of the computation; parameters are float32.
     """
 
     name: str
@@ -73,28 +73,28 @@ GPU = [
     Case("medclipseg_clip_samples", 1),
 ]
 SUITES = {"cpu": CPU, "gpu": GPU}
-SMALL = {CEILING, *(f"{method}_{kind}" for method in PAGES for kind in ("train", "inference"))}
+SMALL = {CEILING, *(f"{method}_{kind}" for method in CONFIGS for kind in ("train", "inference"))}
 
 
 def main() -> None:
-    """Runs what is missing, or one worker of it, or shows what was found."""
+    """Runs missing cases, or a single worker, or shows the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--suite", choices=tuple(SUITES), default="cpu")
-    parser.add_argument("--cases", nargs="+", help="of the suite, by name")
-    parser.add_argument("--batches", nargs="+", type=int, help="of the suite's")
-    parser.add_argument("--small", action="store_true", help="tiny BiCLIP alone, to try it out")
-    parser.add_argument("--repetitions", type=int, default=7, help="warm calls of each")
+    parser.add_argument("--cases", nargs="+", help="names of cases of the suite")
+    parser.add_argument("--batches", nargs="+", type=int, help="batch sizes of the suite")
+    parser.add_argument("--small", action="store_true", help="only a tiny BiCLIP, for a trial")
+    parser.add_argument("--repetitions", type=int, default=7, help="warm calls per implementation")
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS)
     parser.add_argument(
         "--before",
         type=Path,
         metavar="CHECKOUT",
-        help="of this project, whose code takes calls in turn, too",
+        help="another checkout of this project to compare with",
     )
-    parser.add_argument("--output", type=Path, help="file of JSON lines that is added to")
-    parser.add_argument("--retry-failed", action="store_true", help="cases of the file, too")
-    parser.add_argument("--table", type=Path, help="prints such a file as tables and runs nothing")
-    parser.add_argument("--plot", type=Path, help="draws the ratios of the file to this picture")
+    parser.add_argument("--output", type=Path, help="file of JSON lines to append to")
+    parser.add_argument("--retry-failed", action="store_true", help="also repeat failed cases")
+    parser.add_argument("--table", type=Path, help="print such a file as a table and run nothing")
+    parser.add_argument("--plot", type=Path, help="plot the ratios of the file to this path")
     parser.add_argument("--worker", nargs=4, metavar=("IMPLEMENTATION", "CASE", "BATCH", "DTYPE"))
     args = parser.parse_args()
     if args.worker:
@@ -111,12 +111,12 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Every case of the suite that the file has not yet; one line each, at once."""
-    cases = chosen(SUITES[args.suite], args.cases, args.batches)
+    """Runs every case of the suite that is not in the file; writes each line immediately."""
+    cases = select_cases(SUITES[args.suite], args.cases, args.batches)
     cases = [case for case in cases if not args.small or case.name in SMALL]
-    there = harness.lines_of(args.output) if args.output else ()
-    there = [entry for entry in latest(there) if entry["small"] == args.small]
-    done = [case_of(entry) for entry in there if not (args.retry_failed and failed(entry))]
+    recorded = harness.lines_of(args.output) if args.output else ()
+    recorded = [entry for entry in latest(recorded) if entry["small"] == args.small]
+    done = [case_of(entry) for entry in recorded if not (args.retry_failed and failed(entry))]
     for case in cases:
         if case in done:
             continue
@@ -128,30 +128,30 @@ def run(args: argparse.Namespace) -> None:
 
 
 def case_of(entry: dict[str, Any]) -> Case:
-    """The case of a line."""
+    """Returns the case of a line."""
     return Case(entry["case"], entry["batch"], entry["dtype"])
 
 
 def failed(entry: dict[str, Any]) -> bool:
-    """Whether a worker of this line ended before its time."""
+    """Returns whether a worker of this line failed."""
     return any(name.endswith("_error") for name in entry)
 
 
 def latest(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last line of each case, where a failed one was measured again."""
+    """Returns the last line of each case; a repeated case replaces a failed one."""
     return list({(case_of(entry), entry["small"]): entry for entry in entries}.values())
 
 
-def chosen(suite: Sequence[Case], names: Sequence[str] | None, batches: Any) -> list[Case]:
-    """The suite's cases of these names and batches; always its ceilings, which come first.
+def select_cases(suite: Sequence[Case], names: Sequence[str] | None, batches: Any) -> list[Case]:
+    """Selects cases by name and batch size; the ceilings are always included, first.
 
     Raises:
-      SystemExit: a name that the suite has not.
+      SystemExit: A name is not in the suite.
     """
     known = {case.name for case in suite}
     unknown = set(names or ()) - known
     if unknown:
-        sys.exit(f"--cases: {', '.join(unknown)}; this suite has {', '.join(sorted(known))}")
+        sys.exit(f"--cases: {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
     return [
         case
         for case in suite
@@ -161,37 +161,37 @@ def chosen(suite: Sequence[Case], names: Sequence[str] | None, batches: Any) -> 
 
 
 def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """The line of one case."""
+    """Measures one case and returns its line."""
     command = [sys.executable, "-m", "benchmarks.bench", *["--small"] * args.small, "--worker"]
-    asked = args.implementations or IMPLEMENTATIONS
-    if case.name == CEILING or case.name.endswith("samples"):  # neither would be compiled
-        asked = [name for name in asked if name != "torch_compile"]
+    implementations = args.implementations or IMPLEMENTATIONS
+    if case.name == CEILING or case.name.endswith("samples"):  # torch.compile changes neither
+        implementations = [name for name in implementations if name != "torch_compile"]
     rest = [case.name, str(case.batch), case.dtype]
     repetitions = min(args.repetitions, 3) if case.name.endswith("samples") else args.repetitions
-    commands = {name: [*command, name, *rest] for name in asked}
+    commands = {name: [*command, name, *rest] for name in implementations}
     if args.before:
-        place = args.before.resolve()
-        there = ["env", "-C", str(place), f"PYTHONPATH={place}"]
-        commands["before"] = [*there, *command, "jax", *rest]
-    # Two large networks at once are too much for a GPU's memory.
-    found = harness.in_turn(commands, repetitions, apart=args.suite == "gpu")
+        checkout = args.before.resolve()
+        environment = ["env", "-C", str(checkout), f"PYTHONPATH={checkout}"]
+        commands["before"] = [*environment, *command, "jax", *rest]
+    # Two large networks do not fit into the memory of a GPU.
+    results = harness.interleave(commands, repetitions, sequential=args.suite == "gpu")
     line = {"case": case.name, "batch": case.batch, "dtype": case.dtype, "small": args.small}
-    return line | harness.compare(found, case.batch)
+    return line | harness.compare(results, case.batch)
 
 
 def work(implementation: str, case: Case, small: bool) -> None:
-    """A worker: what `harness.answer` is sent and says, by standard input and output."""
+    """Runs a worker, see `harness.serve`."""
     if implementation == "jax":
         runtime.set_xla_flags()
         runtime.keep_freed_memory()
-    # As training does after its first step.
+    # As after the first training step.
     settle = runtime.trim_memory if implementation == "jax" else lambda: None
     make = partial(MAKERS[case.name], case, small, implementation)
-    harness.answer(make, partial(peak_mib, implementation), settle)
+    harness.serve(make, partial(peak_mib, implementation), settle)
 
 
 def peak_mib(implementation: str) -> int:
-    """The largest memory so far: of the GPU where there is one, of the process otherwise."""
+    """Returns the peak memory in MiB: of the GPU if there is one, otherwise of the process."""
     if implementation == "jax":
         import jax
 
@@ -205,10 +205,10 @@ def peak_mib(implementation: str) -> int:
 
 
 def biclip_work(method: str, kind: str, case: Case, small: bool, implementation: str) -> Work:
-    """One method of `configs/variants.py` at 224 px and width 64."""
-    config = config_lib.load_config(PAGES[method] + ",smoke" * small, [])
+    """Returns one method of `configs/variants.py` at 224 px and width 64."""
+    config = config_lib.load_config(CONFIGS[method] + ",smoke" * small, [])
     config.batch_size, config.model.dtype = case.batch, case.dtype
-    # Pairs need two rows.
+    # CutMix needs two rows.
     config.views.strong.cutmix = config.views.strong.cutmix if case.batch > 1 else 0.0
     if implementation != "jax":
         return biclip.twin(config, kind, implementation == "torch_compile")
@@ -216,7 +216,7 @@ def biclip_work(method: str, kind: str, case: Case, small: bool, implementation:
 
 
 def matmul(case: Case, small: bool, implementation: str) -> Work:
-    """The product of two matrices: what this machine can do at all."""
+    """Returns the product of two matrices, the ceiling of the machine."""
     side = 256 if small else 4096
     count = 2.0 * side**3
     if implementation == "jax":
@@ -239,14 +239,14 @@ def matmul(case: Case, small: bool, implementation: str) -> Work:
 
 
 def encoders_work(case: Case, _small: bool, implementation: str) -> Work:
-    """A forward pass of a tower with all hidden states."""
+    """Returns a forward pass of an encoder with all hidden states."""
     if implementation == "jax":
         return encoders.ours(case.name, case.batch)
     return encoders.twin(case.name, case.batch, implementation == "torch_compile")
 
 
 def medclipseg_work(variant: str, kind: str, case: Case, _small: bool, implementation: str) -> Work:
-    """A pass, a train step or 30 samples of MedCLIPSeg."""
+    """Returns a pass, a train step or 30 samples of MedCLIPSeg."""
     if implementation == "jax":
         return medclipseg.ours(variant, kind, case.batch)
     return medclipseg.twin(variant, kind, case.batch, implementation == "torch_compile")
@@ -256,7 +256,7 @@ MAKERS: dict[str, Callable[[Case, bool, str], Work]] = {
     CEILING: matmul,
     **{
         f"{method}_{kind}": partial(biclip_work, method, kind)
-        for method in PAGES
+        for method in CONFIGS
         for kind in ("train", "inference")
     },
     **dict.fromkeys(encoders.NAMES, encoders_work),
@@ -269,7 +269,7 @@ MAKERS: dict[str, Callable[[Case, bool, str], Work]] = {
 
 
 def ceilings(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """{dtype: GFLOP/s} of the better matrix product."""
+    """Returns {dtype: GFLOP/s} of the faster matrix product."""
     return {
         entry["dtype"]: max(entry.get(f"{name}_gflop_per_s", 0) for name in ("jax", "torch"))
         for entry in entries
@@ -278,11 +278,11 @@ def ceilings(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def table(entries: Sequence[dict[str, Any]]) -> str:
-    """A file's lines as a Markdown table."""
+    """Formats lines as a Markdown table."""
     top = ceilings(entries)
     rows = [
         "| case | batch | dtype | ours, ms | torch | torch.compile | over eager | "
-        "over the better | over before | images/s | of the ceiling | "
+        "over the faster | over before | images/s | of the ceiling | "
         "first call, s: ours / torch / compile | peak MiB: ours / torch / compile |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -302,7 +302,7 @@ def table(entries: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(entries: Sequence[dict[str, Any]], path: Path) -> None:
-    """Our speed over each of the others' as bars, one pair a case."""
+    """Plots the speed ratios to the other implementations, one pair of bars per case."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -315,15 +315,15 @@ def plot(entries: Sequence[dict[str, Any]], path: Path) -> None:
         (0.2, "torch_compile", "torch.compile"),
     ):
         ratios = [row.get(f"speed_over_{name}", 0) for row in rows]
-        places = [i + offset for i in range(len(rows))]
-        bars = axes.barh(places, ratios, height=0.38, label=label)
+        positions = [i + offset for i in range(len(rows))]
+        bars = axes.barh(positions, ratios, height=0.38, label=label)
         axes.bar_label(bars, [f"{ratio:.2f}" if ratio else "" for ratio in ratios], padding=2)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(
         range(len(rows)), [f"{r['case']}, batch {r['batch']}, {r['dtype']}" for r in rows]
     )
     axes.invert_yaxis()
-    axes.set_xlabel("speed of biclip_jax over the other's (right of 1: ours is faster)")
+    axes.set_xlabel("speed of biclip_jax relative to the other (above 1: biclip_jax is faster)")
     axes.margins(x=0.12)
     figure.legend(loc="outside upper right", ncols=2)
     figure.savefig(path, dpi=120)

@@ -1,8 +1,8 @@
-"""BiCLIP's train step and inference, ours and a PyTorch twin's: what `benchmarks.bench` times.
+"""Train step and inference of BiCLIP, ours and of a PyTorch twin, for `benchmarks.bench`.
 
-Both over the same noise. The twin is written from the method's description. It has no text encoder
-(its sentences are vectors of noise), takes simpler light for its strong view, and, as the published
-code, keeps what a backward pass through that view would need until it is detached.
+Both get the same noise. The twin is written from the description of the method. It has no text
+encoder (its text embeddings are noise), uses a simpler photometric augmentation in its strong view,
+and, as the published code, keeps the activations of that view until it is detached.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks import flops
 from benchmarks.harness import Work
+from reference import flops
 
 
 def noise(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
-    """A grey uint8 picture (B, S, S, 1) and its mask."""
+    """Returns greyscale uint8 images (B, S, S, 1) and masks."""
     size = config.model.image_size
     shape = (config.batch_size, size, size, 1)
     image = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
@@ -27,7 +27,7 @@ def noise(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def noise_prompts(config: ConfigDict) -> tuple[Any, dict[str, np.ndarray]]:
-    """Sentences as long as they can be, and a host batch of noise with them."""
+    """Returns encoded prompts of maximum length, and a host batch of noise with them."""
     from biclip_jax.encoders import text as text_encoders
 
     image, mask = noise(config)
@@ -41,7 +41,7 @@ def noise_prompts(config: ConfigDict) -> tuple[Any, dict[str, np.ndarray]]:
 
 
 def train_step_ours(config: ConfigDict) -> Work:
-    """One call is one step of the training program itself: views, losses, backward, AdamW."""
+    """Returns the train step: views, losses, backward pass, AdamW."""
     import jax
 
     from biclip_jax.core import distributed, rng
@@ -63,7 +63,7 @@ def train_step_ours(config: ConfigDict) -> Work:
 
 
 def inference_ours(config: ConfigDict) -> Work:
-    """One call is the probabilities of a batch, by the step that `predict` runs."""
+    """Returns the prediction step of `biclip predict`."""
     import jax
 
     from biclip_jax.evaluation.steps import predict_step
@@ -80,7 +80,7 @@ def inference_ours(config: ConfigDict) -> Work:
 
 
 def twin(config: ConfigDict, work: str, compiled: bool) -> Work:
-    """One call of the twin: `train` (as published or as in full) or `inference`."""
+    """Returns the twin's `train` step (as published or as in full) or `inference`."""
     import torch
 
     from reference.torch_biclip import TorchBiCLIP
@@ -96,14 +96,14 @@ def twin(config: ConfigDict, work: str, compiled: bool) -> Work:
         level_hidden=config.model.bmf.hidden if config.model.bmf.levels else 0,
     ).to(device)
     if device == "cuda":
-        # What a user of PyTorch would set, too.
+        # Usual settings of PyTorch users.
         model = model.to(memory_format=torch.channels_last)
         torch.backends.cudnn.benchmark = True
     pixels, masks = (torch.from_numpy(x).permute(0, 3, 1, 2).to(device) for x in noise(config))
     text = torch.randn(config.batch_size, 768, device=device)
     low = config.model.dtype != "float32"
     autocast = partial(torch.autocast, device, torch.bfloat16, enabled=low)
-    compiler = torch.compile if compiled else _as_it_is
+    compiler = torch.compile if compiled else _identity
     if work == "inference":
         call = _inference(model.eval(), pixels, text, compiler)
     else:
@@ -119,7 +119,7 @@ def twin(config: ConfigDict, work: str, compiled: bool) -> Work:
     return Work(repeat)
 
 
-def _as_it_is(function: Callable) -> Callable:
+def _identity(function: Callable) -> Callable:
     return function
 
 
@@ -149,8 +149,8 @@ def _train_step(model: Any, make: Callable, config: ConfigDict) -> Callable[[], 
     return call
 
 
-def _moved(pixels: Any) -> tuple[Any, Callable]:
-    """RGB in [0, 1], and a random affine map for the batch."""
+def _random_affine(pixels: Any) -> tuple[Any, Callable]:
+    """Returns RGB images in [0, 1] and a random affine transformation of the batch."""
     import torch
     from torch.nn import functional
 
@@ -168,12 +168,12 @@ def _published(pixels: Any, masks: Any, text: Any, compiler: Callable, model: An
     compiled = compiler(published_loss)
 
     def loss_of() -> Any:
-        image, move = _moved(pixels)
-        mask, weak = masks.float(), move(image)
+        image, transform = _random_affine(pixels)
+        mask, weak = masks.float(), transform(image)
         photometric = (weak.clamp_min(1e-3) ** 1.05 * 1.1 + 0.01 * torch.randn_like(weak)).clamp(
             0, 1
         )
-        views = (weak, move, move(mask).round()), (photometric, move)
+        views = (weak, transform, transform(mask).round()), (photometric, transform)
         return compiled(model, image, text, mask, *views)[0]
 
     return loss_of
@@ -190,11 +190,11 @@ def _full(pixels: Any, masks: Any, text: Any, compiler: Callable, model: Any) ->
         return (1.1 * x + 0.1 * torch.randn_like(x)).clamp(0, 1)
 
     def loss_of() -> Any:
-        image, move = _moved(pixels)
+        image, transform = _random_affine(pixels)
         side = image.shape[-1]
         box = torch.zeros_like(masks, dtype=torch.bool)
         box[:, :, side // 4 : side // 2, side // 4 :] = True
-        moved, mask = move(image), move(masks.float()).round()
-        return compiled(model, moved, text, mask, box, change)[0]
+        weak, mask = transform(image), transform(masks.float()).round()
+        return compiled(model, weak, text, mask, box, change)[0]
 
     return loss_of

@@ -1,12 +1,11 @@
-"""Time and peak memory of converting a CLIP ViT-B/16 of full size, from three formats.
+"""Time and peak memory of converting a full-size CLIP ViT-B/16 from three formats.
 
     python -m benchmarks.conversion
 
-transformers makes the model, with random weights; it is written as safetensors, as .bin and as
-Flax msgpack to a temporary folder (4 GB in all), and `python -m biclip_jax.convert` runs on each in
-a process of its own. One JSON line a format: the file's size, seconds, peak resident memory and its
-ratio to the file's size. The outputs of all formats are compared byte by byte. Needs the extra
-`parity`.
+transformers creates the model with random weights. It is written as safetensors, .bin and Flax
+msgpack to a temporary folder (4 GB in total), and `biclip convert` runs on each in its own process.
+Prints one JSON line per format: file size, seconds, peak resident memory and its ratio to the file
+size. The outputs of all formats are compared byte by byte. Needs the extras `hub` and `parity`.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ import numpy as np
 
 
 def main() -> None:
-    """Makes the files, converts each, compares what came out."""
+    """Writes the files, converts each, and compares the outputs."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        # In a process of its own, so that its memory does not count.
+        # In its own process, so that its memory is not measured.
         subprocess.run([sys.executable, "-c", MAKE, scratch], check=True)
         outputs = []
         for source in sorted(folder.iterdir()):
@@ -42,7 +41,7 @@ MAKE = "import sys; from benchmarks import conversion; conversion.make(sys.argv[
 
 
 def convert(source: Path, output: Path) -> dict:
-    """Runs the command line on a folder; its time and memory are those of the child process."""
+    """Converts a folder; returns the time and memory of the child process."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "biclip_jax.convert", "clip", str(source), str(output)]
     code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, "
@@ -64,7 +63,7 @@ def convert(source: Path, output: Path) -> dict:
 
 
 def make(scratch: str) -> None:
-    """Writes the three folders, each with a small vocabulary beside the weights."""
+    """Writes the three folders, each with weights and a small vocabulary."""
     import torch
     from flax.serialization import msgpack_serialize
     from flax.traverse_util import unflatten_dict
@@ -88,7 +87,7 @@ def make(scratch: str) -> None:
 
 
 def _flax(name: str, array: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
-    """A parameter of PyTorch's under the name, and in the order of axes, of Flax."""
+    """Returns the Flax name and axis order of a PyTorch parameter."""
     *parents, leaf = name.split(".")
     if leaf == "weight" and parents[-1].endswith(("norm", "norm1", "norm2")):
         leaf = "scale"

@@ -1,9 +1,9 @@
-"""Time of the two gradients of a 3x3 convolution: lax's own and `layers.convolve3x3`'s, by shape.
+"""Time of both gradients of a 3x3 convolution, of lax and of `layers.convolve3x3`, by shape.
 
     python -m benchmarks.convolutions --batch 1 4 16
 
-One JSON line a shape of the U-Net's: milliseconds of both, in turn, warm, median; GFLOP a second;
-and the speed of ours over lax's. Needs nothing but jax.
+Prints one JSON line per shape of the U-Net: milliseconds of both, interleaved, warm, median;
+GFLOP/s; and the speed of ours relative to lax. Needs only jax.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def measure(batch: int, side: int, channels: int, features: int, repetitions: int) -> dict:
-    """One shape: both gradients by both ways."""
+    """Times both gradients of both implementations for one shape."""
     import jax
     import numpy as np
 
@@ -54,22 +54,23 @@ def measure(batch: int, side: int, channels: int, features: int, repetitions: in
         return jax.numpy.asarray(rng.standard_normal(shape), np.float32)
 
     x, kernel = noise(batch, side, side, channels), noise(3, 3, channels, features)
-    given = noise(batch, side, side, features)
-    gflop = 2 * 9 * channels * features * given[..., 0].size / 1e9
+    cotangent = noise(batch, side, side, features)
+    gflop = 2 * 9 * channels * features * cotangent[..., 0].size / 1e9
     line = {"batch": batch, "side": side, "channels": channels, "features": features}
     for name, index in (("map", 0), ("kernel", 1)):
-        ways = {way: gradient(convolve, index) for way, convolve in convolutions().items()}
-        ms = in_turn(
-            {way: (lambda f=f: f(x, kernel, given)) for way, f in ways.items()}, repetitions
+        gradients = {name: gradient(f, index) for name, f in convolutions().items()}
+        ms = interleave(
+            {key: (lambda f=f: f(x, kernel, cotangent)) for key, f in gradients.items()},
+            repetitions,
         )
-        line |= {f"{name}_gradient_ms": {way: round(t, 2) for way, t in ms.items()}}
-        line |= {f"{name}_gflop_per_s": {way: round(1e3 * gflop / t) for way, t in ms.items()}}
+        line |= {f"{name}_gradient_ms": {key: round(t, 2) for key, t in ms.items()}}
+        line |= {f"{name}_gflop_per_s": {key: round(1e3 * gflop / t) for key, t in ms.items()}}
         line |= {f"{name}_speed_over_lax": round(ms["lax"] / ms["ours"], 2)}
     return line
 
 
 def convolutions() -> dict[str, Callable]:
-    """{way: convolution}."""
+    """Returns {implementation: convolution}."""
     import jax
 
     from biclip_jax.models import layers
@@ -83,23 +84,23 @@ def convolutions() -> dict[str, Callable]:
 
 
 def gradient(convolve: Callable, index: int) -> Callable:
-    """(x, kernel, given) -> the gradient of the map (0) or the kernel (1)."""
+    """Returns (x, kernel, cotangent) -> the gradient of the map (0) or the kernel (1)."""
     import jax
 
-    return jax.jit(lambda x, kernel, given: jax.vjp(convolve, x, kernel)[1](given)[index])
+    return jax.jit(lambda x, kernel, ct: jax.vjp(convolve, x, kernel)[1](ct)[index])
 
 
-def in_turn(ways: dict[str, Callable], repetitions: int) -> dict[str, float]:
-    """{way: median milliseconds}, after one call of each that is not counted."""
+def interleave(functions: dict[str, Callable], repetitions: int) -> dict[str, float]:
+    """Returns {name: median milliseconds}, after one call of each that is not measured."""
     import jax
 
-    found: dict[str, list[float]] = {way: [] for way in ways}
+    times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repetitions + 1):
-        for way, call in ways.items():
+        for name, call in functions.items():
             start = time.perf_counter()
             jax.block_until_ready(call())
-            found[way].append(1e3 * (time.perf_counter() - start))
-    return {way: statistics.median(times[1:]) for way, times in found.items()}
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
 if __name__ == "__main__":

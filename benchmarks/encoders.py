@@ -1,21 +1,21 @@
-"""Forward passes of the towers, ours and transformers' on PyTorch: what `benchmarks.bench` times.
+"""Forward passes of the encoders, ours and of transformers on PyTorch, for `benchmarks.bench`.
 
-BERT-base on 32 tokens and CLIP's ViT-B/16 on 224 px, random weights, all hidden states given out.
+BERT-base on 32 tokens and CLIP ViT-B/16 on 224 px, random weights, all hidden states returned.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from benchmarks import flops
 from benchmarks.harness import Work
+from reference import flops
 
 NAMES = ("vit_b16", "bert")
 LENGTH, SIZE = 32, 224
 
 
 def inputs(encoder: str, batch: int) -> np.ndarray:
-    """Ids (B, 32) or normalised pictures (B, 224, 224, 3)."""
+    """Returns token ids (B, 32) or normalized images (B, 224, 224, 3)."""
     rng = np.random.default_rng(0)
     if encoder == "bert":
         return rng.integers(5, 30000, (batch, LENGTH))
@@ -23,7 +23,7 @@ def inputs(encoder: str, batch: int) -> np.ndarray:
 
 
 def ours(encoder: str, batch: int) -> Work:
-    """One call is one pass."""
+    """Returns one forward pass."""
     import jax
     import jax.numpy as jnp
 
@@ -31,24 +31,24 @@ def ours(encoder: str, batch: int) -> Work:
 
     x = jnp.asarray(inputs(encoder, batch))
     if encoder == "bert":
-        model, given = bert.Bert(), (x, jnp.ones(x.shape, bool))
+        model, args = bert.Bert(), (x, jnp.ones(x.shape, bool))
     else:
-        model, given = clip.build_image_encoder(clip.VIT_B16), (x,)
-    variables = jax.jit(model.init)(jax.random.key(0), *given)
+        model, args = clip.build_image_encoder(clip.VIT_B16), (x,)
+    variables = jax.jit(model.init)(jax.random.key(0), *args)
 
     @jax.jit
-    def apply(variables, *given):
-        embedding, aux = model.apply(variables, *given)
+    def apply(variables, *args):
+        embedding, aux = model.apply(variables, *args)
         return embedding, aux["hidden_states"]
 
     return Work(
-        lambda: jax.block_until_ready(apply(variables, *given)),
-        flops.count(apply, variables, *given),
+        lambda: jax.block_until_ready(apply(variables, *args)),
+        flops.count(apply, variables, *args),
     )
 
 
 def twin(encoder: str, batch: int, compiled: bool) -> Work:
-    """One call is one pass of transformers' model, on as many threads as there are cores."""
+    """Returns one forward pass of the model of transformers, with one thread per core."""
     import torch
     from transformers import BertConfig, BertModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -56,18 +56,18 @@ def twin(encoder: str, batch: int, compiled: bool) -> Work:
     x = torch.from_numpy(inputs(encoder, batch)).to(device)
     if encoder == "bert":
         model = BertModel(BertConfig(), add_pooling_layer=False).eval()
-        given = {"input_ids": x, "attention_mask": torch.ones_like(x)}
+        args = {"input_ids": x, "attention_mask": torch.ones_like(x)}
     else:
         config = CLIPVisionConfig(patch_size=16)
         model = CLIPVisionModelWithProjection(config).eval()
-        given = {"pixel_values": x.permute(0, 3, 1, 2).contiguous()}
+        args = {"pixel_values": x.permute(0, 3, 1, 2).contiguous()}
 
     model = model.to(device)
     passes = torch.compile(model) if compiled else model
 
     def forward() -> None:
         with torch.inference_mode():
-            passes(**given, output_hidden_states=True)
+            passes(**args, output_hidden_states=True)
         if device == "cuda":
             torch.cuda.synchronize()
 

@@ -1,9 +1,9 @@
-"""Time of a train step of K models: K calls, one program in turn, in a loop, or mapped.
+"""Time of a train step of K models: K calls, or one program (unrolled, lax.map, vmap).
 
     python -m benchmarks.ensemble --config qata:small,published --members 3 --steps 5
 
-Over the same noise, in turn in one process, warm, median. One JSON line each: seconds for one
-step of all K, seconds until the first one was done; and a line with the ratios to K single steps.
+All get the same noise, interleaved in one process, warm, median. Prints one JSON line each: seconds
+of one step of all K models and of the first step; then a line with the ratios to K single steps.
 """
 
 from __future__ import annotations
@@ -21,41 +21,41 @@ from biclip_jax.core import rng, runtime
 
 
 def main() -> None:
-    """Builds them, then times them in turn."""
+    """Builds all variants and times them interleaved."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="qata:small")
     parser.add_argument("--members", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5, help="warm steps")
-    parser.add_argument("--only", default="single,in_turn,loop,vmap", metavar="A,B")
+    parser.add_argument("--only", default="single,unrolled,loop,vmap", metavar="A,B")
     args, overrides = parser.parse_known_args()
     runtime.set_xla_flags()
     config = config_lib.load_config(args.config, [*overrides, f"--config.ensemble={args.members}"])
-    takers = {name: take for name, take in build(config).items() if name in args.only.split(",")}
-    first = {name: seconds_of(take) for name, take in takers.items()}
-    warm: dict[str, list[float]] = {name: [] for name in takers}
+    variants = {name: step for name, step in build(config).items() if name in args.only.split(",")}
+    first = {name: seconds_of(step) for name, step in variants.items()}
+    warm: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(args.steps):
-        for name, take in takers.items():
-            warm[name].append(seconds_of(take))
-    step = {name: statistics.median(seconds) for name, seconds in warm.items()}
-    for name in takers:
+        for name, step in variants.items():
+            warm[name].append(seconds_of(step))
+    median = {name: statistics.median(seconds) for name, seconds in warm.items()}
+    for name in variants:
         line = {"name": name, "config": config.name, "members": args.members}
-        print(json.dumps({**line, "first_step_s": first[name], "step_s": step[name]}))
-    if "single" in step:
-        ratios = {f"speed_{name}_over_single": step["single"] / step[name] for name in takers}
+        print(json.dumps({**line, "first_step_s": first[name], "step_s": median[name]}))
+    if "single" in median:
+        ratios = {f"speed_{name}_over_single": median["single"] / median[name] for name in variants}
         print(json.dumps(ratios))
 
 
-def seconds_of(take: Callable[[], Any]) -> float:
-    """One call, to its end."""
+def seconds_of(step: Callable[[], Any]) -> float:
+    """Returns the seconds of one call."""
     import jax
 
     start = time.perf_counter()
-    jax.block_until_ready(take())
+    jax.block_until_ready(step())
     return time.perf_counter() - start
 
 
 def build(config: Any) -> dict[str, Callable[[], Any]]:
-    """{name: one step of all members}; each keeps its own state, all begin alike."""
+    """Returns {name: one step of all members}, all with the same initial state."""
     import jax
     import numpy as np
 
@@ -73,18 +73,18 @@ def build(config: Any) -> dict[str, Callable[[], Any]]:
         objective=partial(objective.objective, model=model.clone(axis_name=None), recipe=recipe),
         optimizer=optimizer,
     )
-    states = [state.create(fresh, optimizer) for fresh in variables]
+    states = [state.create(member, optimizer) for member in variables]
     keys = rng.member_keys(config, "augment")
     batches = {name: np.stack([rows] * len(states)) for name, rows in batch.items()}
-    ensemble_with, stacked_keys = state.stack(states), rng.stream(config, "augment")
+    stacked, stacked_keys = state.stack(states), rng.stream(config, "augment")
     single = jax.jit(step)
-    in_turn, mapped = jax.jit(steps.ensemble_step(step)), jax.jit(jax.vmap(step))
-    loop = jax.jit(lambda *members: jax.lax.map(lambda one: step(*one), members))
+    unrolled, mapped = jax.jit(steps.ensemble_step(step)), jax.jit(jax.vmap(step))
+    loop = jax.jit(lambda *members: jax.lax.map(lambda member: step(*member), members))
     return {
         "single": lambda: [single(s, batch, key) for s, key in zip(states, keys, strict=True)],
-        "in_turn": lambda: in_turn(ensemble_with, batches, stacked_keys),
-        "loop": lambda: loop(ensemble_with, batches, stacked_keys),
-        "vmap": lambda: mapped(ensemble_with, batches, stacked_keys),
+        "unrolled": lambda: unrolled(stacked, batches, stacked_keys),
+        "loop": lambda: loop(stacked, batches, stacked_keys),
+        "vmap": lambda: mapped(stacked, batches, stacked_keys),
     }
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Everything that docs/performance.md asks of a GPU, in parts: what is there already is left as it is.
+# Runs all GPU benchmarks of docs/performance.md; keeps the parts that already exist.
 #
 #   benchmarks/gpu_all.sh [--small] FOLDER [options of benchmarks.bench]
 #   benchmarks/gpu_all.sh docs/results/gpu --cases matmul_4096 published_train
 #
 # Needs the extras `gpu` and `parity`, with a PyTorch for this GPU, and nothing else on the GPU.
 # Writes machine.txt, bench.jsonl, bench.md, bench.png, and profile.jsonl of one train step, whose
-# trace lies in FOLDER/trace. --small is a test of the way: a tiny BiCLIP, on whatever there is.
+# trace is in FOLDER/trace. --small is a trial with a tiny BiCLIP on any device.
 set -euo pipefail
 small=
 [ "${1:-}" != --small ] || { small=1 && shift; }

@@ -1,7 +1,7 @@
-"""One piece of work by several implementations, each in a process of its own, in turn.
+"""Times several implementations of the same work, each in its own process, interleaved.
 
-The processes are alive together: every round takes one call of each, so that a machine that becomes
-slower does so for all. What a worker prints is JSON, one line an answer.
+The processes run concurrently and every round takes one call of each, so that a change of the
+machine's speed affects all of them. A worker prints one JSON line per answer.
 """
 
 from __future__ import annotations
@@ -18,71 +18,71 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-PAUSE = 0.3  # seconds, in which another process's threads stop waiting for work
+PAUSE = 0.3  # seconds, until the spinning threads of another process go to sleep
 
 
 class Work(NamedTuple):
-    """What one call does, and how much that is.
+    """A piece of work to time.
 
     Attributes:
-      repeat: one call, done when it returns.
-      flops: multiplications and additions of one call; None: not counted.
+      repeat: Function that performs one call and returns when it is done.
+      flops: Multiplications and additions of one call; None if they are not counted.
     """
 
     repeat: Callable[[], Any]
     flops: float | None = None
 
 
-def answer(
+def serve(
     make: Callable[[], Work], peak_mib: Callable[[], int], settle: Callable[[], None]
 ) -> None:
-    """A worker's life: builds, calls, settles, then one call for each line it is sent."""
+    """Runs a worker: builds, makes the first call, then one call per line of standard input."""
     work = make()
     built_mib, load = resident_mib(), round(os.getloadavg()[0], 2)
     first_s = seconds_of(work.repeat)
     settle()
-    _say({"first_s": first_s, "built_mib": built_mib, "load": load, "flops": work.flops})
+    _send({"first_s": first_s, "built_mib": built_mib, "load": load, "flops": work.flops})
     for _ in sys.stdin:
-        _say({"s": seconds_of(work.repeat)})
-    _say({"peak_mib": peak_mib()})
+        _send({"s": seconds_of(work.repeat)})
+    _send({"peak_mib": peak_mib()})
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
-    """One call, by the clock."""
+    """Returns the seconds of one call."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
-def in_turn(
-    commands: dict[str, Sequence[str]], repetitions: int, apart: bool
+def interleave(
+    commands: dict[str, Sequence[str]], repetitions: int, sequential: bool
 ) -> dict[str, dict[str, Any]]:
-    """{implementation: its measurements, or {"error": the last thing it said}}.
+    """Returns {implementation: its measurements, or {"error": its last line of output}}.
 
     Args:
-      commands: {implementation: command line of its worker}.
-      repetitions: warm calls of each.
-      apart: one implementation to its end before the next begins: where memory is for one only.
+      commands: {implementation: command of its worker}.
+      repetitions: Warm calls per implementation.
+      sequential: Finishes one implementation before the next, if memory suffices only for one.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for group in [[name] for name in commands] if apart else [list(commands)]:
+    results: dict[str, dict[str, Any]] = {}
+    for group in [[name] for name in commands] if sequential else [list(commands)]:
         workers: dict[str, _Worker] = {}
         for name in group:
-            # One after the other: the first call, with its compilation, is timed, too.
+            # Sequential, because the first call, with its compilation, is timed too.
             workers[name] = _start(commands[name])
-            found[name] = {**_hear(workers[name]), "warm_s": []}
+            results[name] = {**_receive(workers[name]), "warm_s": []}
         for _ in range(repetitions):
             for name, worker in workers.items():
                 time.sleep(PAUSE)
-                found[name]["warm_s"].append(_ask(worker).get("s"))
+                results[name]["warm_s"].append(_request(worker).get("s"))
         for name, worker in workers.items():
-            found[name] |= _end(worker)
-    return found
+            results[name] |= _end(worker)
+    return results
 
 
 class _Worker(NamedTuple):
     process: subprocess.Popen
-    log: IO[str]  # a file: a pipe that nobody reads would fill
+    log: IO[str]  # a file, because an unread pipe would fill up
 
 
 def _start(command: Sequence[str]) -> _Worker:
@@ -91,20 +91,20 @@ def _start(command: Sequence[str]) -> _Worker:
     return _Worker(subprocess.Popen(command, text=True, stderr=log, **pipes), log)
 
 
-def _hear(worker: _Worker) -> dict[str, Any]:
-    """The next answer; empty where the worker has ended without one."""
+def _receive(worker: _Worker) -> dict[str, Any]:
+    """Returns the next answer; empty if the worker has exited without one."""
     for line in worker.process.stdout or ():
         if line.startswith("{"):
             return json.loads(line)
     return {}
 
 
-def _ask(worker: _Worker) -> dict[str, Any]:
+def _request(worker: _Worker) -> dict[str, Any]:
     if worker.process.poll() is not None or worker.process.stdin is None:
         return {}
     worker.process.stdin.write("\n")
     worker.process.stdin.flush()
-    return _hear(worker)
+    return _receive(worker)
 
 
 def _end(worker: _Worker) -> dict[str, Any]:
@@ -112,25 +112,25 @@ def _end(worker: _Worker) -> dict[str, Any]:
     if not worker.process.returncode:
         return json.loads(out.splitlines()[-1])
     worker.log.seek(0)
-    said = [line for line in worker.log.read().splitlines() if line.strip()]
-    return {"error": said[-1] if said else f"exit status {worker.process.returncode}"}
+    output = [line for line in worker.log.read().splitlines() if line.strip()]
+    return {"error": output[-1] if output else f"exit status {worker.process.returncode}"}
 
 
-def _say(facts: dict[str, Any]) -> None:
+def _send(facts: dict[str, Any]) -> None:
     print(json.dumps(facts), flush=True)
 
 
-def compare(found: dict[str, dict[str, Any]], batch: int) -> dict[str, Any]:
-    """One line of figures: medians, quartiles, memory; ratios above 1 are in favour of jax.
+def compare(results: dict[str, dict[str, Any]], batch: int) -> dict[str, Any]:
+    """Summarizes measurements: medians, quartiles, memory, speed ratios (above 1: jax is faster).
 
-    "before" is older code of ours, and not among those of which the better is taken.
+    "before" is another checkout of this project and does not count for `speed_over_best`.
     """
     entry: dict[str, Any] = {}
-    flops = found.get("jax", {}).get("flops")
+    flops = results.get("jax", {}).get("flops")
     if flops:
         entry["gflop"] = round(flops / 1e9, 1)
     median = {}
-    for name, facts in found.items():
+    for name, facts in results.items():
         if "error" in facts:
             entry[f"{name}_error"] = facts["error"]
             continue
@@ -155,7 +155,7 @@ def compare(found: dict[str, dict[str, Any]], batch: int) -> dict[str, Any]:
 
 
 def lines_of(path: Path) -> Iterator[dict[str, Any]]:
-    """The complete lines of a file of results; a last one that was cut off is left out."""
+    """Yields the lines of a result file; skips a truncated last line."""
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             yield json.loads(line)
@@ -164,11 +164,11 @@ def lines_of(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def resident_mib() -> int:
-    """Resident memory of this process now (Linux)."""
+    """Returns the resident memory of this process in MiB (Linux)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() // 2**20
 
 
 def peak_resident_mib() -> int:
-    """The largest resident memory that this process had (Linux)."""
+    """Returns the peak resident memory of this process in MiB (Linux)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

@@ -1,11 +1,11 @@
-"""The input pipeline alone, and what progress and logging take, against the step they serve.
+"""Speed of the input pipeline, and overhead of progress bar and logging.
 
     python -m benchmarks.input --config qata
 
-Pictures and masks of noise in memory, at the configuration's size and batch, with sentences. One
-JSON line each: pictures a second that `train_batches` delivers, ready for the devices; pictures a
-second of a resident split, which sends numbers of records alone; microseconds that the progress bar
-takes a step, and the writing of a log line.
+Images and masks of noise in memory, with prompts, at the image size and batch size of the config.
+Prints one JSON line each: images per second of `train_batches`, including the transfer to the
+devices; images per second of a split on the device, which sends only row numbers; microseconds of
+the progress bar per step, and of a log line.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NUM_RECORDS, NUM_BATCHES = 512, 64
 
 
 def main() -> None:
-    """Every line."""
+    """Prints all lines."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="qata")
     parser.add_argument("--rounds", type=int, default=5)
@@ -44,13 +44,13 @@ def main() -> None:
     facts |= {"batch_size": config.batch_size}
     for name, seconds in feeds(config, args.rounds).items():
         rate = round(config.batch_size / seconds, 1)
-        print(json.dumps({"name": name, **facts, "pictures_per_s": rate}))
+        print(json.dumps({"name": name, **facts, "images_per_s": rate}))
     for name, seconds in logging(args.rounds).items():
         print(json.dumps({"name": name, "us": round(1e6 * seconds, 1)}))
 
 
 def records_of_noise(size: int) -> list[Any]:
-    """Grey pictures, masks and sentences."""
+    """Returns greyscale images, masks and prompts."""
     rng = np.random.default_rng(0)
     return [
         {
@@ -64,7 +64,7 @@ def records_of_noise(size: int) -> list[Any]:
 
 
 def feeds(config: Any, rounds: int) -> dict[str, float]:
-    """{way: seconds a batch}, medians over rounds."""
+    """Returns {input feed: seconds per batch}, medians over rounds."""
     records = records_of_noise(config.model.image_size)
     tokenizer = text_lib.build_tokenizer([r["text"] for r in records])
 
@@ -73,20 +73,20 @@ def feeds(config: Any, rounds: int) -> dict[str, float]:
     rows = pipeline.training_order(len(records), batch_size=config.batch_size, seed=0)
     streamed = pipeline.train_batches(records, texts, rows)
     steps = iter(range(10**9))
-    ways = {
+    feeds = {
         "streamed": lambda: distributed.shard_batch(next(streamed)),
         "on_device": lambda: distributed.shard_batch(rows(next(steps))),
     }
-    return {name: median_seconds(way, NUM_BATCHES, rounds) for name, way in ways.items()}
+    return {name: median_seconds(feed, NUM_BATCHES, rounds) for name, feed in feeds.items()}
 
 
 def logging(rounds: int) -> dict[str, float]:
-    """Seconds of one step's progress, and of one log line."""
+    """Returns the seconds of one progress update and of one log line."""
     values = {"loss": 0.5, "loss_seg": 0.4, "grad_norm": 1.0, "lr": 1e-3, "skipped": 0}
     with (
         tempfile.TemporaryDirectory() as folder,
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
+        open(os.devnull, "w") as devnull,
+        contextlib.redirect_stdout(devnull),
         writers.Writer(Path(folder), 10**6, 0) as writer,
     ):
         steps = iter(range(1, 10**9))
@@ -99,14 +99,14 @@ def logging(rounds: int) -> dict[str, float]:
 
 
 def median_seconds(call: Callable[[], Any], number: int, rounds: int) -> float:
-    """Of one call, the median of rounds of many; the first round is not counted."""
-    found = []
+    """Returns the median over rounds of the seconds per call, without the first round."""
+    seconds = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
         for _ in range(number):
             call()
-        found.append((time.perf_counter() - start) / number)
-    return statistics.median(found[1:])
+        seconds.append((time.perf_counter() - start) / number)
+    return statistics.median(seconds[1:])
 
 
 if __name__ == "__main__":

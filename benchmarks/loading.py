@@ -1,11 +1,11 @@
-"""Memory of a process that has loaded a MedCLIPSeg of full size, ours and a PyTorch twin's.
+"""Memory of a process that loads a full-size MedCLIPSeg, ours and of a PyTorch twin.
 
     python -m benchmarks.loading
 
-The twin's weights (random) are saved as the authors release a checkpoint, converted, and each side
-opens its file in a process of its own: `biclip_jax.load`, and `torch.load` into the twin. One JSON
-line a variant: resident memory after loading and at its peak, imports included, and after the
-imports alone. Needs the extra `parity`, and 3 GB of disk.
+The random weights of the twin are saved in the format of the released checkpoints and converted.
+Each implementation opens its file in its own process: `biclip_jax.load`, and `torch.load` into the
+twin. Prints one JSON line per variant: resident memory after loading and at its peak, including
+imports, and after the imports. Needs the extra `parity` and 3 GB of disk.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 
 from benchmarks import harness, medclipseg
 
-# What stands around a sentence.
+# Tokens before and after a prompt.
 MARKS = {"clip": ("<|startoftext|>", "<|endoftext|>"), "unimedclip": ("[CLS]", "[SEP]")}
 
 
 def main() -> None:
-    """Makes a checkpoint of each variant, and loads it both ways."""
+    """Writes a checkpoint of each variant and loads it with both implementations."""
     for variant in medclipseg.VARIANTS:
         with tempfile.TemporaryDirectory() as scratch:
             checkpoint, folder = Path(scratch) / "latest.pth", Path(scratch) / "converted"
@@ -31,15 +31,15 @@ def main() -> None:
             convert = [sys.executable, "-m", "biclip_jax.convert", "medclipseg", checkpoint, folder]
             convert += ["--tokenizer", Path(scratch) / "tokenizer.json"]
             subprocess.run(convert, check=True, stdout=subprocess.DEVNULL)
-            found = {
+            memory = {
                 name: json.loads(_run(name, variant, path).splitlines()[-1])
                 for name, path in (("ours", folder), ("torch", checkpoint))
             }
-        print(json.dumps({"variant": variant, **found}), flush=True)
+        print(json.dumps({"variant": variant, **memory}), flush=True)
 
 
 def make(variant: str, checkpoint: Path) -> None:
-    """Writes the twin's checkpoint, and a vocabulary of numbered words beside it."""
+    """Writes the checkpoint of the twin and a vocabulary of numbered words."""
     import torch
     from tokenizers import Tokenizer, models, processors
 
@@ -59,14 +59,14 @@ def make(variant: str, checkpoint: Path) -> None:
 
 
 def ours(variant: str, folder: Path) -> None:
-    """Prints what `biclip_jax.load` takes."""
+    """Prints the memory of `biclip_jax.load`."""
     import biclip_jax
 
     _measure(lambda: biclip_jax.load(folder))
 
 
 def torch(variant: str, checkpoint: Path) -> None:
-    """Prints what the twin takes, its random values replaced by the checkpoint's."""
+    """Prints the memory of loading the checkpoint into the twin."""
     import torch
 
     from reference import torch_medclipseg
@@ -74,9 +74,9 @@ def torch(variant: str, checkpoint: Path) -> None:
     def load():
         model = torch_medclipseg.MedCLIPSeg(variant, as_published=True)
         state = torch.load(checkpoint, weights_only=True)["model"]
-        # Not strict: the second names of "clip" are not the twin's.
-        found = model.load_state_dict(state, strict=False)
-        assert not found.missing_keys
+        # Not strict: the twin does not have the aliases of "clip".
+        result = model.load_state_dict(state, strict=False)
+        assert not result.missing_keys
         return model
 
     _measure(load)

@@ -1,8 +1,8 @@
-"""MedCLIPSeg, ours and a PyTorch twin's: what `benchmarks.bench` times.
+"""MedCLIPSeg, ours and of a PyTorch twin, for `benchmarks.bench`.
 
-One pass with fresh noise, one train step (losses as the reference computes them, Adam on what is
-not frozen), 30 samples; 224 px, random weights. The twin does the work of the published program,
-also that whose outcome is not used.
+One pass with new noise, one train step (losses of the reference, Adam on the trainable parameters),
+30 samples; 224 px, random weights. The twin computes everything that the published program
+computes, including unused results.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks import flops
 from benchmarks.harness import Work
+from reference import flops
 
 VARIANTS = ("clip", "unimedclip")
 BATCHES = {"pass": (1, 4), "train": (1, 4), "samples": (1,)}
@@ -24,7 +24,7 @@ LEARNING_RATE = 3e-4
 
 
 class Inputs(NamedTuple):
-    """Pictures (B, 224, 224, 3) in [0, 1], masks (B, 224, 224) in {0, 1}, ids (B, L)."""
+    """Images (B, 224, 224, 3) in [0, 1], masks (B, 224, 224) in {0, 1}, token ids (B, L)."""
 
     image: np.ndarray
     mask: np.ndarray
@@ -32,13 +32,13 @@ class Inputs(NamedTuple):
 
 
 def ours(variant: str, work: str, batch: int) -> Work:
-    """One call of a work of `BATCHES`."""
+    """Returns a work of `BATCHES`."""
     works = {"pass": pass_ours, "train": train_step_ours, "samples": samples_ours}
     return works[work](variant, inputs(variant, batch))
 
 
 def inputs(variant: str, batch: int) -> Inputs:
-    """Noise; sentences of 20 tokens, padded, which end in their largest id."""
+    """Returns noise, and padded prompts of 20 tokens that end with the largest id."""
     rng = np.random.default_rng(0)
     image = rng.random((batch, SIZE, SIZE, 3), dtype=np.float32)
     mask = (image[..., 0] > 0.8).astype(np.float32)
@@ -49,7 +49,7 @@ def inputs(variant: str, batch: int) -> Inputs:
 
 
 def model_ours(variant: str):
-    """The model of the published sizes, without dropout, as the twin and as training's default."""
+    """Returns the model in its published size, without dropout, as the twin and by default."""
     from biclip_jax.models import medclipseg
 
     encoders = medclipseg.ENCODERS[variant]
@@ -70,7 +70,7 @@ def model_ours(variant: str):
 
 
 def build_ours(variant: str):
-    """`model_ours` and fresh variables."""
+    """Returns `model_ours` with initial variables."""
     import jax
 
     from biclip_jax.models import medclipseg
@@ -79,12 +79,12 @@ def build_ours(variant: str):
     return model, medclipseg.init(model, jax.random.key(0), LENGTHS[variant])
 
 
-def pass_ours(variant: str, given: Inputs) -> Work:
-    """One call is one pass with noise of its own."""
+def pass_ours(variant: str, data: Inputs) -> Work:
+    """Returns one pass, with new noise in every call."""
     import jax
 
     model, variables = build_ours(variant)
-    image, ids = jax.device_put((given.image, given.ids))
+    image, ids = jax.device_put((data.image, data.ids))
     key = jax.random.key(1)
 
     @jax.jit
@@ -102,14 +102,14 @@ def pass_ours(variant: str, given: Inputs) -> Work:
     )
 
 
-def samples_ours(variant: str, given: Inputs) -> Work:
-    """One call is the mean of 30 samples."""
+def samples_ours(variant: str, data: Inputs) -> Work:
+    """Returns the mean of 30 samples."""
     import jax
 
     from biclip_jax.models import medclipseg
 
     model, variables = build_ours(variant)
-    image, ids = jax.device_put((given.image, given.ids))
+    image, ids = jax.device_put((data.image, data.ids))
     keys = jax.random.split(jax.random.key(1), len(image))
 
     @jax.jit
@@ -124,12 +124,11 @@ def samples_ours(variant: str, given: Inputs) -> Work:
     )
 
 
-def train_step_ours(variant: str, given: Inputs) -> Work:
-    """One call is one train step with noise of its own, done when it returns.
+def train_step_ours(variant: str, data: Inputs) -> Work:
+    """Returns one train step.
 
-    0.5 Dice of rows + 0.5 binary cross-entropy + 0.1 contrastive loss as released, no dropout,
-    Adam of rate `LEARNING_RATE` on the adapters and the head; no gradient into the towers. Before
-    it returns, the model and the optimiser's state are built; the first call compiles.
+    0.5 Dice over rows + 0.5 binary cross-entropy + 0.1 contrastive loss as released, no dropout,
+    Adam with `LEARNING_RATE` on the adapters and the head; no gradient into the encoders.
     """
     import jax
     import optax
@@ -147,11 +146,11 @@ def train_step_ours(variant: str, given: Inputs) -> Work:
     )
     optimizer = optax.adam(LEARNING_RATE)
     current = state.create(variables, optimizer, medclipseg.FROZEN)
-    ids = given.ids
+    ids = data.ids
     text = {"text_ids": ids, "text_mask": ids > 0, "has_text": ids[:, 0] > 0}
     batch = {
-        "image": np.rint(255 * given.image).astype(np.uint8),
-        "mask": given.mask[..., None].astype(np.uint8),
+        "image": np.rint(255 * data.image).astype(np.uint8),
+        "mask": data.mask[..., None].astype(np.uint8),
         "row": np.arange(len(ids), dtype=np.int32),
         **text,
         **{f"swapped_{name}": value for name, value in text.items()},
@@ -177,20 +176,20 @@ def train_step_ours(variant: str, given: Inputs) -> Work:
 
 
 def twin(variant: str, work: str, batch: int, compiled: bool) -> Work:
-    """One call of a work of `BATCHES`, on as many threads as there are cores."""
+    """Returns a work of `BATCHES` of the twin, with one thread per core."""
     import torch
 
     from reference import torch_clip, torch_medclipseg, torch_medclipseg_losses
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    given = inputs(variant, batch)
+    data = inputs(variant, batch)
     model = torch_medclipseg.MedCLIPSeg(variant, as_published=True)
     model = torch_clip.randomize_(model, 0).to(device)
-    image = torch.from_numpy(given.image).permute(0, 3, 1, 2).contiguous().to(device)
-    mask, ids = torch.from_numpy(given.mask).to(device), torch.from_numpy(given.ids).long()
+    image = torch.from_numpy(data.image).permute(0, 3, 1, 2).contiguous().to(device)
+    mask, ids = torch.from_numpy(data.mask).to(device), torch.from_numpy(data.ids).long()
     ids, generator = ids.to(device), torch.Generator(device).manual_seed(1)
-    learned = [value for value in model.parameters() if value.requires_grad]
-    optimizer = torch.optim.Adam(learned, lr=LEARNING_RATE)
+    trainable = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.Adam(trainable, lr=LEARNING_RATE)
     passes = torch.compile(model) if compiled else model
 
     def forward():

@@ -1,11 +1,11 @@
-"""Where the time of a train step goes: one warm step under jax's profiler.
+"""Profile of one warm train step, by jax's profiler.
 
     python -m benchmarks.profile --config qata --output profile [--config.batch_size=4 ...]
 
-Prints one JSON line a group of operations, the longest first: seconds and calls on all of the
-device's lines, and the share of the step's time that this is. The trace itself lies under the
-output folder, for xprof, TensorBoard or Perfetto. On a CPU several operations run at once, and some
-contain others: shares need not add up to 1.
+Prints one JSON line per group of operations, the longest first: seconds and calls on all lines of
+  the device, and their share of the step. The trace is written to the output folder, for xprof,
+  TensorBoard or Perfetto. On CPUs, operations run concurrently and can be nested, so shares need
+  not add up to 1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks import biclip
 from biclip_jax.core import config as config_lib
 from biclip_jax.core import runtime
 
-# Of a CPU's host plane: what runs programs, not what an operation does.
+# Events of the runtime in the host plane of a CPU, which are not operations.
 _RUNTIME = re.compile(
     r"^(end: |Thunk|Tfrt|Pjrt|PjRt|PjitFunction|Parse|Allocate|Execute|ThreadpoolListener|\$|.*::)"
 )
@@ -29,7 +29,7 @@ LARGEST = 25
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="qata")
     parser.add_argument("--output", type=Path, required=True, help="folder of the trace")
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def record(config, folder: Path) -> float:
-    """Writes the trace of one step, after two others; its seconds."""
+    """Writes the trace of the third step and returns its seconds."""
     import jax
 
     work = biclip.train_step_ours(config)
@@ -58,12 +58,12 @@ def record(config, folder: Path) -> float:
 
 
 def newest(folder: Path) -> Path:
-    """The last trace below a folder."""
+    """Returns the newest trace below a folder."""
     return max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
 
 
 def summary(path: Path, step_seconds: float) -> list[dict]:
-    """Operations by kind (their name without its number), the longest first."""
+    """Groups operations by their name without its number, the longest first."""
     from jax.profiler import ProfileData
 
     seconds: dict[str, float] = defaultdict(float)
@@ -72,7 +72,7 @@ def summary(path: Path, step_seconds: float) -> list[dict]:
     devices = [plane for plane in planes if "/device:" in plane.name]
     for plane in devices or planes:
         for line in plane.lines:
-            # A GPU's or TPU's plane repeats its operations in lines of modules, scopes and steps.
+            # GPU and TPU planes repeat operations in lines of modules, scopes and steps.
             if devices and not re.search(r"Stream|XLA Ops", line.name):
                 continue
             for event in line.events:

@@ -1,11 +1,11 @@
-"""The train step on paper: its work and bytes, and what published peaks of chips make of them.
+"""Roofline estimate of the train step: its FLOPs and bytes against published peaks of chips.
 
     python -m benchmarks.roofline --config qata --config.model.dtype=bfloat16
 
-Nothing runs: the step of the training program is traced, and its products and convolutions are
-counted. One JSON line each: the step; the time of one chip; what communication adds on several.
-BiCLIP without pretrained towers. The peaks are those of bfloat16; docs/performance.md has the
-assumptions.
+Nothing is executed: the train step is traced, and its products and convolutions are counted. Prints
+one JSON line for the step, for the time on one chip, and for the communication on several chips.
+Only for BiCLIP without pretrained encoders. The peaks are those of bfloat16; docs/performance.md
+has the assumptions.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ import jax
 import numpy as np
 
 from benchmarks.biclip import noise_prompts
-from benchmarks.flops import equations, flops_of
 from biclip_jax.core import config as config_lib
 from biclip_jax.core import distributed, rng
 from biclip_jax.experiment import program
 from biclip_jax.training.state import num_parameters
+from reference.flops import equations, flops_of
 
-EFFICIENCY = 0.4  # share of the peak that the products are assumed to reach: the project's goal
-BATCHES = (16, 64)  # pictures a chip
-ROWS = (4, 8)  # of the two traces; four are enough for pairs and unlabelled pictures
+EFFICIENCY = 0.4  # assumed share of the peak that products reach
+BATCHES = (16, 64)  # images per chip
+ROWS = (4, 8)  # batch sizes of the two traces; four suffice for pairs and unlabelled images
 
 
 class Chip(NamedTuple):
@@ -42,9 +42,9 @@ class Chip(NamedTuple):
 
 
 class Network(NamedTuple):
-    """What joins chips: seconds of an all-reduce of few bytes, and rings, the inner one first.
+    """Interconnect: seconds of a small all-reduce, and rings, the inner one first.
 
-    A ring is its number of chips and the bytes/s that each of them sends.
+    A ring is (number of chips, bytes/s sent by each chip).
     """
 
     latency: float = 0.0
@@ -54,11 +54,11 @@ class Network(NamedTuple):
 H200 = Chip("H200 SXM", 989e12, 4.8e12, 141e9)
 V5E = Chip("TPU v5e", 197e12, 819e9, 16e9)
 V5P = Chip("TPU v5p", 459e12, 2765e9, 95e9)
-# {chip: {number of chips: network}}. Bandwidths are one way: NVLink's 900 GB/s both ways are 450,
-# ICI's 1600 and 4800 Gbit/s are 200 and 600, InfiniBand NDR's 400 are 50. The corners of a slice
-# without wrap-around links have half of them: v5e below 16x16, v5p below 4x4x4. Latencies are
-# assumed: 15 us in a node of 8 GPUs, 5 more for every doubling of the nodes; on a TPU 1 us a hop,
-# there and back: 2x4, 8x8, 16x16 chips of v5e, 2x2x2, 4x4x4, 4x8x8 of v5p.
+# {chip: {number of chips: network}}. Bandwidths are one way: 450 GB/s for NVLink (900 GB/s both
+# ways), 200 and 600 GB/s for ICI (1600 and 4800 Gbit/s), 50 GB/s for InfiniBand NDR (400 Gbit/s).
+# Slices without wrap-around links have half of it: v5e below 16x16, v5p below 4x4x4. Latencies are
+# assumed: 15 us in a node of 8 GPUs, 5 us more for every doubling of the nodes; on TPUs 1 us per
+# hop, both ways: 2x4, 8x8, 16x16 chips of v5e, 2x2x2, 4x4x4, 4x8x8 of v5p.
 NETWORKS = {
     H200: {
         8: Network(15e-6, [(8, 450e9)]),
@@ -79,7 +79,7 @@ NETWORKS = {
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="qata")
     args, overrides = parser.parse_known_args()
@@ -88,45 +88,45 @@ def main() -> None:
 
 
 def entries(step: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """All that is printed about a step."""
-    alone = [on_one_chip(step, chip, batch) for chip in NETWORKS for batch in BATCHES]
+    """Returns all printed entries."""
+    single = [on_one_chip(step, chip, batch) for chip in NETWORKS for batch in BATCHES]
     several = [
         on_several(step, chip, chips, network)
         for chip, networks in NETWORKS.items()
         for chips, network in {1: Network(), **networks}.items()
     ]
-    return [step, *alone, *several]
+    return [step, *single, *several]
 
 
 def count(jaxpr: Any) -> Counter[str]:
-    """What is in a step: FLOPs and bytes of products and convolutions, and its all-reduces.
+    """Counts FLOPs and bytes of products and convolutions, and all-reduces of a step.
 
     Returns:
       forward_flops, backward_flops; forward_bytes, backward_bytes of their outputs; sync_forward,
-      sync_backward, sync_bytes of the all-reduces inside the loss, which nothing can hide;
-      reduced_bytes of those after it, gradients and metrics.
+      sync_backward, sync_bytes of the all-reduces inside the loss, which cannot be overlapped;
+      reduced_bytes of the all-reduces after it, of gradients and metrics.
     """
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for eqn, times, stack in equations(jaxpr):
-        way = "backward" if "transpose(" in stack else "forward"
+        direction = "backward" if "transpose(" in stack else "forward"
         if flops := flops_of(eqn):
-            found[f"{way}_flops"] += times * flops
-            found[f"{way}_bytes"] += times * num_bytes(v.aval for v in eqn.outvars)
+            counts[f"{direction}_flops"] += times * flops
+            counts[f"{direction}_bytes"] += times * num_bytes(v.aval for v in eqn.outvars)
         if eqn.primitive.name.startswith("psum"):
-            within = "jvp(" in stack
+            in_loss = "jvp(" in stack
             moved = times * num_bytes(v.aval for v in eqn.invars)
-            found["sync_bytes" if within else "reduced_bytes"] += moved
-            found[f"sync_{way}"] += times * within
-    return found
+            counts["sync_bytes" if in_loss else "reduced_bytes"] += moved
+            counts[f"sync_{direction}"] += times * in_loss
+    return counts
 
 
 def num_bytes(arrays: Iterable[Any]) -> int:
-    """Of arrays, or of their shapes."""
+    """Returns the bytes of arrays, or of their shapes."""
     return sum(x.size * x.dtype.itemsize for x in arrays)
 
 
 def traced(config, rows: int) -> tuple[Any, Any]:
-    """(jaxpr of the training program's step, shapes of the state), of `rows` pictures a device."""
+    """Returns the jaxpr of the train step and the shapes of the state; `rows` images per device."""
     config = config.copy_and_resolve_references()
     config.batch_size = rows * distributed.num_devices() * config.optim.accumulate
     encoded_text, batch = noise_prompts(config)
@@ -136,7 +136,7 @@ def traced(config, rows: int) -> tuple[Any, Any]:
         built.append(program.build(config, config.batch_size, encoded_text))
         return built[0].initial
 
-    # Shapes are enough: parameters are neither drawn nor stored.
+    # Shapes are enough: parameters are neither initialized nor stored.
     state = jax.eval_shape(initial)
     labelled = np.arange(config.batch_size) < built[0].num_labelled_rows
     batch = distributed.shard_batch({**batch, "labelled": labelled})
@@ -145,20 +145,20 @@ def traced(config, rows: int) -> tuple[Any, Any]:
 
 
 def count_step(config) -> dict[str, Any]:
-    """The first entry: FLOPs and bytes of a step.
+    """Returns the first entry: FLOPs and bytes of a step.
 
-    Two traces of different batches tell what grows with the pictures: activations and their
-    gradients do; the gradients of parameters do not, they are in `fixed_traffic_bytes`.
+    Two traces with different batch sizes separate what grows with the batch (activations and their
+    gradients) from what does not (gradients of parameters, in `fixed_traffic_bytes`).
     """
-    found = []
+    counts = []
     for rows in ROWS:
         jaxpr, state = traced(config, rows)
-        found.append(count(jaxpr))
+        counts.append(count(jaxpr))
     images = (ROWS[1] - ROWS[0]) * config.optim.accumulate
-    each = Counter({name: (found[1][name] - found[0][name]) // images for name in found[0]})
+    each = Counter({name: (counts[1][name] - counts[0][name]) // images for name in counts[0]})
     parts = (state.params, state.opt_state, state.ema)
     gradient, optimizer, average = (num_bytes(jax.tree.leaves(part)) for part in parts)
-    state_bytes = 2 * gradient + optimizer + average  # the parameters' are the gradient's
+    state_bytes = 2 * gradient + optimizer + average  # parameters and gradients have equal size
     return {
         "entry": "step",
         "config": config.name,
@@ -166,21 +166,21 @@ def count_step(config) -> dict[str, Any]:
         "width": config.model.width,
         "dtype": config.model.dtype,
         "parameters": num_parameters(state.params),
-        "flops_per_picture": each["forward_flops"] + each["backward_flops"],
-        "backward_flops_per_picture": each["backward_flops"],
+        "flops_per_image": each["forward_flops"] + each["backward_flops"],
+        "backward_flops_per_image": each["backward_flops"],
         "gradient_bytes": gradient,
         "optimizer_bytes": optimizer,
         "state_bytes": state_bytes,
-        "forward_output_bytes_per_picture": each["forward_bytes"],
-        "traffic_bytes_per_picture": 2 * (each["forward_bytes"] + each["backward_bytes"]),
+        "forward_output_bytes_per_image": each["forward_bytes"],
+        "traffic_bytes_per_image": 2 * (each["forward_bytes"] + each["backward_bytes"]),
         "fixed_traffic_bytes": 2 * state_bytes,
-        **{name: found[0][name] for name in ("sync_forward", "sync_backward", "sync_bytes")},
+        **{name: counts[0][name] for name in ("sync_forward", "sync_backward", "sync_bytes")},
     }
 
 
 def on_one_chip(step: Mapping[str, Any], chip: Chip, batch: int) -> dict[str, Any]:
-    """Roofline of one chip: milliseconds at the published peaks; intensities in FLOP a byte."""
-    flops, traffic = batch * step["flops_per_picture"], traffic_bytes(step, batch)
+    """Returns the roofline of one chip: milliseconds at the published peaks, FLOP per byte."""
+    flops, traffic = batch * step["flops_per_image"], traffic_bytes(step, batch)
     compute, memory = flops / chip.flops, traffic / chip.bandwidth
     return {
         "entry": "one_chip",
@@ -192,44 +192,44 @@ def on_one_chip(step: Mapping[str, Any], chip: Chip, batch: int) -> dict[str, An
         "intensity": round(flops / traffic),
         "ridge": round(chip.flops / chip.bandwidth),
         "step_ms": _ms(step_seconds(step, chip, batch)),
-        "pictures_per_second": round(batch / step_seconds(step, chip, batch)),
+        "images_per_second": round(batch / step_seconds(step, chip, batch)),
         "state_share_of_memory": round(step["state_bytes"] / chip.memory, 4),
     }
 
 
 def step_seconds(step: Mapping[str, Any], chip: Chip, batch: int) -> float:
-    """Of one chip: the products at the assumed efficiency, or the memory if that takes longer."""
-    compute = batch * step["flops_per_picture"] / (EFFICIENCY * chip.flops)
+    """Returns the larger of the compute time at the assumed efficiency and the memory time."""
+    compute = batch * step["flops_per_image"] / (EFFICIENCY * chip.flops)
     return max(compute, traffic_bytes(step, batch) / chip.bandwidth)
 
 
 def traffic_bytes(step: Mapping[str, Any], batch: int) -> int:
-    """Least bytes of a step that go to and from the memory of a chip."""
-    return batch * step["traffic_bytes_per_picture"] + step["fixed_traffic_bytes"]
+    """Returns a lower bound of the memory traffic of a step, in bytes."""
+    return batch * step["traffic_bytes_per_image"] + step["fixed_traffic_bytes"]
 
 
-def all_reduce_seconds(held: float, rings: Sequence[tuple[int, float]]) -> float:
-    """Of `held` bytes a chip: 2 (n - 1) / n x bytes / bandwidth in a ring of n chips.
+def all_reduce_seconds(num_bytes: float, rings: Sequence[tuple[int, float]]) -> float:
+    """Returns the time of an all-reduce: 2 (n - 1) / n x bytes / bandwidth in a ring of n chips.
 
-    What a ring leaves to each of its chips, an n-th of the bytes, goes round the next one.
+    The 1 / n of the bytes that each chip then holds is reduced in the next ring.
     """
     seconds = 0.0
     for size, bandwidth in rings:
-        seconds += 2 * (size - 1) / size * held / bandwidth
-        held /= size
+        seconds += 2 * (size - 1) / size * num_bytes / bandwidth
+        num_bytes /= size
     return seconds
 
 
 def on_several(step: Mapping[str, Any], chip: Chip, chips: int, network: Network) -> dict[str, Any]:
-    """What communication costs: milliseconds, and the share of the ideal speed that is left.
+    """Returns the communication time in milliseconds and the scaling efficiency.
 
-    With overlap the gradients travel during the backward pass, without it after it; from
-    `hiding_batch` pictures a chip the backward pass takes as long. The all-reduces of
-    BatchNorm's statistics stop the step in both.
+    With overlap, gradients are reduced during the backward pass, otherwise after it. From
+    `hiding_batch` images per chip the backward pass is long enough to hide it. The all-reduces of
+    BatchNorm statistics block the step in both cases.
     """
     reduce = all_reduce_seconds(step["gradient_bytes"], network.rings)
     sync = (step["sync_forward"] + step["sync_backward"]) * network.latency
-    backward = step["backward_flops_per_picture"] / (EFFICIENCY * chip.flops)
+    backward = step["backward_flops_per_image"] / (EFFICIENCY * chip.flops)
     entry = {
         "entry": "scaling",
         "chip": chip.name,
@@ -239,10 +239,10 @@ def on_several(step: Mapping[str, Any], chip: Chip, chips: int, network: Network
         "hiding_batch": max(1, math.ceil(reduce / backward)),
     }
     for batch in BATCHES:
-        alone = step_seconds(step, chip, batch)
-        late = max(0.0, reduce - batch * backward)
-        entry[f"overlap_{batch}"] = round(alone / (alone + sync + late), 4)
-        entry[f"no_overlap_{batch}"] = round(alone / (alone + sync + reduce), 4)
+        compute = step_seconds(step, chip, batch)
+        exposed = max(0.0, reduce - batch * backward)
+        entry[f"overlap_{batch}"] = round(compute / (compute + sync + exposed), 4)
+        entry[f"no_overlap_{batch}"] = round(compute / (compute + sync + reduce), 4)
     return entry
 
 

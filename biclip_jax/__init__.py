@@ -1,7 +1,7 @@
-"""BiCLIP in pure JAX: medical image segmentation with the help of a sentence.
+"""Text-prompted medical image segmentation in pure JAX: BiCLIP and MedCLIPSeg.
 
-predictor = biclip_jax.load("runs/demo")
-mask, probability, uncertainty = predictor.predict("xray.png", "... lower left lung.")
+segmenter = biclip_jax.load("runs/demo")
+mask, probability, uncertainty = segmenter.predict("xray.png", "... lower left lung.")
 
 model, variables, processor = biclip_jax.load_model("runs/demo")
 logits, aux = model.apply(variables, image, text_ids, text_mask)
@@ -16,7 +16,7 @@ __all__ = ["__version__", "load", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy: `import biclip_jax` must stay light and must not start jax.
+    # Lazy: `import biclip_jax` stays light and does not start jax.
     if name in ("load", "load_model"):
         from biclip_jax import inference
 

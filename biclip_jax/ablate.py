@@ -1,16 +1,16 @@
-"""Trains variants of one experiment, with several seeds and shares of labels, and compares them.
+"""Trains several methods with several seeds and label fractions, and compares them.
 
-    python -m biclip_jax.ablate --config qata:small --variants ef_unet,published,full \\
+    biclip ablate --config qata:small --variants ef_unet,published,full \\
         --seeds 0,1,2 --label-fractions 0.01,1 --workdir runs/ablation --config.data.source=DIR \\
         --evaluate "--subset 500 --corruptions motion_blur,low_contrast --severities 2,4"
 
-Each run is `biclip_jax.train` in WORKDIR/VARIANT/FRACTION/SEED and tested there; --evaluate adds
-`biclip_jax.evaluate` with those arguments. The same command again goes on where it stopped and
-repeats nothing; runs that were added are trained, too. Writes ablation.json and ablation.md, the
-table with mean and spread over the seeds.
+Every run is a `biclip train` in WORKDIR/VARIANT/FRACTION/SEED, with its test. --evaluate adds a
+`biclip evaluate` with the given arguments. The same command resumes, repeats nothing that is
+finished, and trains runs that were added. Writes ablation.json and the table ablation.md, with mean
+and standard deviation over the seeds.
 
---jobs 2 has two runs at a time, each on its share of the CPU's cores: several small programs use
-them better than one large one. On a GPU or TPU leave it at 1.
+--jobs 2 trains two runs at a time, each on its share of the CPU cores: several small programs use
+the cores better than one large one. On a GPU or TPU leave it at 1.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from biclip_jax.core.errors import UserError
 from biclip_jax.evaluation import arguments
 from biclip_jax.evaluation.report import comparison
 
-# How a training ends by SIGINT or SIGTERM: then the comparison ends, too. Whatever else kills one,
-# such as want of memory, leaves the others to run.
+# Exit statuses of a run after SIGINT or SIGTERM, which end the comparison too. After any other
+# failure, such as running out of memory, the other runs continue.
 STOPPED = {-2: 130, -15: 143, 130: 130, 143: 143}
-Cores = set[int] | None  # of the CPU, that a run is kept to
-KEPT = (*comparison.METRICS, "interval_95")  # of each run's test
-FINISHED = "finished"  # in the folder of an evaluation that ended well
+Cores = set[int] | None  # CPU cores of a run
+SEED_SCORES = (*comparison.METRICS, "interval_95")  # of the test of each seed
+FINISHED = "finished"  # marker file of a successful evaluation
 
 
 class Cell(NamedTuple):
     """One run of the comparison.
 
     Attributes:
-      variant: of `configs/variants.py` or of the page.
-      fraction: share of the labels.
-      seed: of the run.
-      workdir: of the run, below the comparison's.
+      variant: Variant of `configs/variants.py` or of the config.
+      fraction: Fraction of the labels.
+      seed: Seed of the run.
+      workdir: Work directory of the run, inside that of the comparison.
     """
 
     variant: str
@@ -61,10 +61,10 @@ class Cell(NamedTuple):
 
 
 def compare(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
-    """Trains what is missing, then writes and prints the table.
+    """Trains the missing runs, then writes and prints the table.
 
     Raises:
-      UserError: a configuration that cannot be, or runs that failed (after all others).
+      UserError: An invalid config, or failed runs (raised after all others have finished).
     """
     root = Path(args.workdir)
     cells = [
@@ -74,11 +74,11 @@ def compare(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any
         for variant in args.variants
     ]
     commands = {cell: command_of(cell, args.config, overrides) for cell in cells}
-    # Every mistake before the first hour.
+    # Report every mistake before the first run.
     commands = {cell: command for cell, command in commands.items() if check(cell, command)}
     cells = list(commands)
     if not cells:
-        raise UserError("nothing to run; give --label-fractions below 1, or other --variants")
+        raise UserError("nothing to run; set --label-fractions below 1, or other --variants")
     root.mkdir(parents=True, exist_ok=True)
 
     running: set[subprocess.Popen] = set()
@@ -109,11 +109,11 @@ def compare(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any
 
 
 def command_of(cell: Cell, config: str, overrides: Sequence[str]) -> list[str]:
-    """The arguments of `biclip_jax.train` for one run."""
-    joined = f"{config},{cell.variant}" if ":" in config else f"{config}:{cell.variant}"
+    """Returns the arguments of `biclip train` for one run."""
+    name = f"{config},{cell.variant}" if ":" in config else f"{config}:{cell.variant}"
     return [
         "--config",
-        joined,
+        name,
         *overrides,
         f"--config.seed={cell.seed}",
         f"--config.data.label_fraction={cell.fraction}",
@@ -123,27 +123,27 @@ def command_of(cell: Cell, config: str, overrides: Sequence[str]) -> list[str]:
 
 
 def check(cell: Cell, command: Sequence[str]) -> bool:
-    """Whether there is anything to run; says so where all labels leave no picture without.
+    """Validates a run; returns False if it uses unlabelled images but all images have labels.
 
     Raises:
-      UserError: a run cannot be, or another one lies in its place.
+      UserError: An invalid config, or the work directory holds another run.
     """
     config = config_lib.load_config(command[1], list(command[2:-2]))
     if not config.final_test:
-        raise UserError("--config.final_test: the table is made of the test results; leave it on")
+        raise UserError("--config.final_test: the table needs the test results; set it to true")
     if config.data.unlabelled == "rest" and cell.fraction == 1:
-        print(f"{cell.workdir}: left out, all pictures have labels")
+        print(f"{cell.workdir}: skipped, all images have labels")
         return False
     path = cell.workdir / "config.json"
     if not path.exists():
         return True
-    # Written by the run, not configured.
-    encoders = ("model.text.sha256", "model.image.sha256", "model.encoders.sha256")
-    changed = config_lib.changed_fields(path, json.loads(config.to_json()), encoders)
+    # Written by the run, not part of the config.
+    hashes = ("model.text.sha256", "model.image.sha256", "model.encoders.sha256")
+    changed = config_lib.changed_fields(path, json.loads(config.to_json()), hashes)
     if changed:
         raise UserError(
-            f"{path}: a run with another configuration lies there: {config_lib.format_changes(changed)}; "
-            "give another --workdir, or the same fields"
+            f"{path}: another config was trained there: {config_lib.format_changes(changed)}; give "
+            "another --workdir, or the same fields"
         )
     return True
 
@@ -154,26 +154,26 @@ def failures(
     jobs: int,
     running: set[subprocess.Popen],
 ) -> list[Cell]:
-    """Does the tasks of every cell in turn, some cells at once; the cells where one is false.
+    """Runs the tasks of every cell; returns the cells in which a task returned False.
 
-    A signal to one of the runs begins nothing more, and waits for the others; SIGTERM to this
-    process ends them, too, and SIGINT has reached them by itself. They save.
+    After a signal to one of the runs no new run starts, and the others finish. SIGTERM to this
+    process is passed on to the runs, SIGINT reaches them directly; they save their state.
 
     Args:
-      cells: of the comparison.
-      tasks: what is done for a cell.
-      at_once: cells at a time.
-      running: the processes that the tasks have begun.
+      cells: Runs of the comparison.
+      tasks: Functions to call for every cell, in order.
+      jobs: Number of cells at a time.
+      running: Processes that the tasks have started.
     """
     num_workers = min(jobs, len(cells))
-    shares: queue.SimpleQueue[Cores] = queue.SimpleQueue()
-    for cores in shares_of_cores(num_workers):
-        shares.put(cores)
+    core_sets: queue.SimpleQueue[Cores] = queue.SimpleQueue()
+    for cores in split_cores(num_workers):
+        core_sets.put(cores)
     stop = threading.Event()
 
-    def keep_to_cores() -> None:
-        if (cores := shares.get()) is not None:
-            os.sched_setaffinity(0, cores)  # of this thread, and of what it starts
+    def pin_to_cores() -> None:
+        if (cores := core_sets.get()) is not None:
+            os.sched_setaffinity(0, cores)  # this thread and its child processes
 
     def work(cell: Cell) -> bool:
         try:
@@ -182,14 +182,14 @@ def failures(
             stop.set()
             raise
 
-    def end(*_: Any) -> None:
+    def terminate(*_: Any) -> None:
         stop.set()
         for process in tuple(running):
             process.terminate()
 
-    before = signal.signal(signal.SIGTERM, end)
+    previous = signal.signal(signal.SIGTERM, terminate)
     try:
-        with futures.ThreadPoolExecutor(num_workers, initializer=keep_to_cores) as pool:
+        with futures.ThreadPoolExecutor(num_workers, initializer=pin_to_cores) as pool:
             runs = [pool.submit(work, cell) for cell in cells]
             try:
                 done = [run.result() for run in runs]
@@ -197,47 +197,47 @@ def failures(
                 stop.set()
                 sys.exit(STOPPED[-signal.SIGINT])
     finally:
-        signal.signal(signal.SIGTERM, before)
-    return [cell for cell, well in zip(cells, done, strict=True) if not well]
+        signal.signal(signal.SIGTERM, previous)
+    return [cell for cell, succeeded in zip(cells, done, strict=True) if not succeeded]
 
 
-def shares_of_cores(jobs: int) -> list[Cores]:
-    """This process's cores in equal shares; None where one run has all, or the system asks not."""
+def split_cores(jobs: int) -> list[Cores]:
+    """Splits the cores of this process evenly; None for one job or without CPU affinity."""
     if jobs == 1 or not hasattr(os, "sched_setaffinity"):
         return [None] * jobs
     cores = sorted(os.sched_getaffinity(0))
     if jobs > len(cores):
-        raise UserError(f"--jobs {jobs}: expected at most {len(cores)}, the cores there are")
+        raise UserError(f"--jobs {jobs}: expected at most {len(cores)}, the number of cores")
     return [set(cores[i::jobs]) for i in range(jobs)]
 
 
 def train(cell: Cell, command: Sequence[str], running: set[subprocess.Popen]) -> bool:
-    """Runs one training, or goes on with it; true when its test results are there."""
+    """Trains one run, or resumes it; returns True if its test results exist."""
     if results_path(cell).exists():
         return True
-    print(f"{cell.workdir}: trains", flush=True)
+    print(f"{cell.workdir}: training", flush=True)
     cell.workdir.mkdir(parents=True, exist_ok=True)
     _run(["biclip_jax.train", *command], cell.workdir / "train.log", running)
     return results_path(cell).exists()
 
 
-def evaluate(cell: Cell, asked: Sequence[str], running: set[subprocess.Popen]) -> bool:
-    """Runs one evaluation as --evaluate asks for it; true when it is there or none is asked."""
-    folder = evaluation_folder(cell, asked)
-    if not asked or (folder / FINISHED).exists():
+def evaluate(cell: Cell, evaluate_args: Sequence[str], running: set[subprocess.Popen]) -> bool:
+    """Runs the evaluation of --evaluate; returns True if it succeeded or none is requested."""
+    folder = evaluation_folder(cell, evaluate_args)
+    if not evaluate_args or (folder / FINISHED).exists():
         return True
-    print(f"{cell.workdir}: is evaluated", flush=True)
-    command = ["--workdir", str(cell.workdir), *asked, "--output", str(folder)]
+    print(f"{cell.workdir}: evaluating", flush=True)
+    command = ["--workdir", str(cell.workdir), *evaluate_args, "--output", str(folder)]
     if _run(["biclip_jax.evaluate", *command], cell.workdir / "evaluate.log", running):
         return False
-    # results.json is there before an evaluation ends.
+    # results.json alone does not tell: it exists before an evaluation ends.
     (folder / FINISHED).touch()
     return True
 
 
 def _run(command: Sequence[str], log_path: Path, running: set[subprocess.Popen]) -> int:
-    """Runs a door of the package; its exit status. A signal that ended it ends the comparison."""
-    # A process of its own: a run that dies takes none of the others with it.
+    """Runs a command in a process; returns its exit status. A signal ends the comparison."""
+    # A separate process, so that a run that crashes does not affect the others.
     with log_path.open("a", encoding="utf-8") as log:
         program = [sys.executable, "-m", *command]
         process = subprocess.Popen(program, stdout=log, stderr=subprocess.STDOUT)
@@ -253,38 +253,40 @@ def _run(command: Sequence[str], log_path: Path, running: set[subprocess.Popen])
 
 
 def results_path(cell: Cell) -> Path:
-    """Where a finished run has its test results."""
+    """Returns the path of the test results of a finished run."""
     return cell.workdir / "test" / "results.json"
 
 
-def evaluation_folder(cell: Cell, asked: Sequence[str]) -> Path:
-    """Where the results of --evaluate are: each question has a folder."""
-    digest = hashlib.sha256(shlex.join(asked).encode()).hexdigest()[:8]
-    return cell.workdir / "evaluation" / digest
+def evaluation_folder(cell: Cell, evaluate_args: Sequence[str]) -> Path:
+    """Returns the folder of an evaluation: one per set of --evaluate arguments."""
+    digest = hashlib.sha256(shlex.join(evaluate_args).encode()).hexdigest()[:8]
+    return cell.workdir / "evaluations" / digest
 
 
 def grouped(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """The runs of each variant and share, over the seeds."""
+    """Groups the runs by variant and label fraction."""
     groups: dict[tuple[float, str], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.fraction, cell.variant), []).append(cell)
     return list(groups.values())
 
 
-def row_of(group: Sequence[Cell], root: Path, asked: Sequence[str]) -> dict[str, Any]:
-    """Mean and standard deviation over the seeds, in [0, 1], and each seed's value and folder.
-
-    The deviation is that of a sample; None for one seed.
+def row_of(group: Sequence[Cell], root: Path, evaluate_args: Sequence[str]) -> dict[str, Any]:
+    """Summarizes runs that differ only in their seed.
 
     Args:
-      group: runs that differ in their seeds alone.
-      root: of the comparison.
-      asked: of --evaluate; the row has what it found.
+      group: The runs.
+      root: Work directory of the comparison.
+      evaluate_args: Arguments of --evaluate; its results are added to the row.
+
+    Returns:
+      Mean and sample standard deviation over the seeds (None for one seed), in [0, 1], and the
+      scores and the folder of every seed.
 
     Raises:
-      UserError: a file that a run left is damaged.
+      UserError: A damaged result file.
     """
-    found = {cell: read_json(results_path(cell)) for cell in group}
+    tests = {cell: read_json(results_path(cell)) for cell in group}
     config = read_json(group[0].workdir / "config.json")
     model = config["model"]
     row: dict[str, Any] = {
@@ -292,40 +294,42 @@ def row_of(group: Sequence[Cell], root: Path, asked: Sequence[str]) -> dict[str,
         "label_fraction": group[0].fraction,
         "num_labelled": read_json(group[0].workdir / "labels.json")["num_images"],
         "image_encoder": comparison.image_encoder(model),
-        **comparison.over_seeds([result["conditions"]["original"] for result in found.values()]),
-        "empty_text": comparison.over_seeds([r["conditions"]["empty"] for r in found.values()]),
+        **comparison.over_seeds([result["conditions"]["original"] for result in tests.values()]),
+        "empty_text": comparison.over_seeds([r["conditions"]["empty"] for r in tests.values()]),
     }
-    if asked:
-        paths = [evaluation_folder(cell, asked) / "results.json" for cell in group]
+    if evaluate_args:
+        paths = [evaluation_folder(cell, evaluate_args) / "results.json" for cell in group]
         row["evaluation"] = comparison.summarize_evaluations([read_json(path) for path in paths])
     row["config"] = config
     row["seeds"] = {
         str(cell.seed): {
             "run": str(cell.workdir.relative_to(root)),
-            **{name: result["conditions"]["original"][name] for name in KEPT},
+            **{name: result["conditions"]["original"][name] for name in SEED_SCORES},
         }
-        for cell, result in found.items()
+        for cell, result in tests.items()
     }
     return row
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file that a finished run left.
+    """Reads a JSON file of a finished run.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: The file cannot be read.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error}); delete its run and start again") from error
+        raise UserError(f"{path}: damaged ({error}); delete the run and start again") from error
 
 
 def _parse_list(text: str, option: str, kind: type) -> list[Any]:
     try:
         values = [kind(part) for part in text.split(",") if part]
     except ValueError as error:
-        raise UserError(f"{option} {text}: expected {kind.__name__}s with commas") from error
+        raise UserError(
+            f"{option} {text}: expected comma-separated values of type {kind.__name__}"
+        ) from error
     if not values or len(set(values)) < len(values):
         raise UserError(f"{option} {text}: expected a list without repetitions")
     return values
@@ -333,36 +337,36 @@ def _parse_list(text: str, option: str, kind: type) -> list[Any]:
 
 def _evaluation(text: str) -> list[str]:
     try:
-        asked = shlex.split(text)
+        evaluate_args = shlex.split(text)
     except ValueError as error:
         raise UserError(f"--evaluate {text}: {error}; expected arguments as in a shell") from error
-    if asked:  # a mistake is told now, not after the first training
-        given = arguments.parse(["--workdir=", *asked])
-        if given.workdir or given.output:
-            raise UserError(f"--evaluate {text}: each run has its own folders; leave them out")
-    return asked
+    if evaluate_args:  # report mistakes now, not after the first training
+        parsed = arguments.parse(["--workdir=", *evaluate_args])
+        if parsed.workdir or parsed.output:
+            raise UserError(f"--evaluate {text}: remove the folders; every run has its own")
+    return evaluate_args
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Runs `biclip ablate`."""
     runtime.run_command(_main, argv)
 
 
 def _main(argv: list[str]) -> None:
-    parser = config_lib.config_parser(__doc__)
+    parser = config_lib.config_parser("ablate", __doc__)
     parser.add_argument("--variants", required=True, metavar="A,B")
     parser.add_argument("--seeds", default="0", metavar="0,1")
     parser.add_argument("--label-fractions", default="1", metavar="0.01,1")
     parser.add_argument(
-        "--evaluate", default="", metavar="'ARGS'", help="also biclip_jax.evaluate with ARGS"
+        "--evaluate", default="", metavar="'ARGS'", help="also run biclip evaluate with ARGS"
     )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="number of runs at a time")
     args, overrides = parser.parse_known_args(argv)
     for field, option in (("seed", "--seeds"), ("data.label_fraction", "--label-fractions")):
         if any(override.startswith(f"--config.{field}=") for override in overrides):
-            raise UserError(f"--config.{field}: belongs to the table here; give {option}")
+            raise UserError(f"--config.{field}: set it with {option}")
     if args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs}: expected at least 1 run at a time")
+        raise UserError(f"--jobs {args.jobs}: expected at least 1")
     args.evaluate = _evaluation(args.evaluate)
     args.argv, args.workdir = argv, args.workdir or "runs/ablation"
     args.variants = _parse_list(args.variants, "--variants", str)

@@ -1,12 +1,12 @@
-"""Evaluates a trained model on a split, with every text condition and the image-free baselines.
+"""Evaluates a trained model on a split, with several text conditions and image-free baselines.
 
-    python -m biclip_jax.evaluate --workdir runs/qata --split test
-    python -m biclip_jax.evaluate --workdir runs/qata --calibration --tta --corruptions all
+    biclip evaluate --workdir runs/qata --split test
+    biclip evaluate --workdir runs/qata --calibration --tta --corruptions all
+    biclip evaluate --model weights/medclipseg --source DIR --output out
 
 Writes results.json, per_image.csv, overlays.png and uncertainty.png to WORKDIR/evaluation/SPLIT
-(SPLIT-N with --subset N), and plots for --calibration and --corruptions; docs/evaluation.md says
-what each number is. Sections of results.json that a call does not make stay, as long as model and
-pictures are the same.
+(SPLIT-N with --subset N), and plots for --calibration and --corruptions. docs/evaluation.md defines
+every number. A second call adds its sections to results.json if model and images are the same.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ from biclip_jax.weights import model_folder
 
 
 class Evaluation(NamedTuple):
-    """What every part of an evaluation takes.
+    """Models, data and output folder of an evaluation.
 
     Attributes:
-      make: damage -> predict, see `runner.make_predict`.
-      predict: without damage.
-      members: the same, of each member of an ensemble or of --ensemble-with; empty for a single model.
-      samples: batch -> the samples' mean, its entropy and its epistemic part; None where these
-        are not asked for.
-      num_samples: passes of a prediction; None for models that draw none.
-      encode: sentences -> the sentence fields of a batch.
-      splits: {name: records}, whole.
-      records: that are evaluated.
-      folder: where the files go.
+      make: corruption -> predict, see `runner.make_predict`.
+      predict: Prediction without corruption.
+      members: Predictions of the members of an ensemble or of --ensemble-with; empty for one model.
+      samples: batch -> mean of the samples, its entropy and the epistemic part; None without
+        --uncertainty.
+      num_samples: Forward passes per prediction; None for models that do not sample.
+      encode: prompts -> text fields of a batch.
+      splits: {name: all records}.
+      records: Records to evaluate.
+      folder: Output folder.
     """
 
     make: Callable[..., runner.Predict]
@@ -67,19 +67,19 @@ class Evaluation(NamedTuple):
 
 
 class OpenedModel(NamedTuple):
-    """A trained model, its variables without a frozen text tower, and what makes its input."""
+    """A trained model, its variables without a pretrained text encoder, and its processor."""
 
     folder: str
     model: nn.Module
-    bare: Mapping[str, Any]
+    variables: Mapping[str, Any]
     encode: runner.Encode
     processor: inference.Processor
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs the evaluation that the command line describes; returns what results.json holds."""
+    """Runs the evaluation that the arguments describe; returns the contents of results.json."""
     workdir = Path(args.workdir)
-    config = _run_config(workdir, bool(args.source))
+    config = _run_config(workdir, args.is_model)
     job = _open(args, config)
     extra = _facts(args, config, job)
     if args.source and not args.output:
@@ -88,10 +88,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.baselines:
         train, val = job.splits["train"], job.splits["val"]
         extra["baselines"] = runner.image_free_results(train, val, job.records)
-        # Another data set's training pictures are not what the model was trained on.
-        trained = (
-            None if args.source else {one["text"] for one in text_conditions.prompt_fields(train)}
-        )
+        # The model was not trained on the training images of another dataset.
+        if not args.source:
+            trained = {record["text"] for record in text_conditions.prompt_fields(train)}
     columns: dict[str, list[float]] = {}
     if args.surface_metrics:
         columns = surface.per_image(job.predict, job.encode, job.records, args.batch_size)
@@ -138,7 +137,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _facts(args: argparse.Namespace, config: dict[str, Any], job: Evaluation) -> dict[str, Any]:
-    """What results.json says of an evaluation beside its figures."""
+    """Returns the entries of results.json that identify the evaluation."""
     workdir = Path(args.workdir)
     return {
         "split": args.split,
@@ -150,7 +149,7 @@ def _facts(args: argparse.Namespace, config: dict[str, Any], job: Evaluation) ->
         "command": shlex.join(["python", "-m", "biclip_jax.evaluate", *args.argv]),
         "seed": config["seed"],
         **_model_facts(inference.model_path(workdir)),
-        "ensemble_with": [_described_model(folder) for folder in args.ensemble_with] or None,
+        "ensemble_with": [_model_summary(folder) for folder in args.ensemble_with] or None,
         "config": config,
         "versions": {"biclip_jax": __version__, "jax": metadata.version("jax")},
         "device": jax.devices()[0].device_kind,
@@ -158,8 +157,7 @@ def _facts(args: argparse.Namespace, config: dict[str, Any], job: Evaluation) ->
 
 
 def _open(args: argparse.Namespace, config: dict[str, Any]) -> Evaluation:
-    # A run may be older than a field: the default is what it did.
-    data = {**common.base().data.to_dict(), **config["data"]}
+    data = dict(config["data"])
     if args.source:
         empty = dict.fromkeys(data["num_examples"], 0)
         data |= {"name": "folder", "source": args.source, "layout": args.layout}
@@ -167,14 +165,16 @@ def _open(args: argparse.Namespace, config: dict[str, Any]) -> Evaluation:
     models = [_open_model(folder, args) for folder in (args.workdir, *args.ensemble_with)]
     first = _require_same_input(models)
     data["resize"] = first.processor.resize_method
-    wanted = {args.split, *(("train", "val") if args.baselines else ())}
-    wanted |= {"val"} if args.calibration else set()
+    needed = {args.split, *(("train", "val") if args.baselines else ())}
+    needed |= {"val"} if args.calibration else set()
     prepared = pipeline.prepare(data, first.processor.image_size)
-    splits = pipeline.open_splits(prepared, data, [name for name in SPLITS if name in wanted])
+    splits = pipeline.open_splits(prepared, data, [name for name in SPLITS if name in needed])
     sampled = isinstance(first.model, MedCLIPSeg)
     return Evaluation(
         **(_ensemble(models) if args.ensemble_with else _single(first)),
-        samples=runner.make_sample_predict(first.model, first.bare) if args.uncertainty else None,
+        samples=runner.make_sample_predict(first.model, first.variables)
+        if args.uncertainty
+        else None,
         num_samples=first.model.num_samples if sampled else None,
         splits=dict(splits),
         records=text_conditions.subset(splits[args.split], args.subset),
@@ -186,8 +186,8 @@ def _open_model(folder: str, args: argparse.Namespace) -> OpenedModel:
     model, variables, processor = inference.load_segmentation_model(folder)
     if (args.num_samples or args.uncertainty) and not isinstance(model, MedCLIPSeg):
         raise UserError(
-            f"--num-samples, --uncertainty: the model of {folder} draws no samples; leave them "
-            "out (--tta averages over views)"
+            f"--num-samples, --uncertainty: the model in {folder} does not sample; remove them "
+            "(--tta averages over views)"
         )
     if args.num_samples:
         model = model.clone(num_samples=args.num_samples)
@@ -198,64 +198,61 @@ def _open_model(folder: str, args: argparse.Namespace) -> OpenedModel:
 
 
 def _require_same_input(models: Sequence[OpenedModel]) -> OpenedModel:
-    """The first of models that take pictures alike."""
+    """Returns the first model; raises UserError if another one needs different images."""
     first, *others = models
-    wanted = (first.processor.image_size, first.processor.resize_method)
+    expected = (first.processor.image_size, first.processor.resize_method)
     for other in others:
         found = (other.processor.image_size, other.processor.resize_method)
-        if found != wanted:
+        if found != expected:
             raise UserError(
-                f"--ensemble-with: {other.folder} takes pictures of {found[0]} px, resized {found[1]}, "
-                f"and {first.folder} of {wanted[0]} px, {wanted[1]}; give models of the same size"
+                f"--ensemble-with: {other.folder} takes images of {found[0]} px, resize "
+                f"{found[1]!r}; expected {expected[0]} px, resize {expected[1]!r}, as in "
+                f"{first.folder}"
             )
     return first
 
 
-def _single(one: OpenedModel) -> dict[str, Any]:
-    make = partial(runner.make_predict, one.model, one.bare)
-    members = runner.make_member_predicts(one.model, one.bare)
-    return {"make": make, "predict": make(), "members": members, "encode": one.encode}
+def _single(opened: OpenedModel) -> dict[str, Any]:
+    make = partial(runner.make_predict, opened.model, opened.variables)
+    members = runner.make_member_predicts(opened.model, opened.variables)
+    return {"make": make, "predict": make(), "members": members, "encode": opened.encode}
 
 
 def _ensemble(models: Sequence[OpenedModel]) -> dict[str, Any]:
-    makes = [partial(runner.make_predict, one.model, one.bare) for one in models]
+    makes = [partial(runner.make_predict, opened.model, opened.variables) for opened in models]
     members = ensemble.member_predicts([make() for make in makes])
     return {
         "make": ensemble.mean_predict_maker(makes),
         "predict": ensemble.mean_predict(members),
         "members": members,
-        "encode": ensemble.joint_encode([one.encode for one in models]),
+        "encode": ensemble.joint_encode([opened.encode for opened in models]),
     }
 
 
 def surface_by_condition(job: Evaluation, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The surface section's scores with the other sentences, {condition: scores}."""
-    prompt_records, whole = (
-        text_conditions.prompt_fields(r) for r in (job.records, job.splits[args.split])
-    )
-    found = {}
+    """Computes the surface metrics with the other text conditions, {condition: scores}."""
+    prompt_records = text_conditions.prompt_fields(job.records)
+    split = text_conditions.prompt_fields(job.splits[args.split])
+    scores = {}
     for name in args.text_conditions:
-        asked = (
-            None
-            if name == "original"
-            else text_conditions.apply_condition(name, prompt_records, split=whole)
-        )
-        if asked is not None:
-            rows = [job.records[int(i)] for i in asked.rows]
-            pairs = zip(rows, asked.prompts, strict=True)
-            chosen = [Record({**record, "text": prompt}) for record, prompt in pairs]
-            columns = surface.per_image(job.predict, job.encode, chosen, args.batch_size)
-            found[name] = surface.summarize(columns)
-    return found
+        if name == "original":
+            continue
+        conditioned = text_conditions.apply_condition(name, prompt_records, split=split)
+        if conditioned is not None:
+            pairs = zip(conditioned.rows, conditioned.prompts, strict=True)
+            records = [Record({**job.records[int(row)], "text": text}) for row, text in pairs]
+            columns = surface.per_image(job.predict, job.encode, records, args.batch_size)
+            scores[name] = surface.summarize(columns)
+    return scores
 
 
 def calibration_section(job: Evaluation, split: str, batch_size: int) -> dict[str, Any]:
-    """The calibration section, its temperature fitted on the whole validation split."""
+    """Computes calibration; the temperature is fitted on the full validation split."""
     gather = partial(runner.pixel_histogram, job.predict, job.encode, batch_size=batch_size)
     counts = gather(job.records)
-    # The evaluated pictures may be the validation split's own; it says so in the results.
-    whole = split == "val" and len(job.records) == len(job.splits["val"])
-    fitted_on = counts if whole else gather(job.splits["val"])
+    # The evaluated split may be the validation split itself; the results record it.
+    is_val = split == "val" and len(job.records) == len(job.splits["val"])
+    fitted_on = counts if is_val else gather(job.splits["val"])
     section = calibration.report(fitted_on, counts)
     plots.plot_reliability(section, job.folder / "reliability.png")
     return section
@@ -264,8 +261,8 @@ def calibration_section(job: Evaluation, split: str, batch_size: int) -> dict[st
 def corruption_section(
     args: argparse.Namespace, job: Evaluation, outcome: dict[str, Any]
 ) -> dict[str, Any]:
-    """The degradations section, joined with that of `outcome`; draws degradations.png of it."""
-    found = runner.evaluate_corruptions(
+    """Evaluates corruptions, merges them with those in `outcome` and plots corruptions.png."""
+    counts = runner.evaluate_corruptions(
         job.make,
         job.encode,
         job.records,
@@ -273,18 +270,18 @@ def corruption_section(
         severities=args.severities,
         batch_size=args.batch_size,
     )
-    scores = runner.corruption_results(found, outcome.get("corruptions"))
+    scores = runner.corruption_results(counts, outcome.get("corruptions"))
     cells = {name: rows for name, rows in scores.items() if name != "mean"}
-    right = outcome["conditions"]["original"]
-    plots.plot_corruptions(cells, right, job.folder / "corruptions.png")
+    original = outcome["conditions"]["original"]
+    plots.plot_corruptions(cells, original, job.folder / "corruptions.png")
     return scores
 
 
 def _print(args: argparse.Namespace, job: Evaluation, outcome: dict[str, Any]) -> None:
-    print(f"{args.split}, {len(job.records)} pictures, percent, at {outcome['size']}:")
-    more = {"original_tta": outcome["tta"]["original_tta"]} if args.tta else {}
-    more |= outcome.get("members", {})
-    print(runner.score_table({**outcome["conditions"], **more, **outcome.get("baselines", {})}))
+    print(f"{args.split}, {len(job.records)} images, percent, at {outcome['size']}:")
+    rows = {"original_tta": outcome["tta"]["original_tta"]} if args.tta else {}
+    rows |= outcome.get("members", {})
+    print(runner.score_table({**outcome["conditions"], **rows, **outcome.get("baselines", {})}))
     if job.members:
         _print_disagreement("members", outcome["ensemble_uncertainty"])
     if args.surface_metrics:
@@ -292,27 +289,27 @@ def _print(args: argparse.Namespace, job: Evaluation, outcome: dict[str, Any]) -
     if args.uncertainty:
         _print_disagreement("samples", outcome["sampling"])
     if args.flip_consistency:
-        scores = {"mirrored against itself": outcome["flip_consistency"]}
+        scores = {"flip consistency": outcome["flip_consistency"]}
         print(runner.score_table(scores))
     if outcome["unavailable"]:
-        print(f"left out, as the {args.split} split has none: {', '.join(outcome['unavailable'])}")
+        print(f"not in the {args.split} split: {', '.join(outcome['unavailable'])}")
     if args.calibration:
         _print_calibration(outcome["calibration"])
     if args.corruptions:
-        _print_degradations(outcome["corruptions"])
-    files = {"results": "results.json", "images": "per_image.csv", "page": "overlays.png"}
+        _print_corruptions(outcome["corruptions"])
+    files = {"results": "results.json", "images": "per_image.csv", "overlays": "overlays.png"}
     files["uncertainty"] = "uncertainty.png"
-    files |= {"curve": "reliability.png"} if args.calibration else {}
-    files |= {"plot": "corruptions.png"} if args.corruptions else {}
+    files |= {"reliability": "reliability.png"} if args.calibration else {}
+    files |= {"corruptions": "corruptions.png"} if args.corruptions else {}
     for what, name in files.items():
-        print(f"{what:8} {job.folder / name}")
+        print(f"{what:12} {job.folder / name}")
 
 
 def _print_disagreement(whose: str, section: dict[str, Any]) -> None:
     auroc = section["error_auroc"]
     print(
-        f"{whose} together: entropy {section['mean_entropy']:.4f} nats, of it disagreement "
-        f"{section['mean_mutual_information']:.4f}, error AUROC "
+        f"mean over {whose}: entropy {section['mean_entropy']:.4f} nats, mutual information "
+        f"{section['mean_mutual_information']:.4f} nats, error AUROC "
         f"{'-' if auroc is None else format(auroc, '.4f')}"
     )
 
@@ -320,8 +317,8 @@ def _print_disagreement(whose: str, section: dict[str, Any]) -> None:
 def _print_surface(section: dict[str, Any]) -> None:
     print(
         f"masks resized by nearest neighbour: DSC {100 * section['dsc']:.2f}, NSD within "
-        f"{section['tolerance']:g} pixels {100 * section['nsd_plate']:.2f} as a plate with its "
-        f"faces, {100 * section['nsd_2d']:.2f} of the boundary in 2-D"
+        f"{section['tolerance']:g} pixels {100 * section['nsd_plate']:.2f} (plate, as MedCLIPSeg), "
+        f"{100 * section['nsd_2d']:.2f} (2-D boundary)"
     )
     for name, scores in section["by_condition"].items():
         print(f"  {name}: DSC {100 * scores['dsc']:.2f}, plate {100 * scores['nsd_plate']:.2f}")
@@ -332,12 +329,12 @@ def _print_calibration(section: dict[str, Any]) -> None:
         f"calibration, temperature {section['temperature']:.4f} fitted on {section['fitted_on']}:"
     )
     if section["at_limit"]:
-        print("the temperature is at the end of its range: these pixels ask for more")
+        print("the temperature is at the limit of its range")
     rows = [{"": name, **section[name]} for name in ("before", "after")]
     print(tables.format_table(rows, ("", *section["before"])))
 
 
-def _print_degradations(scores: dict[str, Any]) -> None:
+def _print_corruptions(scores: dict[str, Any]) -> None:
     kinds = ("dice_global", "dice_mean")
     rows = [
         {"corruption": name, "severity": severity, **{k: f"{100 * cell[k]:.2f}" for k in kinds}}
@@ -356,8 +353,11 @@ def _output(args: argparse.Namespace) -> Path:
     return Path(args.output or Path(args.workdir) / "evaluation" / name)
 
 
-def _run_config(workdir: Path, elsewhere: bool) -> dict[str, Any]:
-    """The run's configuration; or, to score a model folder `elsewhere`, what stands for one."""
+def _run_config(workdir: Path, is_model: bool) -> dict[str, Any]:
+    """Reads the config of a run.
+
+    For a model folder, returns the fields that an evaluation needs.
+    """
     path = workdir / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -365,7 +365,7 @@ def _run_config(workdir: Path, elsewhere: bool) -> dict[str, Any]:
         raise UserError(
             f"{path}: cannot be read ({error}); give the --workdir of a training run"
         ) from error
-    if elsewhere and isinstance(config, dict) and "kind" in config:
+    if is_model and isinstance(config, dict) and "kind" in config:
         data = common.base().data.to_dict()
         return {
             "name": config.get("name"),
@@ -373,28 +373,28 @@ def _run_config(workdir: Path, elsewhere: bool) -> dict[str, Any]:
             "data": data,
             "model": config.get("model"),
         }
-    described = isinstance(config, dict) and {"data", "seed"} <= config.keys()
-    if not described or not isinstance(config["data"], dict) or "name" not in config["data"]:
-        raise UserError(f"{path}: no configuration of a run; give the --workdir of a training run")
+    is_run = isinstance(config, dict) and {"data", "seed"} <= config.keys()
+    if not is_run or not isinstance(config["data"], dict) or "name" not in config["data"]:
+        raise UserError(f"{path}: not the config of a run; give the --workdir of a training run")
     return config
 
 
-def _described_model(folder: str) -> dict[str, Any]:
+def _model_summary(folder: str) -> dict[str, Any]:
     return {"folder": folder, **_model_facts(inference.model_path(folder))}
 
 
 def _model_facts(folder: Path) -> dict[str, Any]:
-    # The config alone: loading the model has read and checked the weights already.
-    described = model_folder.read_config(folder)
-    if not isinstance(described.get("step"), int):
+    # Only the config: loading the model has already read and verified the weights.
+    model_config = model_folder.read_config(folder)
+    if not isinstance(model_config.get("step"), int):
         raise UserError(
-            f"{folder / model_folder.CONFIG}: no step of a training run; give the --workdir of one"
+            f"{folder / model_folder.CONFIG}: no training step; give the work directory of a run"
         )
-    return {"best_step": described["step"], "model_sha256": described["sha256"]}
+    return {"best_step": model_config["step"], "model_sha256": model_config["sha256"]}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Runs `biclip evaluate`."""
     runtime.run_command(_main, argv)
 
 

@@ -1,13 +1,12 @@
-"""Tells how runs do on data they were not trained on: in domain, out of domain, and both.
+"""Summarizes scores on the training dataset and on other datasets (domain generalization).
 
-    python -m biclip_jax.evaluate --workdir runs/busi --split test --surface-metrics
-    python -m biclip_jax.evaluate --workdir runs/busi --source DIR_OF_BUSUC --surface-metrics --no-baselines
-    python -m biclip_jax.generalization runs/busi runs/kvasir --output generalization.json
+    biclip evaluate --workdir runs/busi --split test --surface-metrics
+    biclip evaluate --workdir runs/busi --source BUSUC_DIR --surface-metrics --no-baselines
+    biclip generalization runs/busi runs/kvasir --output generalization.json
 
-Reads what `evaluate` left in each run's folder `evaluation`: `test` is in domain (ID), every
-`NAME-test` that `--source` made is out of domain (OOD). Prints one row for each, the means over the
-ID and the OOD rows, and the harmonic mean (HM) of these two, as MedCLIPSeg reports them
-(arXiv 2602.20423).
+Reads the results of `biclip evaluate` in WORKDIR/evaluation: `test` is in domain (ID), every
+`NAME-test` of --source is out of domain (OOD). Prints one row each, the means over the ID and the
+OOD rows, and the harmonic mean (HM) of both, as MedCLIPSeg reports them (arXiv 2602.20423).
 """
 
 from __future__ import annotations
@@ -25,45 +24,44 @@ from biclip_jax.core.errors import UserError
 from biclip_jax.evaluation.report import tables
 
 ID, OOD, HM = "ID", "OOD", "HM"
-# The last two are there where every evaluation had --surface-metrics.
+# The last two exist if every evaluation used --surface-metrics.
 METRICS = ("dice_global", "dice_mean", "dsc", "nsd_2d")
 
 
 def compare(workdirs: Sequence[Path]) -> dict[str, Any]:
-    """The rows of all runs, and their means.
+    """Collects the scores of all runs and averages them.
 
     Args:
-      workdirs: of training runs, each a source of its own.
+      workdirs: Work directories of training runs, each on another dataset.
 
     Returns:
       rows: {workdir, trained_on, tested_on, domain, num_images, and each of `METRICS` that all
       rows have, 0 to 1}; mean: {ID, OOD, HM: {metric: value}}.
 
     Raises:
-      UserError: a run without a score of its own test split, no score of another data set, or a
-        file that cannot be read.
+      UserError: No scores on the run's own test split or on another dataset, or an unreadable file.
     """
     rows = [row for workdir in workdirs for row in _rows(workdir)]
     if all(row["domain"] == ID for row in rows):
         raise UserError(
-            f"{', '.join(map(str, workdirs))}: no scores of other data sets; make them with "
-            f"python -m biclip_jax.evaluate --workdir {workdirs[0]} --source DIR --no-baselines"
+            f"{', '.join(map(str, workdirs))}: no scores on other datasets; create them with "
+            f"biclip evaluate --workdir {workdirs[0]} --source DIR --no-baselines"
         )
     metrics = [name for name in METRICS if all(name in row for row in rows)]
     if not metrics:
         tested = ", ".join(f"{row['workdir']} on {row['tested_on']}" for row in rows)
-        raise UserError(f"{tested}: no metric that all have; evaluate them again")
+        raise UserError(f"{tested}: no common metric; evaluate them again")
     facts = ("workdir", "trained_on", "tested_on", "domain", "num_images")
     rows = [{name: row[name] for name in (*facts, *metrics)} for row in rows]
     return {"rows": rows, "mean": means(rows, metrics)}
 
 
 def means(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dict[str, dict[str, float]]:
-    """The mean over each domain's rows, and the harmonic mean of both.
+    """Returns the mean over the rows of each domain, and the harmonic mean of both.
 
     Args:
-      rows: of both domains.
-      metrics: that every row has.
+      rows: Rows of both domains.
+      metrics: Metrics that every row has.
     """
     mean = {
         domain: {
@@ -77,7 +75,7 @@ def means(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dict[str
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """The console's table, in percent."""
+    """Formats the rows and means as a table, in percent."""
     metrics = list(found["mean"][ID])
 
     def percent(scores: Mapping[str, float]) -> dict[str, str]:
@@ -88,7 +86,7 @@ def table(found: Mapping[str, Any]) -> str:
         for row in found["rows"]
     ]
     for domain, scores in found["mean"].items():
-        summary = "harmonic mean of both" if domain == HM else f"mean, {domain}"
+        summary = "harmonic mean" if domain == HM else f"mean, {domain}"
         lines.append(dict.fromkeys(lines[0], "") | {"trained_on": summary, **percent(scores)})
     columns = ("trained_on", "tested_on", "domain", "num_images", *metrics)
     return tables.format_table(lines, columns)
@@ -99,8 +97,8 @@ def _rows(workdir: Path) -> list[dict[str, Any]]:
     own = folder / "test" / "results.json"
     if not own.is_file():
         raise UserError(
-            f"{own}: missing; score the run's own test split first: "
-            f"python -m biclip_jax.evaluate --workdir {workdir} --split test"
+            f"{own}: missing; evaluate the run's own test split first: biclip evaluate --workdir "
+            f"{workdir} --split test"
         )
     trained_on, scores = _read(own)
     rows = [{"tested_on": trained_on, "domain": ID, **scores}]
@@ -111,30 +109,36 @@ def _rows(workdir: Path) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> tuple[str, dict[str, float]]:
-    """The data set's name, and the number of pictures and the scores of the right sentences."""
+    """Returns the dataset's name, the number of images, and the scores with original prompts."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        data, right = results["data"], results["conditions"]["original"]
-        scores = {**right, **results.get("surface_metrics", {})}
+        data, original = results["data"], results["conditions"]["original"]
+        scores = {**original, **results.get("surface_metrics", {})}
         if data == "folder":
             data = Path(results["config"]["data"]["source"]).name
         found = {name: float(scores[name]) for name in METRICS if name in scores}
-        return data, {"num_images": int(right["num_images"]), **found}
+        return data, {"num_images": int(original["num_images"]), **found}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not what evaluate writes ({error}); evaluate again") from error
+        raise UserError(
+            f"{path}: not a result file of evaluate ({error}); evaluate again"
+        ) from error
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Runs `biclip generalization`."""
     runtime.run_command(_main, argv)
 
 
 def _main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="biclip generalization",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("workdirs", nargs="+", type=Path, help="of training runs, one a source")
-    parser.add_argument("--output", type=Path, help="a JSON file for rows and means")
+    parser.add_argument(
+        "workdirs", nargs="+", type=Path, help="work directories, one per training dataset"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file for rows and means")
     args = parser.parse_args(argv)
     found = compare(args.workdirs)
     print(table(found))

@@ -1,4 +1,4 @@
-"""Trained models for use: variables for researchers, masks for everybody."""
+"""Loads trained models: variables for research, a `Segmenter` for masks."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """Pictures and sentences to the model's input.
+    """Converts images and prompts to the input of a model.
 
     Attributes:
-      tokenizer: of the model folder.
-      image_size: S, in pixels; 0 for a text tower alone.
+      tokenizer: Tokenizer of the model folder.
+      image_size: S, in pixels; 0 for a text encoder.
       max_length: L, in tokens.
-      threshold: probability from which a pixel is foreground.
-      resizing: of pictures, of `image_io.RESIZE_METHODS`; as the model was trained (`data.resize`).
+      threshold: Pixels with at least this probability are foreground.
+      resize_method: One of `image_io.RESIZE_METHODS`, as in training (`data.resize`).
     """
 
     tokenizer: Tokenizer
@@ -49,41 +49,44 @@ class Processor:
     resize_method: str = "antialiased"
 
     def __call__(self, images: Sequence[np.ndarray], texts: Sequence[str]) -> dict[str, Any]:
-        """uint8 pictures (H, W, 1 or 3) of any size, one sentence each, to a `Batch`'s fields.
+        """Converts images and prompts to the fields of a `Batch`.
+
+        Args:
+          images: uint8 arrays (H, W, 1 or 3) of any size.
+          texts: One prompt per image.
 
         Returns:
-          image (B, S, S, 3) uint8, text_ids (B, L) int32, text_mask (B, L) bool,
-          has_text (B,) bool.
+          image (B, S, S, 3) uint8, text_ids (B, L) int32, text_mask (B, L) bool, has_text (B,)
+          bool.
 
         Raises:
-          ValueError: the processor of a text tower, which takes no pictures.
+          ValueError: The model is a text encoder and has no image input.
         """
         return {"image": self.resize(images), **self.encode(texts)}
 
     def resize(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Pictures alone: (B, S, S, 3) uint8; Raises as `__call__`."""
+        """Resizes images to (B, S, S, 3) uint8; raises like `__call__`."""
         if not self.image_size:
-            raise ValueError("this is a text tower; it takes sentences alone: processor.encode")
+            raise ValueError("a text encoder has no image input; use processor.encode for prompts")
         size, method = self.image_size, self.resize_method
         resized = [image_io.resize_image(image, size, method) for image in images]
         shape = (self.image_size, self.image_size, 3)
         return np.stack([np.broadcast_to(image, shape) for image in resized])
 
     def encode(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Sentences alone: text_ids (B, L) int32, text_mask (B, L) bool, has_text (B,) bool."""
+        """Encodes prompts: text_ids (B, L) int32, text_mask (B, L) bool, has_text (B,) bool."""
         text_lib.warn_truncated(self.tokenizer, texts, self.max_length)
         return text_lib.encode_fields(self.tokenizer, texts, self.max_length)
 
 
 class Prediction(NamedTuple):
-    """One picture's answer, at the picture's own size (H, W).
+    """Prediction for one image, at the size of the image (H, W).
 
     Attributes:
       mask: bool.
-      probability: float32 in [0, 1].
-      uncertainty: float32, the entropy -p ln p - (1-p) ln(1-p) of the
-        probability, in nats, 0 to 0.693; an ensemble's probability is its members' mean. It
-        tells where the model hesitates, not where it is wrong with confidence.
+      probability: float32 in [0, 1]; of an ensemble, the mean over its members.
+      uncertainty: float32 entropy -p ln p - (1-p) ln(1-p) of the probability, in nats, 0 to 0.693.
+        It shows where the model is uncertain, not where it is confident and wrong.
     """
 
     mask: np.ndarray
@@ -92,11 +95,11 @@ class Prediction(NamedTuple):
 
 
 class SampledPrediction(NamedTuple):
-    """`Prediction` whose probability is the mean of MedCLIPSeg's samples, or of several views.
+    """`Prediction` whose probability is the mean over MedCLIPSeg's samples or over views.
 
     Attributes:
-      epistemic: (H, W) float32, the part of `uncertainty` that samples or views disagree about,
-        their mutual information; the rest is aleatoric, what each by itself is unsure of.
+      epistemic: (H, W) float32, the part of `uncertainty` on which samples or views disagree
+        (mutual information). The rest is aleatoric: the mean entropy of the single samples.
     """
 
     mask: np.ndarray
@@ -106,7 +109,7 @@ class SampledPrediction(NamedTuple):
 
 
 class Segmenter:
-    """A loaded model as a function of a picture and a sentence."""
+    """A loaded model that segments images given a text prompt."""
 
     def __init__(self, model: nn.Module, variables: Mapping[str, Any], processor: Processor):
         self.processor = processor
@@ -117,11 +120,15 @@ class Segmenter:
         self._step = jax.jit(partial(step, model=model))
 
     def predict(self, image: np.ndarray | str | Path, prompt: str = "") -> Prediction:
-        """Segments one picture: a uint8 array (H, W), (H, W, 1 or 3), or a file.
+        """Segments one image.
+
+        Args:
+          image: uint8 array (H, W) or (H, W, 1 or 3), or the path of an image file.
+          prompt: Text prompt; "" for none.
 
         Raises:
-          BadImageError: the file is not a picture that can be read.
-          ValueError: an array of another shape or dtype, or no array; a sentence that is no str.
+          BadImageError: The file is not a readable image.
+          ValueError: An array of another shape or dtype, or a prompt that is not a str.
         """
         if self.samples:
             return Prediction(*self.predict_samples(image, prompt)[:3])
@@ -132,70 +139,69 @@ class Segmenter:
     def predict_samples(
         self, image: np.ndarray | str | Path, prompt: str = ""
     ) -> SampledPrediction:
-        """`predict`, with the uncertainty's parts apart; for models that sample (`samples`).
+        """Segments one image and returns the epistemic uncertainty too.
 
-        Raises:
-          ValueError: also for another model.
+        Args, Raises: See `predict`; also ValueError for a model that does not sample (`samples`).
         """
         if not self.samples:
-            raise ValueError("this model draws no samples; use predict")
-        return self._pooled(self._maps(image, prompt))
+            raise ValueError("this model does not sample; use predict")
+        return self._with_uncertainty(self._maps(image, prompt))
 
     def predict_views(self, image: np.ndarray | str | Path, prompt: str = "") -> SampledPrediction:
-        """`predict`, as the mean over the views of `evaluation.tta`: flip, rotations, contrast.
+        """Segments one image with test-time augmentation: flip, rotations and contrast.
 
-        Six passes; a flip swaps the sentence's sides, too. Of a model that samples, each view is
-        the samples' mean.
+        Takes six forward passes. The flipped image gets the left-right swapped prompt. For a model
+        that samples, each view is the mean over the samples. See `evaluation.robustness.tta`.
         """
         _check_prompt(prompt)
         swapped = self._encode([text_lib.swap_sides(prompt)])
-        more = {f"{tta.SWAPPED}{name}": values for name, values in swapped.items()}
+        swapped_fields = {f"{tta.SWAPPED}{name}": values for name, values in swapped.items()}
 
-        def look(batch):
+        def predict_views(batch):
             views = list(tta.VIEWS.values())
-            return tta.predict_views(lambda seen: self._answer(seen)[..., :1], batch, views)
+            return tta.predict_views(lambda view: self._predict(view)[..., :1], batch, views)
 
-        return self._pooled(self._maps(image, prompt, look, **more))
+        return self._with_uncertainty(self._maps(image, prompt, predict_views, **swapped_fields))
 
-    def _pooled(self, maps: Sequence[np.ndarray]) -> SampledPrediction:
+    def _with_uncertainty(self, maps: Sequence[np.ndarray]) -> SampledPrediction:
         probs, total, epistemic = maps
         return SampledPrediction(probs >= self.processor.threshold, probs, total, epistemic)
 
-    def _answer(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    def _predict(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
         return np.asarray(self._step(self._variables, batch))
 
-    def _maps(self, image, prompt, look=None, **more) -> list[np.ndarray]:
+    def _maps(self, image, prompt, predict_maps=None, **fields) -> list[np.ndarray]:
         pixels = (
             image_io.read_image(image) if isinstance(image, str | Path) else _check_image(image)
         )
         _check_prompt(prompt)
-        batch = {"image": self.processor.resize([pixels]), **self._encode([prompt]), **more}
-        maps = np.moveaxis((look or self._answer)(batch)[0], -1, 0)
+        batch = {"image": self.processor.resize([pixels]), **self._encode([prompt]), **fields}
+        maps = np.moveaxis((predict_maps or self._predict)(batch)[0], -1, 0)
         size = pixels.shape[:2]
-        return [image_io.resize_probability(one, size[0], size[1]) for one in maps]
+        return [image_io.resize_probability(m, size[0], size[1]) for m in maps]
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], Processor]:
-    """Opens a run's work directory (its best model), a model folder, or a converted tower.
+    """Loads the best model of a work directory, a model folder, or a converted encoder.
 
     Returns:
       The model (`BiCLIP`, an `Ensemble` of it, `MedCLIPSeg`, `CLIP` or `Bert`), its variables
-      (numpy) for `model.apply`, and the processor.
+      (NumPy arrays) for `model.apply`, and the processor.
 
     Raises:
-      UserError: nothing to open, a damaged file, or parameters that are not the model's.
+      UserError: Not a model folder, a damaged file, or parameters of another model.
     """
     path = model_path(path)
     config, variables = model_folder.read(path)
     tokenizer = tokenizers.load_tokenizer(path / "tokenizer")
-    opened = {
+    loaders = {
         "bert": _open_bert,
         "clip": _open_clip,
         "biclip": _open_biclip,
         "medclipseg": _open_medclipseg,
     }
     with model_folder.config_errors(path):
-        return opened[config["kind"]](path, config, variables, tokenizer)
+        return loaders[config["kind"]](path, config, variables, tokenizer)
 
 
 def _open_bert(path, config, variables, tokenizer):
@@ -219,8 +225,8 @@ def _open_clip(path, config, variables, tokenizer):
 def _open_biclip(path, config, variables, tokenizer):
     if tokenizer.get_vocab_size() != config["vocab_size"]:
         raise UserError(
-            f"{path / 'tokenizer'}: {tokenizer.get_vocab_size()} words, the model of config.json "
-            f"has {config['vocab_size']}; put the tokenizer of this model there"
+            f"{path / 'tokenizer'}: found {tokenizer.get_vocab_size()} words; expected "
+            f"{config['vocab_size']}, as in config.json; restore the tokenizer of this model"
         )
     text, encoder = config["model"]["text"], None
     if text["encoder"] != "scratch":
@@ -230,24 +236,24 @@ def _open_biclip(path, config, variables, tokenizer):
         text_encoders.check_text_encoder(encoder, text)
         if encoder.identity != config["text_encoder_sha256"]:
             raise UserError(
-                f"{path / text_encoders.TEXT_ENCODER}: not the tower that this model was trained with; "
-                "copy the folder again"
+                f"{path / text_encoders.TEXT_ENCODER}: not the text encoder that this model was "
+                "trained with; copy the folder again"
             )
-    make = partial(_built, config)
+    build = partial(_build_biclip, config)
     image = jnp.zeros((1, config["model"]["image_size"], config["model"]["image_size"], 3))
     ids = jnp.zeros((1, text["max_length"]), jnp.int32)
-    given: dict[str, Any] = {"text_ids": ids, "text_mask": ids > 0}
+    text_inputs: dict[str, Any] = {"text_ids": ids, "text_mask": ids > 0}
     frozen = encoder if encoder and not text["trainable"] else None
     if frozen:
         num_features = PooledTextEncoder(frozen.module, text["pooling"]).num_features
-        given = {"text_features": jnp.zeros((1, num_features))}
-    expected = architectures.shapes_of(make(None if frozen else encoder), image, **given)
+        text_inputs = {"text_features": jnp.zeros((1, num_features))}
+    expected = architectures.shapes_of(build(None if frozen else encoder), image, **text_inputs)
     model_folder.check_shapes(path, variables, expected)
     if frozen:
         variables["params"]["text_encoder"] = {"pretrained": frozen.params}
     size, resize_method = config["model"]["image_size"], config.get("resize", "antialiased")
     processor = Processor(tokenizer, size, text["max_length"], resize_method=resize_method)
-    return make(encoder), variables, processor
+    return build(encoder), variables, processor
 
 
 def _open_medclipseg(path, config, variables, tokenizer):
@@ -263,7 +269,7 @@ def _open_medclipseg(path, config, variables, tokenizer):
     return model, variables, processor
 
 
-def _built(
+def _build_biclip(
     config: Mapping[str, Any], encoder: text_encoders.PretrainedTextEncoder | None
 ) -> nn.Module:
     fields, image_fields = config["model"], config.get("image_encoder")
@@ -283,27 +289,31 @@ def _built(
 
 
 def load(path: str | Path) -> Segmenter:
-    """A `Segmenter` from a run's work directory or a model folder; errors as `load_segmentation_model`."""
+    """Loads a `Segmenter` from a work directory or a model folder.
+
+    Raises:
+      UserError: See `load_segmentation_model`.
+    """
     return Segmenter(*load_segmentation_model(path))
 
 
 def load_segmentation_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], Processor]:
-    """`load_model` of a run's work directory or a model folder alone.
+    """Loads a model that segments images, see `load_model`.
 
     Raises:
-      UserError: also for a converted tower, which does not segment.
+      UserError: See `load_model`; also for a converted encoder, which does not segment.
     """
     model, variables, processor = load_model(path)
     if not isinstance(model, biclip.BiCLIP | Ensemble | medclipseg.MedCLIPSeg):
         raise UserError(
-            f"{path}: holds {type(model).__name__}, which does not segment pictures; give the "
-            "workdir of a run, or open it with biclip_jax.load_model"
+            f"{path}: found {type(model).__name__}, which does not segment images; give the "
+            "work directory of a run, or load it with biclip_jax.load_model"
         )
     return model, variables, processor
 
 
 def model_path(path: str | Path) -> Path:
-    """The model folder of a work directory, or the path itself."""
+    """Returns the model folder of a work directory, or the path itself."""
     inside = Path(path) / "model"
     return inside if inside.is_dir() else Path(path)
 
@@ -312,17 +322,17 @@ def _check_image(image: np.ndarray) -> np.ndarray:
     shapes = "(H, W), (H, W, 1) or (H, W, 3)"
     if not isinstance(image, np.ndarray):
         raise ValueError(
-            f"the picture is a {type(image).__name__}; expected a uint8 array {shapes} or a path"
+            f"image: found {type(image).__name__}; expected a uint8 array {shapes} or a path"
         )
-    legal = image.ndim in (2, 3) and image.shape[2:] in ((), (1,), (3,))
-    if image.dtype != np.uint8 or not legal:
+    is_valid = image.ndim in (2, 3) and image.shape[2:] in ((), (1,), (3,))
+    if image.dtype != np.uint8 or not is_valid:
         raise ValueError(
-            f"the picture is {image.dtype} {image.shape}; expected uint8 {shapes}; bring its grey "
-            "values to 0..255, channels last"
+            f"image: found {image.dtype} {image.shape}; expected uint8 {shapes}; scale the "
+            "intensities to 0..255 and put the channels last"
         )
     return image if image.ndim == 3 else image[..., None]
 
 
 def _check_prompt(prompt: str) -> None:
     if not isinstance(prompt, str):
-        raise ValueError(f'the sentence is {prompt!r}; expected a str, "" for none')
+        raise ValueError(f'prompt: found {prompt!r}; expected a str, "" for none')

@@ -1,9 +1,9 @@
-"""Writes a run down as one page: scores, curves, pictures, and what is published beside them.
+"""Writes an HTML report of a run: scores, curves, images and published results.
 
-    python -m biclip_jax.report --workdir runs/qata
+    biclip report --workdir runs/qata
 
-Writes WORKDIR/report.html, a single file that asks for nothing from elsewhere, out of what training
-and evaluation left in the work directory; what is missing is named with the command that makes it.
+Writes WORKDIR/report.html, a single file without external resources, from the files that training
+and evaluation wrote. Missing parts are listed with the command that creates them.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from biclip_jax.evaluation.report import html
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Runs `biclip report`."""
     runtime.run_command(_main, argv)
 
 
 def _main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="biclip report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workdir", required=True, help="of a training run")
-    parser.add_argument("--output", help="the file (default: WORKDIR/report.html)")
+    parser.add_argument("--workdir", required=True, help="work directory of a training run")
+    parser.add_argument("--output", help="HTML file (default: WORKDIR/report.html)")
     args = parser.parse_args(argv)
     workdir = Path(args.workdir)
     path = html.write_report(workdir, Path(args.output or workdir / "report.html"), __version__)

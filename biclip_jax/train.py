@@ -1,9 +1,9 @@
-"""Trains a model and tests it: the whole story of a run.
+"""Trains a model and evaluates it on the test split.
 
-    python -m biclip_jax.train                                  the demo, three minutes on a laptop
-    python -m biclip_jax.train --config qata:small --config.data.source=DIR --workdir runs/qata
+    biclip train                                  the demo, three minutes on a laptop
+    biclip train --config qata:small --config.data.source=DIR --workdir runs/qata
 
-The same command again goes on where it stopped.
+The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from biclip_jax.weights import model_folder
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Trains as configured, keeps the best model by validation Dice, tests it.
+    """Trains a model, keeps the best one by validation Dice, and evaluates it on the test split.
 
     Args:
-      config: resolved, see `configs/common.py`.
-      workdir: of the run; a run begun there goes on.
+      config: Resolved config, see `configs/common.py`.
+      workdir: Work directory; a run that was started there resumes.
 
     Returns:
-      What test/results.json holds; empty where `final_test` is off.
+      The contents of test/results.json; empty if `final_test` is false.
 
     Raises:
-      UserError: a configuration, a data set or a folder that does not fit.
-      SystemExit: 143 or 130 after SIGTERM or SIGINT, the state saved.
+      UserError: Invalid config, dataset or folder.
+      SystemExit: 143 or 130 after SIGTERM or SIGINT; the state is saved.
     """
     family, data = FAMILIES[config.model.kind], config.data.to_dict()
     encoders = family.open_encoders(config)
@@ -66,24 +66,31 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         unlabelled = pseudo_labels.add_pseudo_labels(unlabelled, config, workdir)
         splits["train"] = pipeline.join_records(splits["train"], unlabelled)
         texts = {split: [record["text"] for record in splits[split]] for split in ("train", "val")}
-        encoded_text = family.encode_texts(config, texts, encoders, prepared, print)
+        # A dataset in a single file has no folder for cached text features.
+        cache = prepared if prepared.is_dir() else Path(data["cache_dir"] or files.cache_dir())
+        encoded_text = family.encode_texts(config, texts, encoders, cache, print)
         program = build(config, num_labelled, encoded_text, encoders, len(splits["val"]))
         state, progress = restore_or_init(workdir, program)
         state = training_loop(config, workdir, program, splits, encoded_text, state, progress)
         plots.plot_curves(writers.read_metrics(workdir / "metrics.jsonl"), workdir / "curves.png")
-        tests = config.final_test and distributed.is_main_process()
-        return test(workdir, config, splits["test"]) if tests else {}
+        if not (config.final_test and distributed.is_main_process()):
+            return {}
+        return test(workdir, config, splits["test"])
 
 
 def write_or_check_config(config: ConfigDict, workdir: Path, encoders: Mapping[str, str]) -> None:
-    """Writes the resolved configuration, after a check that a run there began with the same.
+    """Writes config.json, or checks that a run to resume was started with the same config.
 
-    Fields that do not change a run, such as where its data lies, may differ; a
-    tower is known by the SHA-256 of its weights and tokenizer, `towers` by its
-    section of `model`.
+    Fields on which no result depends, such as the path of the data, may differ. A pretrained
+    encoder is identified by the SHA-256 of its weights and tokenizer.
+
+    Args:
+      config: Resolved config.
+      workdir: Work directory.
+      encoders: {section of `model`: identity of its encoder}.
 
     Raises:
-      UserError: another configuration began this run (naming the fields).
+      UserError: The run was started with another config (the message names the fields).
     """
     path = workdir / "config.json"
     resolved = json.loads(config.to_json())
@@ -96,23 +103,23 @@ def write_or_check_config(config: ConfigDict, workdir: Path, encoders: Mapping[s
         before = _recorded_weights(path, name) if f"model.{name}.sha256" in changed else ""
         if before:
             raise UserError(
-                f"{path}: this run began with the {name} tower that lay in {before!r}; the weights "
-                f"or the tokenizer in {resolved['model'][name]['weights']!r} are others; give "
-                "another --workdir, or that tower"
+                f"{path}: this run was started with the {name} encoder in {before!r}; the weights "
+                f"or the tokenizer in {resolved['model'][name]['weights']!r} differ; give another "
+                "--workdir, or the same encoder"
             )
     if changed:
         raise UserError(
-            f"{path}: this run began with another configuration: {config_lib.format_changes(changed)}; "
-            "give another --workdir, or the same fields"
+            f"{path}: this run was started with another config: "
+            f"{config_lib.format_changes(changed)}; give another --workdir, or the same fields"
         )
     files.write_json(path, resolved)
 
 
 def write_or_check_labels(labels: Mapping[str, Any], workdir: Path) -> None:
-    """Writes labels.json, after a check that a run there began with the same pictures.
+    """Writes labels.json, or checks that a run to resume was started with the same images.
 
     Raises:
-      UserError: it began with others, or the file is damaged.
+      UserError: The run was started with other images, or the file is damaged.
     """
     path = workdir / "labels.json"
     if path.exists() and checkpoint.complete_steps(workdir / "checkpoints/last"):
@@ -120,32 +127,32 @@ def write_or_check_labels(labels: Mapping[str, Any], workdir: Path) -> None:
         if before != labels["ids"]:
             common = len(set(before) & set(labels["ids"]))
             raise UserError(
-                f"{path}: this run began with {len(before)} labelled pictures; the data now has "
-                f"{len(labels['ids'])}, of which {common} are the same; give another --workdir, "
-                "or the same data"
+                f"{path}: this run was started with {len(before)} labelled images; the data now "
+                f"has {len(labels['ids'])}, {common} of them the same; give another --workdir, or "
+                "the same data"
             )
     files.write_json(path, labels)
 
 
 def _recorded_weights(path: Path, name: str) -> str:
     model = json.loads(path.read_text(encoding="utf-8"))["model"]
-    return model.get(name, {}).get("weights", "")  # another family has other sections
+    return model.get(name, {}).get("weights", "")  # another model family has other sections
 
 
 def restore_or_init(
     workdir: Path, program: Program
 ) -> tuple[train_state.TrainState, dict[str, Any]]:
-    """The state to go on from and its progress: the last intact checkpoint's, or a new one's."""
+    """Restores state and progress from the last intact checkpoint, or returns the initial ones."""
     progress = {"best_score": -1.0, "best_step": 0, "stale": 0}
     for kind in ("last", "best"):
         checkpoint.remove_incomplete(workdir / "checkpoints" / kind)
-    # What is never trained is not saved either: it is the towers', or follows from the seed.
-    bare = train_state.without_frozen(program.initial)
-    found = checkpoint.restore_latest(workdir / "checkpoints/last", bare, print)
-    state, progress = distributed.broadcast_from_main(*(found or (bare, progress)))
+    # Frozen parameters are not saved: they come from the encoders, or follow from the seed.
+    initial = train_state.without_frozen(program.initial)
+    restored = checkpoint.restore_latest(workdir / "checkpoints/last", initial, print)
+    state, progress = distributed.broadcast_from_main(*(restored or (initial, progress)))
     state = dataclasses.replace(state, frozen=program.initial.frozen)
-    if found:
-        print(f"{workdir}: goes on after step {train_state.step_of(state)} of {program.num_steps}")
+    if restored:
+        print(f"{workdir}: resumes after step {train_state.step_of(state)} of {program.num_steps}")
     return program.place(state), progress
 
 
@@ -158,15 +165,15 @@ def training_loop(
     state: train_state.TrainState,
     progress: dict[str, Any],
 ) -> train_state.TrainState:
-    """Steps, logs, evaluates and saves until the end, a signal, or no more improvement."""
+    """Runs the training loop until num_steps, a stop signal or early stopping."""
     key = distributed.replicate(stream(config, "augment"))
-    begun = step = train_state.step_of(state)
+    first_step = step = train_state.step_of(state)
     fields = encoded_text.fields["train"]
-    advance = input_feed.open_feed(config.to_dict(), program, splits["train"], fields, begun)
+    advance = input_feed.open_feed(config.to_dict(), program, splits["train"], fields, first_step)
     window: list[Any] = []
     with (
         checkpoint.StopSignal() as stop,
-        writers.Writer(workdir, program.num_steps, begun) as writer,
+        writers.Writer(workdir, program.num_steps, first_step) as writer,
     ):
         log_start(config, program)
         since = time.perf_counter()
@@ -175,7 +182,8 @@ def training_loop(
             state, metrics = advance(state, key, step, min(end - step % end for end in ends))
             step += len(metrics)
             window += metrics
-            # One step stays in flight: the device is never idle, the bar and a signal never late.
+            # One step stays in flight: the device never idles, and progress and signals are not
+            # late.
             jax.block_until_ready(window[max(len(window) - 2, 0)])
             writer.advance(step)
             logs = step % config.log_every == 0 or step == program.num_steps
@@ -197,26 +205,28 @@ def training_loop(
                 host_state = distributed.to_host(train_state.without_frozen(state))
                 if distributed.is_main_process():
                     checkpoint.save(workdir / "checkpoints/last", host_state, progress)
-            if due or step == begun + len(metrics):
-                runtime.trim_memory()  # compiling, validating, saving left holes in the steps'
+            if due or step == first_step + len(metrics):
+                runtime.trim_memory()  # compiling, validation and saving fragment the memory
             since += time.perf_counter() - paused
             if signalled is not None:
                 distributed.barrier()
-                print(f"{workdir}: stopped by a signal after step {step}; saved, can go on")
+                print(
+                    f"{workdir}: stopped by a signal after step {step}; saved, resume it any time"
+                )
                 sys.exit(128 + signalled)
     return state
 
 
 def log_start(config: ConfigDict, program: Program) -> None:
-    """Says in a line what is about to run."""
+    """Logs model size, data, number of steps and devices."""
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     devices += f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     devices += f", {config.parallel.mode}" if jax.device_count() > 1 else ""
     frozen = train_state.num_parameters(program.initial.frozen)
     trained = f"{train_state.num_parameters(program.initial.params):,} parameters"
     print(
-        f"{config.name}: {trained}{f' beside {frozen:,} frozen ones' if frozen else ''}, "
-        f"{program.num_labelled} labelled pictures, {program.num_steps} steps of "
+        f"{config.name}: {trained}{f' + {frozen:,} frozen' if frozen else ''}, "
+        f"{program.num_labelled} labelled images, {program.num_steps} steps of batch size "
         f"{config.batch_size}, on {devices}; the first step compiles"
     )
 
@@ -229,22 +239,22 @@ def window_metrics(
     skipped: int,
     seconds: float,
 ) -> dict[str, float | int]:
-    """What one log line says of the steps since the last one."""
+    """Returns the values of a log line: means over the steps since the last one."""
     return {
         **steps.mean_metrics(jax.device_get(window)),
-        # Skipped steps do not move the optimiser's own count, which the schedule follows.
+        # The schedule follows the optimizer's own count, which skipped steps do not increase.
         "lr": float(program.schedule(step - 1 - skipped)),
         "images_per_second": len(window) * config.batch_size * config.ensemble / seconds,
     }
 
 
 def check_finite(config: ConfigDict, values: Mapping[str, float], step: int, workdir: Path) -> None:
-    """Applies `optim.non_finite`: the skipped steps left the state alone; `abort` ends the run."""
+    """Applies `optim.non_finite`: skipped steps left the state unchanged; `abort` ends the run."""
     if values["skipped"] and config.optim.non_finite == "abort":
         raise UserError(
             f"{workdir / 'metrics.jsonl'}: a loss or gradient before step {step} was not finite; "
-            "the last checkpoint is intact; look at the pictures, lower optim.learning_rate, or "
-            "set optim.non_finite=skip"
+            "the last checkpoint is intact; check the images, lower optim.learning_rate, or set "
+            "optim.non_finite=skip"
         )
 
 
@@ -255,7 +265,7 @@ def validate(
     texts: dict[str, np.ndarray],
     state: train_state.TrainState,
 ) -> dict[str, float | int]:
-    """Both kinds of Dice and IoU on the validation split, at the model's size."""
+    """Computes global and mean Dice and IoU on the validation split, at the model's image size."""
     variables = variables_of(program, state)
     batch_size = distributed.round_up_to_devices(config.batch_size)
     return runner.validate(
@@ -267,7 +277,7 @@ def validate(
 
 
 def variables_of(program: Program, state: train_state.TrainState) -> dict[str, Any]:
-    """The state's part that inference needs, of one model or of an ensemble's members."""
+    """Returns the variables for inference, of one model or of the members of an ensemble."""
     variables = train_state.inference_variables(state)
     return ensemble.stacked(variables) if program.num_members > 1 else variables
 
@@ -280,7 +290,7 @@ def save_if_best(
     scores: Mapping[str, Any],
     progress: dict[str, Any],
 ) -> None:
-    """Saves checkpoint and model folder where the global Dice is the best so far."""
+    """Saves checkpoint and model folder if the global Dice is the best so far."""
     progress["stale"] += 1
     if scores["dice_global"] <= progress["best_score"]:
         return
@@ -289,23 +299,24 @@ def save_if_best(
     host_state = distributed.to_host(state)
     if not distributed.is_main_process():
         return
-    bare = train_state.without_frozen(host_state)
-    checkpoint.save(workdir / "checkpoints/best", bare, progress, keep=1)
-    described = {**program.described, "step": step}
+    checkpoint.save(
+        workdir / "checkpoints/best", train_state.without_frozen(host_state), progress, keep=1
+    )
+    model_config = {**program.model_config, "step": step}
     variables = variables_of(program, host_state)
     params = {k: v for k, v in variables["params"].items() if k not in program.linked}
     model_folder.write(
         workdir / "model",
-        config=described,
+        config=model_config,
         variables={**variables, "params": params},
         tokenizer=encoded_text.tokenizer.to_str(),
-        card=model_folder.model_card(described, {"validation": scores}),
+        card=model_folder.model_card(model_config, {"validation": scores}),
         scores={"validation": scores},
     )
 
 
 def test(workdir: Path, config: ConfigDict, records: Sequence[Any]) -> dict[str, Any]:
-    """The best model on the test split, with right, missing and shuffled sentences."""
+    """Evaluates the best model on the test split, with original, empty and shuffled prompts."""
     model, variables, processor = inference.load_model(workdir)
     outcome = runner.evaluate(
         runner.make_predict(model, text_encoders.without_text_encoder(model, variables)),
@@ -315,7 +326,7 @@ def test(workdir: Path, config: ConfigDict, records: Sequence[Any]) -> dict[str,
         conditions=("original", "empty", "shuffled"),
         batch_size=config.batch_size,
     )
-    print(f"\ntest, {len(records)} pictures, percent, at {outcome['size']}:")
+    print(f"\ntest, {len(records)} images, percent, at {outcome['size']}:")
     print(runner.score_table(outcome["conditions"]))
     print(f"best checkpoint  {workdir / 'checkpoints/best'}")
     print(f"model folder     {workdir / 'model'}")
@@ -325,12 +336,12 @@ def test(workdir: Path, config: ConfigDict, records: Sequence[Any]) -> dict[str,
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Runs `biclip train`."""
     runtime.run_command(_main, argv)
 
 
 def _main(argv: list[str]) -> None:
-    parser = config_lib.config_parser(__doc__)
+    parser = config_lib.config_parser("train", __doc__)
     args, overrides = parser.parse_known_args(argv)
     config = config_lib.load_config(args.config, overrides)
     distributed.initialize(os.environ)

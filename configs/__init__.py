@@ -1,1 +1,1 @@
-"""Experiment configurations: one page each, `get_config(variant)` returns a ConfigDict."""
+"""Configs of the experiments: each module has `get_config(variant)`, which returns a ConfigDict."""

@@ -1,9 +1,9 @@
-"""The demo: synthetic chest pictures in which only the sentence says which lesions are meant.
+"""The demo: synthetic chest images in which only the prompt says which lesions to segment.
 
-    python -m biclip_jax.train
+    biclip train
 
-Three minutes on two CPU cores, no download. A model that ignores the sentence
-stays below 0.6 global Dice; see docs/results.md for the figures.
+It takes three minutes on two CPU cores and downloads nothing. A model that ignores the prompt stays
+below 0.6 global Dice; docs/results.md has the results.
 """
 
 from ml_collections import ConfigDict
@@ -30,5 +30,5 @@ def get_config(variant: str | None = None) -> ConfigDict:
 
 
 def _no_text(config: ConfigDict) -> None:
-    """Never shows the model a sentence."""
+    """Trains and evaluates with empty prompts."""
     config.data.text_condition = "empty"

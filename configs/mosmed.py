@@ -1,9 +1,9 @@
-"""MosMedData+: slices of chest CT with infection masks, one sentence each (2183 / 273 / 273).
+"""MosMedData+: slices of chest CT with infection masks, one caption per image (2183 / 273 / 273).
 
-    python -m biclip_jax.train --config mosmed --config.data.source=DIR
+    biclip train --config mosmed --config.data.source=DIR
 
-The public split is by slice: slices of one patient lie in several splits, so
-that scores on it are higher than on new patients.
+The public split is by slice: slices of one patient are in several splits, so scores are higher than
+on new patients.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from biclip_jax.configs import common
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    """Variants: none (`published`, 224 px), `small` (a CPU), `smoke`, configs/variants.py's."""
+    """Variants: none (`published`, 224 px), `small` (for CPUs), `smoke`, those of variants.py."""
     config = common.base()
     config.name = "mosmed"
     config.data.name = "mosmed_plus"

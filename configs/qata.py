@@ -1,7 +1,7 @@
-"""QaTa-COV19: chest X-rays with infection masks, one sentence each (5716 / 1429 / 2113).
+"""QaTa-COV19: chest X-rays with infection masks, one caption per image (5716 / 1429 / 2113).
 
-python -m biclip_jax.train --config qata --config.data.source=DIR
-python -m biclip_jax.train --config qata:small --config.data.source=DIR
+biclip train --config qata --config.data.source=DIR
+biclip train --config qata:small --config.data.source=DIR
 """
 
 from ml_collections import ConfigDict
@@ -10,9 +10,9 @@ from biclip_jax.configs import common
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    """Variants: those of configs/variants.py, `cxr_bert`, `small` (a CPU), `smoke`.
+    """Variants: those of configs/variants.py, `cxr_bert`, `small` (for CPUs), `smoke`.
 
-    None: `published` with the scratch text encoder, 224 px.
+    Without a variant: `published` with the scratch text encoder, 224 px.
     """
     config = common.base()
     config.name = "qata"
@@ -21,9 +21,9 @@ def get_config(variant: str | None = None) -> ConfigDict:
 
 
 def _cxr_bert(config: ConfigDict) -> None:
-    """`published` with its own text encoder; make the folder first:
+    """`published` with CXR-BERT as text encoder; convert its weights first:
 
-    python -m biclip_jax.convert bert FOLDER_OF_CXR_BERT weights/cxr_bert
+    biclip convert bert FOLDER_OF_CXR_BERT weights/cxr_bert
     """
     config.model.text.encoder = "bert"
     config.model.text.weights = "weights/cxr_bert"

@@ -1,7 +1,7 @@
-"""Methods that every experiment can be run with: `--config qata:small,full`.
+"""Methods that apply to every experiment: `--config qata:small,full`.
 
-Each is a function that sets fields of a configuration. A method comes first, whatever
-the order of the names: what a page's own variants set, such as the size, stands.
+Each method is a function that sets fields of a config. The method is applied first, whatever the
+order of the names, so that the variants of an experiment, such as its size, override it.
 """
 
 from collections.abc import Callable
@@ -10,11 +10,11 @@ from ml_collections import ConfigDict
 
 
 def published(config: ConfigDict) -> None:
-    """The network and the training as published: the base itself."""
+    """The published network and training: the base config."""
 
 
 def full(config: ConfigDict) -> None:
-    """The method as described: fusion at every level, both views learn, the weak one teaches."""
+    """The method as described in the paper: fusion at all levels, the weak view as target."""
     config.model.bmf.levels = "all"
     config.model.bmf.zero_init = True
     config.model.bmf.level_text_dropout = 0.5
@@ -34,10 +34,10 @@ def full(config: ConfigDict) -> None:
 
 
 def semi(config: ConfigDict) -> None:
-    """`full`, and the training pictures outside the labelled share with it, without masks."""
+    """`full`, plus the training images outside the label fraction, without masks."""
     full(config)
     config.data.unlabelled = "rest"
-    config.batch_size *= 2  # as many labelled pictures a step as the others, and as many without
+    config.batch_size *= 2  # the labelled images of the other methods, and as many unlabelled
     config.loss.views = "one"
     config.loss.pseudo_labels = 1.0
     config.loss.confidence = 0.8
@@ -46,25 +46,25 @@ def semi(config: ConfigDict) -> None:
 
 
 def unet(config: ConfigDict) -> None:
-    """The image-only U-Net: no sentence anywhere."""
+    """The image-only U-Net, without text."""
     _plain(config)
     config.model.pseudo_image = False
 
 
 def ef_unet(config: ConfigDict) -> None:
-    """Early fusion (arXiv 2510.12482): the sentence as a second picture, and nothing else."""
+    """Early fusion (arXiv 2510.12482): only the pseudo-image, generated from the prompt."""
     _plain(config)
 
 
 def one_way(config: ConfigDict) -> None:
-    """The sentence modulates every level and makes the pseudo-image; nothing comes back to it."""
+    """Text-to-vision fusion at all levels and the pseudo-image, no vision-to-text refinement."""
     _plain(config)
     config.model.bmf.levels = "all"
     config.model.bmf.text_to_vision = True
 
 
 def no_bmf(config: ConfigDict) -> None:
-    """`full` without the fusion: neither direction, at the input or at the levels."""
+    """`full` without fusion in either direction, at the input and at the levels."""
     full(config)
     config.model.bmf.vision_to_text = False
     config.model.bmf.text_to_vision = False
@@ -73,7 +73,7 @@ def no_bmf(config: ConfigDict) -> None:
 
 
 def no_iac(config: ConfigDict) -> None:
-    """`full` without the consistency between views; the strong view still learns from masks."""
+    """`full` without the consistency loss; the strong view is still supervised."""
     full(config)
     config.loss.iac = 0.0
 
@@ -85,7 +85,7 @@ def no_cycle(config: ConfigDict) -> None:
 
 
 def no_generator(config: ConfigDict) -> None:
-    """`full` without the pseudo-image, and so without its loss and the cycle."""
+    """`full` without the pseudo-image, and therefore without the generator and cycle losses."""
     full(config)
     config.model.pseudo_image = False
     config.model.bmf.level_text_dropout = 0.0
@@ -93,7 +93,7 @@ def no_generator(config: ConfigDict) -> None:
 
 
 def _plain(config: ConfigDict) -> None:
-    """Supervised training on the weak view alone, no part of the fusion."""
+    """Supervised training on the weak view, without fusion."""
     config.model.bmf.vision_to_text = False
     config.model.bmf.text_to_vision = False
     config.model.bmf.levels = ""
@@ -103,8 +103,10 @@ def _plain(config: ConfigDict) -> None:
 
 
 def _schedule(config: ConfigDict) -> None:
-    """The same for `full` and its rivals, so that they take the same number of steps."""
-    config.optim.warmup_steps = config.optim.warmup_steps or 1000  # a page's own stands
+    """The schedule of `full` and its baselines, so that they take the same number of steps."""
+    config.optim.warmup_steps = (
+        config.optim.warmup_steps or 1000
+    )  # keeps the value of the experiment
     config.num_epochs = 200
 
 

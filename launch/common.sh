@@ -1,25 +1,25 @@
-# What the launch scripts share; sourced, not run.
+# Functions of the launch scripts; sourced, not run.
 
-# Prints the comment at the head of the script.
+# Prints the comment at the top of the script and exits with status 2.
 usage() {
   sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" >&2
   exit 2
 }
 
-# require NAME WHAT: ends the script where the environment has no NAME.
+# require NAME WHAT: exits with status 2 if the environment variable NAME is not set.
 require() {
   [ -n "${!1:-}" ] ||
     { echo "$0: $1 is not set; expected $2; put $1=... before the command" >&2; exit 2; }
 }
 
-# One line that a shell reads as the same words.
+# Prints its arguments as one line, quoted for the shell.
 quoted() {
   local line
   line=$(printf '%q ' "$@")
   echo "${line% }"
 }
 
-# wait_for PID: its status, also where a signal ends `wait` early and the run is still saving.
+# wait_for PID: returns its status, also if a signal ends `wait` while the run is still saving.
 wait_for() {
   local status
   wait "$1"

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# One run on TPU slices of a GKE cluster, by xpk; starts again after a crash.
+# Trains on TPU slices of a GKE cluster, by xpk; restarts after a crash.
 #
-#   launch/gke.sh [--dry-run] CLUSTER IMAGE TPU_TYPE NUM_SLICES -- options of biclip_jax.train
+#   launch/gke.sh [--dry-run] CLUSTER IMAGE TPU_TYPE NUM_SLICES -- options of biclip train
 #   WORKLOAD=qata PROJECT=mine ZONE=us-west4-a launch/gke.sh tpus gcr.io/mine/biclip_jax:1 \
 #     v5litepod-16 2 -- --workdir /shared/runs/qata --config qata \
 #     --config.data.source=/shared/qata
 #
-# --workdir is among the options: a folder that all pods mount. From the environment: WORKLOAD (the
-# name of the job, lower case), PROJECT, ZONE; MAX_RESTARTS (3). --dry-run prints the command and
+# --workdir is among the options: a folder that all pods mount. Environment: WORKLOAD (the name
+# of the job, lower case), PROJECT, ZONE; MAX_RESTARTS (3). --dry-run prints the command and
 # runs nothing.
 #
-# The run goes on from its last checkpoint each time. The cluster gives it up after MAX_RESTARTS
-# failures, and at once when the configuration or the data does not fit (status 2).
+# The run resumes from its last checkpoint. The cluster stops after MAX_RESTARTS restarts, and
+# immediately if the config or the data is invalid (status 2).
 set -u
 . "$(dirname "$0")/common.sh"
 
@@ -33,9 +33,9 @@ require ZONE "the zone of the cluster, such as us-west4-a"
   exit 2
 }
 
-# xpk's own list of statuses that start a job again is 42 and 127-255, which leaves out a plain
-# crash. 130 and 143 are in it and stay: here a signal comes from the cluster, which takes a node
-# away, and the run is to go on elsewhere. Without exec the signal would end at the shell.
+# By default xpk restarts a job after 42 and 127-255, which does not include a plain crash. 130 and
+# 143 are included and stay: here a signal comes from the cluster, which takes a node away, and the
+# run resumes on another one. Without exec the signal would end at the shell.
 command=(
   xpk workload create
   --cluster="$cluster"

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# One run on this machine, on all its devices; runs again after a crash.
+# Trains on all devices of this machine; restarts after a crash.
 #
-#   launch/local.sh [--dry-run] WORKDIR [options of biclip_jax.train]
+#   launch/local.sh [--dry-run] WORKDIR [options of biclip train]
 #   launch/local.sh runs/qata --config qata --config.data.source=/data/qata
 #
 # --dry-run prints the command and runs nothing.
 #
-# The run goes on from its last checkpoint each time. It is given up after MAX_RESTARTS (3)
-# failures, and at once when the configuration or the data does not fit (status 2) or when
-# somebody stopped it (130, 143). A signal to this script goes to the run, which saves and leaves.
+# The run resumes from its last checkpoint. The script stops after MAX_RESTARTS (3) restarts, and
+# immediately if the config or the data is invalid (status 2) or the run was stopped by a signal
+# (130, 143). A signal to this script is sent to the run, which saves and exits.
 set -u
 . "$(dirname "$0")/common.sh"
 dry_run=

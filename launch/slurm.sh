@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# One run on several nodes of a Slurm cluster, one process a node; starts again after a crash.
+# Trains on several nodes of a Slurm cluster, one process per node; restarts after a crash.
 #
-#   launch/slurm.sh [--dry-run] NODES WORKDIR [options of biclip_jax.train]
+#   launch/slurm.sh [--dry-run] NODES WORKDIR [options of biclip train]
 #   launch/slurm.sh 4 /shared/runs/qata --config qata --config.data.source=/shared/qata
 #
-# WORKDIR lies in a folder that all nodes share. From the environment: GPUS_PER_NODE (1; 0 for
-# none), MAX_RESTARTS (3), and where the cluster's own values do not do: CPUS_PER_NODE, TIME,
-# PARTITION. --dry-run prints the command and runs nothing.
+# WORKDIR is in a folder that all nodes share. Environment: GPUS_PER_NODE (1; 0 for none),
+# MAX_RESTARTS (3), and to override the defaults of the cluster CPUS_PER_NODE, TIME, PARTITION.
+# --dry-run prints the command and runs nothing.
 #
-# The run goes on from its last checkpoint each time. It is given up after MAX_RESTARTS failures,
-# at once when the configuration or the data does not fit (status 2), and when somebody or the
-# time limit stopped it. To stop it so that it saves: scancel --batch --signal=TERM JOB.
+# The run resumes from its last checkpoint. The script stops after MAX_RESTARTS restarts, if the
+# config or the data is invalid (status 2), and if the run was stopped by a signal or the time
+# limit. To stop a run after it has saved: scancel --batch --signal=TERM JOB.
 set -u
 
-# The part that runs on the first node, with the srun command as its arguments. It sources nothing:
-# sbatch copies this file alone.
+# Runs on the first node, with the srun command as its arguments. It sources nothing: sbatch copies
+# only this file.
 run_job() {
   max_restarts=$1
   shift
   stopped=
-  # By scancel, to the processes of the step: srun itself would take the signal for SIGKILL.
+  # scancel signals the processes of the step: srun itself would treat the signal as SIGKILL.
   trap 'stopped=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
   for attempt in $(seq 0 "$max_restarts"); do
     [ "$attempt" = 0 ] || echo "restart $attempt" >&2
@@ -33,8 +33,8 @@ run_job() {
       status=$?
     done
     case $status in 0 | 2 | 130) exit "$status" ;; esac
-    # srun gives the highest status of all processes, and after the loss of one Slurm ends the
-    # others by SIGTERM: 143 alone does not say that the run was to stop, a signal to us does.
+    # srun returns the highest status of all processes, and after the loss of one process Slurm
+    # ends the others by SIGTERM: 143 means a stop only if this script received a signal.
     [ -z "$stopped" ] || exit "$status"
   done
   exit "$status"
@@ -58,18 +58,18 @@ gpus=${GPUS_PER_NODE:-1}
   { echo "$0: GPUS_PER_NODE is '$gpus'; expected a number; give 0 for none" >&2; exit 2; }
 
 tasks=(--nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1)
-# srun does not take this one over from sbatch (Slurm 22.05 and later).
+# srun does not inherit this option from sbatch (Slurm 22.05 and later).
 [ -z "${CPUS_PER_NODE:-}" ] || tasks+=(--cpus-per-task="$CPUS_PER_NODE")
-# B: the signal goes to this script, which passes it on and thus knows of it. Slurm may send it a
-# minute earlier; the 120 seconds are for the step at work and the checkpoint.
+# B: the signal goes to this script, which forwards it and so knows about it. Slurm may send it a
+# minute earlier; the 120 seconds are for the current train step and the checkpoint.
 job=("${tasks[@]}" --job-name=biclip_jax --signal=B:TERM@120 --requeue --open-mode=append)
 [ "$gpus" = 0 ] || job+=(--gpus-per-node="$gpus")
 [ -z "${TIME:-}" ] || job+=(--time="$TIME")
 [ -z "${PARTITION:-}" ] || job+=(--partition="$PARTITION")
 
-# Without --kill-on-bad-exit the other processes would wait for the one that is lost.
+# Without --kill-on-bad-exit the other processes would wait for the lost one.
 step=(srun "${tasks[@]}" --kill-on-bad-exit=1)
-# Under Slurm jax takes one GPU a process unless it is told which.
+# Under Slurm, jax uses one GPU per process by default.
 [ "$gpus" = 0 ] || step+=(env JAX_LOCAL_DEVICE_IDS="$(seq -s , 0 $((gpus - 1)))")
 step+=(python -m biclip_jax.train --workdir "$workdir" "$@")
 

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# One run on all hosts of a Cloud TPU VM; starts again after a crash.
+# Trains on all hosts of a Cloud TPU VM; restarts after a crash.
 #
 #   launch/tpu_vm.sh [--dry-run] create NAME [options of gcloud, such as --spot]
 #   launch/tpu_vm.sh [--dry-run] install NAME WHEEL_HERE | URL | /PATH/ON/THE/HOSTS
-#   launch/tpu_vm.sh [--dry-run] train NAME WORKDIR [options of biclip_jax.train]
+#   launch/tpu_vm.sh [--dry-run] train NAME WORKDIR [options of biclip train]
 #   launch/tpu_vm.sh [--dry-run] stop NAME
 #   launch/tpu_vm.sh [--dry-run] delete NAME
 #
-# WORKDIR is the absolute path of a folder that all hosts share. From the environment: PROJECT and
+# WORKDIR is the absolute path of a folder that all hosts share. Environment: PROJECT and
 # ZONE; for create also TYPE, such as v5litepod-16, and VERSION, such as v2-alpha-tpuv5-lite;
 # PYTHON (python3) of the hosts, 3.11 or later; MAX_RESTARTS (3); RESTART_PAUSE (30), seconds.
 # --dry-run prints the commands and runs none.
 #
-# The run goes on from its last checkpoint each time. It is given up after MAX_RESTARTS failures,
-# and at once when the configuration or the data does not fit (status 2) or when somebody stopped
-# it (130, 143). stop, or a signal to this script, ends the run on all hosts after it has saved.
+# The run resumes from its last checkpoint. The script stops after MAX_RESTARTS restarts, and
+# immediately if the config or the data is invalid (status 2) or the run was stopped by a signal
+# (130, 143). stop, or a signal to this script, ends the run on all hosts after it has saved.
 set -u
 . "$(dirname "$0")/common.sh"
 
@@ -36,11 +36,11 @@ install() {
   local target
   if [ -f "$1" ]; then
     tpu_vm scp "$1" "$name:" --worker=all || return
-    target="./$(basename "$1")[tpu]"
+    target="./$(basename "$1")[tpu,train]"
   elif [[ $1 = *://* ]]; then
-    target="biclip_jax[tpu] @ $1"
+    target="biclip_jax[tpu,train] @ $1"
   elif [[ $1 = /* ]]; then
-    target="$1[tpu]"
+    target="$1[tpu,train]"
   else
     echo "$0: $1: no such file here; expected a wheel, a URL or an absolute path of the hosts;" \
       "build a wheel with: python -m build --wheel" >&2
@@ -49,8 +49,8 @@ install() {
   on_all_hosts "$(quoted "$python" -m pip install "$target")"
 }
 
-# The brackets keep the pattern from matching the shell that it is a word of. Only the oldest gets
-# the signal, once: a second one would end a run that is saving.
+# The brackets keep the pattern from matching the shell that contains it. Only the oldest process gets
+# the signal, once: a second signal would end a run that is saving.
 stop() {
   # shellcheck disable=SC2016 # the hosts expand it
   on_all_hosts 'pkill -TERM -o -f "[b]iclip_jax[.]train" || exit 0; '\
@@ -66,7 +66,7 @@ train() {
       "give a folder that all hosts share" >&2
     return 2
   }
-  # exec: the program takes the place of the shell, so that the pattern above finds it alone.
+  # exec: the program replaces the shell, so that the pattern above matches only the program.
   command="exec env BICLIP_DISTRIBUTED=auto $(
     quoted "$python" -m biclip_jax.train --workdir "$workdir" "$@"
   )"
@@ -79,7 +79,7 @@ train() {
     if [ "$attempt" != 0 ]; then
       echo "restart $attempt" >&2
       sleep "${RESTART_PAUSE:-30}"
-      # A lost connection leaves the run at work on its host, holding the TPU and the workdir.
+      # After a lost connection the run may continue on its host and hold the TPU and the workdir.
       stop
       [ -z "$stopped" ] || return 143
     fi

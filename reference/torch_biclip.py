@@ -1,11 +1,10 @@
-"""The published BiCLIP network in PyTorch: what the Flax model is compared with.
+"""The published BiCLIP network in PyTorch, the reference for the Flax model.
 
-With `level_hidden` the sentence also meets the picture at every level, as in
-`full`. Parameter names are those of the published checkpoints, without the
-prefix `model.`; those of the levels are our own. The frozen text tower is left
-out: its pooled answer comes in as `text_features`. Pictures are (B, 3, S, S) in
-[0, 1], masks (B, 1, S, S) in {0, 1}; the ImageNet statistics are applied inside
-`segment` and nowhere else.
+With `level_hidden` image and text are also fused at every level, as in `full`. Parameter names are
+those of the published checkpoints without the prefix `model.`; those of the levels are specific to
+this implementation. The frozen text encoder is not included: its pooled output is the input
+`text_features`. Images are (B, 3, S, S) in [0, 1], masks (B, 1, S, S) in {0, 1}. Only `segment`
+applies the ImageNet statistics.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def _norm(kind: str, num: int) -> nn.Module:
 
 
 class DoubleConv(nn.Module):
-    """Twice: 3x3 convolution without bias, norm, ReLU."""
+    """(3x3 convolution without bias, norm, ReLU) twice."""
 
     def __init__(self, num_in: int, num_out: int, norm: str):
         super().__init__()
@@ -49,7 +48,7 @@ class DoubleConv(nn.Module):
 
 
 class Down(nn.Module):
-    """Max-pooling by 2, then a block."""
+    """Max-pooling by 2, then a `DoubleConv`."""
 
     def __init__(self, num_in: int, num_out: int, norm: str):
         super().__init__()
@@ -60,7 +59,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Transposed convolution halving the channels, concat [skip, up], a block."""
+    """Transposed convolution that halves the channels, concat [skip, up], a `DoubleConv`."""
 
     def __init__(self, num_in: int, num_out: int, norm: str):
         super().__init__()
@@ -72,7 +71,7 @@ class Up(nn.Module):
 
 
 class OutConv(nn.Module):
-    """1x1 convolution to one logit a pixel."""
+    """1x1 convolution to one logit per pixel."""
 
     def __init__(self, num_in: int):
         super().__init__()
@@ -99,7 +98,7 @@ def _mlp(num_in: int, num_out: int, hidden: int | None = None) -> nn.Sequential:
 
 
 class ImageEncoder(nn.Module):
-    """(B, 3, S, S) in [0, 1] -> (B, widths[1])."""
+    """Maps images (B, 3, S, S) in [0, 1] to (B, widths[1])."""
 
     def __init__(self, widths: Sequence[int]):
         super().__init__()
@@ -110,7 +109,7 @@ class ImageEncoder(nn.Module):
 
 
 class TextProjection(nn.Module):
-    """Pooled features (B, text_feature_dim) -> t (B, text_dim)."""
+    """Maps pooled features (B, text_feature_dim) to t (B, text_dim)."""
 
     def __init__(self, text_feature_dim: int, text_dim: int):
         super().__init__()
@@ -121,7 +120,7 @@ class TextProjection(nn.Module):
 
 
 class TextRefiner(nn.Module):
-    """BMF, vision -> text: t' = t + g([t; i])."""
+    """BMF, vision to text: t' = t + g([t; i])."""
 
     def __init__(self, text_dim: int, image_dim: int, hidden: int | None = None):
         super().__init__()
@@ -146,7 +145,7 @@ class LevelFusion(nn.Module):
 
 
 class CycleHead(nn.Module):
-    """Pseudo-image (B, 3, S, S) -> t^ (B, text_dim)."""
+    """Maps pseudo-images (B, 3, S, S) to t^ (B, text_dim)."""
 
     def __init__(self, widths: Sequence[int], text_dim: int):
         super().__init__()
@@ -178,17 +177,17 @@ def _num_doublings(image_size: int, text_side: int, num_poolings: int) -> int:
 
 
 class TorchBiCLIP(nn.Module):
-    """The published BiCLIP from pooled text features on.
+    """The published BiCLIP, from pooled text features to logits.
 
     Args:
-      widths: channels of the U-Net's levels; one max-pooling fewer than levels.
-      encoder_widths: channels of the two convolutions of the image encoder.
-      cycle_widths: channels of the two convolutions of the cycle head.
-      text_dim: length of t, a square number; t' is reshaped row-major.
-      image_size: side S of the square pictures, sqrt(text_dim) * 2^k.
-      text_feature_dim: length of the text tower's pooled vector.
+      widths: Channels of the U-Net's levels; there is one pooling fewer than levels.
+      encoder_widths: Channels of the two convolutions of the image encoder.
+      cycle_widths: Channels of the two convolutions of the cycle head.
+      text_dim: Length of t, a square number; t' is reshaped in row-major order.
+      image_size: Side S of the square images, sqrt(text_dim) * 2^k.
+      text_feature_dim: Length of the text encoder's pooled features.
       norm: "batch" or "group".
-      level_hidden: of the refiners at the levels; 0: no fusion there.
+      level_hidden: Hidden features of the refiners at the levels; 0: no fusion at the levels.
     """
 
     def __init__(
@@ -222,24 +221,24 @@ class TorchBiCLIP(nn.Module):
         self.outc = OutConv(widths[0])
         self.fusions = nn.ModuleDict()
         if level_hidden:
-            places = [("encoder", level) for level in range(len(widths))]
-            places += [("decoder", level) for level in range(len(widths) - 1)]
-            for kind, level in places:
+            blocks = [("encoder", level) for level in range(len(widths))]
+            blocks += [("decoder", level) for level in range(len(widths) - 1)]
+            for kind, level in blocks:
                 fusion = LevelFusion(text_dim, widths[level], level_hidden)
                 self.fusions[f"{kind}_{level}"] = fusion
         mean_std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).reshape(2, 1, 3, 1, 1)
         self.register_buffer("imagenet", mean_std, persistent=False)
 
     def fuse(self, image: Tensor, text_features: Tensor) -> dict[str, Tensor]:
-        """Text and picture meet.
+        """Fuses text and image.
 
         Args:
           image: (B, 3, S, S) in [0, 1], not normalised.
           text_features: (B, text_feature_dim).
 
         Returns:
-          text t and refined_text t' (B, text_dim), pseudo_image x^ (B, 3, S, S)
-          in [0, 1], cycle_text t^ (B, text_dim).
+          text t and refined_text t' (B, text_dim), pseudo_image x^ (B, 3, S, S) in [0, 1],
+          cycle_text t^ (B, text_dim).
         """
         text = self.text_encoder(text_features)
         refined = self.text_refiner(text, self.image_feature_extractor(image))
@@ -254,12 +253,12 @@ class TorchBiCLIP(nn.Module):
     def segment(
         self, image: Tensor, pseudo_image: Tensor, text: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The U-Net on [x ; x^], both (B, 3, S, S) in [0, 1], normalised here.
+        """Runs the U-Net on [x ; x^], both (B, 3, S, S) in [0, 1]; normalises them.
 
-        `text` (B, text_dim) is needed where the levels have a fusion.
+        `text` (B, text_dim) is required if the levels have a fusion.
 
         Returns:
-          logits (B, 1, S, S) and the last decoder features (B, widths[0], S, S).
+          Logits (B, 1, S, S) and the last decoder features (B, widths[0], S, S).
         """
         image = (image - self.imagenet[0]) / self.imagenet[1]
         pseudo_image = (pseudo_image - PSEUDO_MEAN) / PSEUDO_STD
@@ -278,21 +277,20 @@ class TorchBiCLIP(nn.Module):
         return self.fusions[name](x, text) if name in self.fusions else (x, text)
 
     def iac(self, features: Tensor) -> Tensor:
-        """Decoder features (B, widths[0], S, S) -> p (B, 256)."""
+        """Maps decoder features (B, widths[0], S, S) to p (B, 256)."""
         return self.IAC_proj(features)
 
     def forward(self, image: Tensor, text_features: Tensor) -> Tensor:
-        """Logits (B, 1, S, S) of an unaugmented picture."""
+        """Computes logits (B, 1, S, S) of unaugmented images."""
         fused = self.fuse(image, text_features)
         return self.segment(image, fused["pseudo_image"], fused["refined_text"])[0]
 
 
 def segmentation_loss(logits: Tensor, mask: Tensor, double_sigmoid: bool = False) -> Tensor:
-    """Soft Dice per image plus binary cross-entropy, weights 1:1, a scalar.
+    """Computes soft Dice per image plus binary cross-entropy, weights 1:1; a scalar.
 
-    With `double_sigmoid` the cross-entropy term takes the probabilities for
-    logits, as the published wrapper does. An empty mask yields a Dice term of
-    1 - 1e-5 / (sum(probs) + 1e-5).
+    With `double_sigmoid` the cross-entropy treats the probabilities as logits, as the published
+    wrapper does. An empty mask gives a Dice term of 1 - 1e-5 / (sum(probs) + 1e-5).
     """
     probs = torch.sigmoid(logits)
     intersection = (probs * mask).sum(dim=(1, 2, 3))
@@ -314,18 +312,18 @@ def published_loss(
     strong: tuple[Tensor, View],
     double_sigmoid: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L = L_seg + 0.1 L_gen + 0.05 L_IAC + 0.07 L_cycle of one batch.
+    """Computes L = L_seg + 0.1 L_gen + 0.05 L_IAC + 0.07 L_cycle of one batch.
 
     Args:
-      model: weak goes through its BatchNorm before strong.
+      model: Its BatchNorm sees the weak view before the strong one.
       image: (B, 3, S, S) in [0, 1], unaugmented.
       text_features: (B, text_feature_dim).
       mask: (B, 1, S, S) float in {0, 1}, unaugmented.
-      weak: image, pseudo-image and mask of the weak view.
-      strong: image and pseudo-image of the strong view. A view's pseudo-image
-        is a tensor, a constant, or a function of the pseudo-image made here,
-        through which the segmentation loss then reaches the generator.
-      double_sigmoid: see `segmentation_loss`.
+      weak: Image, pseudo-image and mask of the weak view.
+      strong: Image and pseudo-image of the strong view. The pseudo-image of a view is either a
+        constant tensor or a function of the generated pseudo-image, through which the segmentation
+        loss then reaches the generator.
+      double_sigmoid: See `segmentation_loss`.
 
     Returns:
       The loss and its unweighted parts seg, gen, iac, cycle, all scalars.
@@ -354,14 +352,14 @@ def full_loss(
     box: Tensor,
     change: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of `full`: both views learn from masks, the weak one teaches the embedding.
+    """Computes the loss of `full`: masks for both views, the weak embedding as teacher.
 
     Args:
-      model: the running statistics of its BatchNorm take the weak view alone.
-      image, text_features, mask: of the weak view, as for `published_loss`.
-      box: (B, 1, S, S) bool, the same for rows 2j and 2j + 1: the strong view has
-        its partner's pixels there.
-      change: of the strong picture, after the boxes.
+      model: Only the weak view updates the running statistics of its BatchNorm.
+      image, text_features, mask: The weak view, as for `published_loss`.
+      box: (B, 1, S, S) bool, the same for rows 2j and 2j + 1: the strong view has the pixels of
+        its partner there.
+      change: Photometric change of the strong image, applied after the boxes.
 
     Returns:
       As `published_loss`.
@@ -403,9 +401,9 @@ def _partners(x: Tensor) -> Tensor:
 def randomize_(model: nn.Module, seed: int) -> nn.Module:
     """Fills every parameter and running statistic from `seed`, in place.
 
-    Kernels keep the scale of their input, so that activations and logits stay
-    near 1 at any depth; scales of norms lie near 1, running variances in
-    [0.5, 1.5], everything else within a few tenths of 0.
+    Kernels preserve the scale of their input, so that activations and logits stay near 1 at any
+    depth. Scales of norms are near 1, running variances in [0.5, 1.5], everything else within a
+    few tenths of 0.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -428,7 +426,7 @@ def randomize_(model: nn.Module, seed: int) -> nn.Module:
 
 def _kernel_std(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> float:
     if isinstance(layer, nn.ConvTranspose2d):
-        # (in, out, kh, kw); a stride of s leaves 1 / s^2 of the taps at each pixel.
+        # (in, out, kh, kw); with stride s each pixel receives 1 / s^2 of the taps.
         taps = layer.in_channels * math.prod(layer.kernel_size) / math.prod(layer.stride)
         return math.sqrt(1 / taps)
     # Only the 3x3 convolutions are followed by a ReLU, which halves the second moment.

@@ -1,7 +1,6 @@
-"""CLIP in OpenAI's layout in PyTorch, from the formulas of arXiv 2103.00020: names and numbers.
+"""CLIP in PyTorch with OpenAI's parameter names, from the formulas of arXiv 2103.00020.
 
-Both image towers and the text tower; every forward pass returns the states of
-all layers. Parameters carry the names of the released files.
+Both image encoders and the text encoder; every forward pass returns the states of all layers.
 """
 
 from __future__ import annotations
@@ -68,8 +67,8 @@ class VisionTransformer(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
         x = self.conv1(image).flatten(2).transpose(1, 2)
-        first = self.class_embedding.expand(len(x), 1, -1)
-        x = self.ln_pre(torch.cat([first, x], dim=1) + self.positional_embedding)
+        class_token = self.class_embedding.expand(len(x), 1, -1)
+        x = self.ln_pre(torch.cat([class_token, x], dim=1) + self.positional_embedding)
         states = self.transformer(x)
         return self.ln_post(states[-1][:, 0]) @ self.proj, states
 
@@ -104,7 +103,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """softmax(q(mean) k(x) / sqrt(d)) v(x) over the mean and every place, head by head."""
+    """softmax(q(mean) k(x) / sqrt(d)) v(x) over the mean and all positions, head by head."""
 
     def __init__(self, side: int, width: int, num_heads: int, out: int):
         super().__init__()
@@ -154,7 +153,7 @@ class ModifiedResNet(nn.Module):
 
 
 class OpenAIClip(nn.Module):
-    """The released model's names: visual.*, transformer.*, token_embedding, ..."""
+    """CLIP with the released parameter names: visual.*, transformer.*, token_embedding, ..."""
 
     def __init__(
         self, visual: nn.Module, vocab: int, length: int, width: int, layers: int, out: int
@@ -183,7 +182,7 @@ class OpenAIClip(nn.Module):
 
 @torch.no_grad()
 def randomize_(model: nn.Module, seed: int) -> nn.Module:
-    """Fills everything from `seed`, in place; states stay near 1 at any depth."""
+    """Fills all parameters and buffers from `seed`, in place; states stay near 1 at any depth."""
     generator = torch.Generator().manual_seed(seed)
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         noise = torch.randn(value.shape, generator=generator)
@@ -195,7 +194,7 @@ def randomize_(model: nn.Module, seed: int) -> nn.Module:
             fan_in = value[0].numel() if value.ndim == 4 else value.shape[-1]
             value.copy_(noise * (1.4 if value.ndim == 4 else 0.7) / fan_in**0.5)
         elif name.endswith("weight"):
-            # Residual branches and their sums would otherwise grow from block to block.
+            # Otherwise the residual branches and their sums would grow with depth.
             is_branch_end = name.endswith(("bn3.weight", "downsample.1.weight"))
             value.copy_((0.5 if is_branch_end else 1.0) + 0.1 * noise)
         else:

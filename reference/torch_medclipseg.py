@@ -1,8 +1,7 @@
-"""MedCLIPSeg in PyTorch, from the formulas of arXiv 2602.20423: names and numbers.
+"""MedCLIPSeg in PyTorch with the published parameter names, from the formulas of arXiv 2602.20423.
 
-Parameters carry the names of the published checkpoints. Images are (B, 3, H, W),
-already normalised; ids (B, L) are padded with 0; masks (B, H, W) are floats in
-{0, 1}. Dropout of the frozen text tower is left out.
+Images are (B, 3, H, W), already normalised; ids (B, L) are padded with 0; masks (B, H, W) are
+floats in {0, 1}. Dropout of the frozen text encoder is not implemented.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reference.torch_medclipseg_encoders import (
-    BertTextTower,
-    ClipImageTower,
-    ClipTextTower,
-    TrunkImageTower,
+    BertTextEncoder,
+    ClipImageEncoder,
+    ClipTextEncoder,
+    TrunkImageEncoder,
 )
 
 BETA = 2.35
@@ -30,7 +29,7 @@ TEXT_LENGTHS = {"clip": 77, "unimedclip": 256, "biomedclip": 256}
 
 
 class ProbabilisticAttention(nn.Module):
-    """One head over keys and values with means and variances, mixed with its query by a gate.
+    """Single-head attention with Gaussian keys and values, and a gate between query and output.
 
     A = softmax((Q K' - beta sqrt(Q^2 Var_K')) / sqrt(dim)), V = mean_V + sqrt(Var_V) eps.
     """
@@ -61,7 +60,7 @@ class ProbabilisticAttention(nn.Module):
 
 
 class Adapter(nn.Module):
-    """What the image's tokens and the text's add to each other, (B, N, .) and (B, L, .)."""
+    """Computes the updates that image and text exchange, (B, N, .) and (B, L, .)."""
 
     def __init__(
         self,
@@ -100,7 +99,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ScaleBlock(nn.Module):
-    """Transposed convolution to twice the side, GELU, 3x3 convolution a channel, norm."""
+    """Transposed convolution to twice the side, GELU, depthwise 3x3 convolution, norm."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -113,12 +112,12 @@ class ScaleBlock(nn.Module):
 
 
 def make_upscale(width: int) -> nn.Sequential:
-    """(B, width, h, w) -> (B, width, 4 h, 4 w)."""
+    """Maps (B, width, h, w) to (B, width, 4 h, 4 w)."""
     return nn.Sequential(ScaleBlock(width), ScaleBlock(width))
 
 
 def make_mask_head(width: int) -> nn.Sequential:
-    """(B, width) -> (B, width)."""
+    """Maps (B, width) to (B, width)."""
     return nn.Sequential(
         nn.Linear(width, width),
         nn.GELU(),
@@ -129,7 +128,7 @@ def make_mask_head(width: int) -> nn.Sequential:
 
 
 def low_logits(upscale: nn.Module, mask_head: nn.Module, features: Tensor, text: Tensor) -> Tensor:
-    """Patches of a square picture (B, P, E) and its sentence (B, E) -> (B, h, w)."""
+    """Maps patches (B, P, E) of a square image and its text (B, E) to logits (B, h, w)."""
     batch, num_patches, width = features.shape
     side = round(num_patches**0.5)
     x = unit(features).reshape(batch, side, side, width).permute(0, 3, 1, 2)
@@ -141,22 +140,21 @@ def unit(x: Tensor) -> Tensor:
 
 
 class MedCLIPSeg(nn.Module):
-    """Both towers of a CLIP in step, an adapter between them before blocks 1 to L - 2.
+    """Both CLIP encoders in lockstep, with adapters between them before the blocks 1 to L - 2.
 
-    The towers are frozen; adapters and head are not.
+    The encoders are frozen; adapters and head are trainable.
 
     Args:
       variant: "clip", "unimedclip" or "biomedclip".
-      image_size, patch: side of the pictures and of their patches.
-      width, heads: of the image tower.
-      layers: of either tower, L.
-      embed: length of the features both towers end in.
-      adapter_dim, beta, gate_init: of the adapters.
-      text_width, text_heads, text_positions, vocab: of the text tower, by default
-        those of the published variant; text_positions are rows of a table.
-      as_published: does the work of the published program whose outcome is not
-        used: in the variant "clip" the values alone of every image block and all
-        of the last image block, in `monte_carlo` one more pass.
+      image_size, patch: Side of the images and of their patches.
+      width, heads: Sizes of the image encoder.
+      layers: L, number of blocks in each encoder.
+      embed: Size of the output features of both encoders.
+      adapter_dim, beta, gate_init: Fields of the adapters.
+      text_width, text_heads, text_positions, vocab: Sizes of the text encoder; default to those of
+        the published variant. text_positions is the number of rows of the position table.
+      as_published: Also does the unused work of the published code: with "clip", the values of
+        every image block and the full last image block; in `monte_carlo`, one extra pass.
     """
 
     def __init__(
@@ -186,14 +184,14 @@ class MedCLIPSeg(nn.Module):
         self.variant, self.as_published = variant, as_published
         self.image_size, self.num_layers, self.adapter_dim = image_size, layers, adapter_dim
         self.num_image_tokens = (image_size // patch) ** 2 + 1
-        encoder = TrunkImageTower if variant == "biomedclip" else ClipImageTower
+        encoder = TrunkImageEncoder if variant == "biomedclip" else ClipImageEncoder
         self.vision_model = encoder(image_size, patch, width, layers, heads, embed)
         text = (text_positions, text_width, layers, text_heads, embed)
         if variant == "clip":
             self.clip_model = nn.ModuleDict({"token_embedding": nn.Embedding(vocab, text_width)})
-            self.text_model = ClipTextTower(*text)
+            self.text_model = ClipTextEncoder(*text)
         else:
-            self.text_model = BertTextTower(vocab, *text)
+            self.text_model = BertTextEncoder(vocab, *text)
         self.logit_scale = nn.Parameter(torch.zeros(()))
         self.pvl_adapters = nn.ModuleList(
             Adapter(width, text_width, adapter_dim, beta, gate_init) for _ in range(layers - 2)
@@ -204,7 +202,7 @@ class MedCLIPSeg(nn.Module):
             value.requires_grad_(name.startswith(TRAINABLE))
 
     def draw_noise(self, ids: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
-        """Standard normal noise of one pass: for every adapter the text's, then the image's."""
+        """Draws the standard normal noise of one pass: for each adapter, text then image."""
         batch, length = ids.shape
         return [
             torch.randn(batch, tokens, self.adapter_dim, generator=generator, device=ids.device)
@@ -219,17 +217,17 @@ class MedCLIPSeg(nn.Module):
         noise: Sequence[Tensor] | None = None,
         return_features: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """One pass.
+        """Runs one pass.
 
         Args:
           image: (B, 3, S, S), normalised.
           ids: (B, L), 0 at padding.
-          noise: as from `draw_noise`; None: zeros.
-          return_features: gives out what `contrastive_loss` takes, too.
+          noise: As from `draw_noise`; None: zeros.
+          return_features: Whether to return also the inputs of `contrastive_loss`.
 
         Returns:
-          logits (B, S, S), or with the features: logits, patch features
-          (B, P, embed) and text features (B, embed), neither of unit length.
+          Logits (B, S, S), or with the features: logits, patch features (B, P, embed) and text
+          features (B, embed), neither of unit norm.
         """
         features, text = self.encode(image, ids, noise)
         low = low_logits(self.upscale, self.mask_head, features, text)
@@ -240,7 +238,7 @@ class MedCLIPSeg(nn.Module):
     def encode(
         self, image: Tensor, ids: Tensor, noise: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Patch features (B, P, embed) and text features (B, embed) of one pass."""
+        """Computes patch features (B, P, embed) and text features (B, embed) of one pass."""
         vision, text, last = self.vision_model, self.text_model, self.num_layers - 1
         is_clip = self.variant == "clip"
         x = vision.embed(image)
@@ -260,7 +258,7 @@ class MedCLIPSeg(nn.Module):
 
 
 def state_dict_with_aliases(model: MedCLIPSeg) -> dict[str, Tensor]:
-    """The state dict of a published checkpoint: "clip" has its towers under a second name, too."""
+    """Returns the state dict of a published checkpoint; "clip" repeats its encoders as aliases."""
     state = dict(model.state_dict())
     if model.variant == "clip":
         aliases = {"vision_model.": "clip_model.visual.", "text_model.": "clip_model."}
@@ -280,7 +278,7 @@ def monte_carlo(
     num_samples: int,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean probability and its entropy in nats, both (B, S, S), one pass after another."""
+    """Computes the mean probability and its entropy in nats, (B, S, S), pass by pass."""
     if model.as_published:
         model(image, ids, model.draw_noise(ids, generator))
     mean = torch.zeros(())

@@ -1,7 +1,7 @@
-"""The frozen towers of MedCLIPSeg in PyTorch, block by block, so that adapters may stand between.
+"""The frozen encoders of MedCLIPSeg in PyTorch; blocks run one at a time, between the adapters.
 
-Parameters carry the names of the published checkpoints. Images are (B, 3, H, W), already
-normalised; ids (B, L) are padded with 0. Dropout is left out.
+Parameters have the names of the published checkpoints. Images are (B, 3, H, W), already
+normalised; ids (B, L) are padded with 0. Dropout is not implemented.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch.nn import functional as F
 from reference import torch_clip
 
 
-class ClipImageTower(torch_clip.VisionTransformer):
+class ClipImageEncoder(torch_clip.VisionTransformer):
     """OpenAI's ViT, block by block."""
 
     def embed(self, image: Tensor) -> Tensor:
         x = self.conv1(image).flatten(2).transpose(1, 2)
-        first = self.class_embedding.expand(len(x), 1, -1)
-        return self.ln_pre(torch.cat([first, x], dim=1) + self.positional_embedding)
+        class_token = self.class_embedding.expand(len(x), 1, -1)
+        return self.ln_pre(torch.cat([class_token, x], dim=1) + self.positional_embedding)
 
     def block(self, index: int, x: Tensor) -> Tensor:
         return self.transformer.resblocks[index](x, None)
 
     def values(self, index: int, x: Tensor) -> Tensor:
-        """What the block's attention would give if every token saw itself alone."""
+        """Computes the block's attention output as if every token attended only to itself."""
         block = self.transformer.resblocks[index]
         attention, start = block.attn, 2 * x.shape[-1]
         weight, bias = attention.in_proj_weight[start:], attention.in_proj_bias[start:]
@@ -77,7 +77,7 @@ class Trunk(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
 
-class TrunkImageTower(nn.Module):
+class TrunkImageEncoder(nn.Module):
     """BiomedCLIP's ViT, block by block."""
 
     def __init__(self, size: int, patch: int, width: int, num_layers: int, heads: int, out: int):
@@ -87,8 +87,8 @@ class TrunkImageTower(nn.Module):
 
     def embed(self, image: Tensor) -> Tensor:
         x = self.trunk.patch_embed["proj"](image).flatten(2).transpose(1, 2)
-        first = self.trunk.cls_token.expand(len(x), -1, -1)
-        return torch.cat([first, x], dim=1) + self.trunk.pos_embed
+        class_token = self.trunk.cls_token.expand(len(x), -1, -1)
+        return torch.cat([class_token, x], dim=1) + self.trunk.pos_embed
 
     def block(self, index: int, x: Tensor) -> Tensor:
         return self.trunk.blocks[index](x)
@@ -97,8 +97,8 @@ class TrunkImageTower(nn.Module):
         return self.head["proj"](self.trunk.norm(x[:, 1:]))
 
 
-class ClipTextTower(nn.Module):
-    """OpenAI's causal transformer, block by block; its embedding table lives outside."""
+class ClipTextEncoder(nn.Module):
+    """OpenAI's causal transformer, block by block, without its embedding table."""
 
     def __init__(self, positions: int, width: int, num_layers: int, num_heads: int, out: int):
         super().__init__()
@@ -118,7 +118,7 @@ class ClipTextTower(nn.Module):
         return self.transformer.resblocks[index](x, mask)
 
     def pool(self, x: Tensor, ids: Tensor) -> Tensor:
-        """The state at the largest id, which ends the sentence, projected."""
+        """Projects the state of the end token, which has the largest id."""
         last = x[torch.arange(len(x), device=x.device), ids.argmax(dim=-1)]
         return self.ln_final(last) @ self.text_projection
 
@@ -138,8 +138,8 @@ class BertLayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         q, k, v = (linear(x) for linear in self.attention["self"].values())
-        after = self.attention["output"]
-        x = after["LayerNorm"](x + after["dense"](_attend(q, k, v, self.num_heads, mask)))
+        output = self.attention["output"]
+        x = output["LayerNorm"](x + output["dense"](_attend(q, k, v, self.num_heads, mask)))
         hidden = F.gelu(self.intermediate["dense"](x))
         return self.output["LayerNorm"](x + self.output["dense"](hidden))
 
@@ -150,7 +150,7 @@ def _dense_and_norm(num_in: int, num_out: int) -> nn.ModuleDict:
     )
 
 
-class BertTextTower(nn.Module):
+class BertTextEncoder(nn.Module):
     """BERT layer by layer, then two linear layers on the state of its first token."""
 
     def __init__(
@@ -182,7 +182,7 @@ class BertTextTower(nn.Module):
         return tables["LayerNorm"](tables["word_embeddings"](ids) + positions + segment)
 
     def mask(self, ids: Tensor) -> Tensor:
-        """0 at tokens, the smallest number at padding, (B, 1, 1, L)."""
+        """Returns 0 at tokens and the smallest number at padding, (B, 1, 1, L)."""
         dtype = self.proj[0].weight.dtype
         return (ids == 0)[:, None, None].to(dtype) * torch.finfo(dtype).min
 

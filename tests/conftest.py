@@ -1,4 +1,4 @@
-"""Shapes and dtypes of public signatures are checked while the tests run; tiny things to share."""
+"""Checks shapes and dtypes of public signatures while the tests run; shared fixtures."""
 
 import fcntl
 import os
@@ -7,10 +7,10 @@ import time
 
 import jaxtyping
 
-# Whole runs compile the same programs again and again: once a session, and for both workers,
-# is enough. Set before jax is imported, and inherited by workers and child processes.
-# Less optimised code compiles sooner (level 0 gives NaN in jaxlib 0.10.2, so 1 it is), and so do
-# fusions that the older emitter writes: a test file that took 25 s takes 17.
+# Full runs compile the same programs many times. The cache compiles them once per session, for
+# both workers. Set before jax is imported; workers and child processes inherit it.
+# Less optimized code compiles faster (level 0 gives NaN in jaxlib 0.10.2, hence 1), and so does
+# code from the older fusion emitter: a test file that took 25 s takes 17 s.
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
 )
@@ -29,22 +29,22 @@ from tests import tiny
 
 
 def pytest_addoption(parser):
-    help = "seconds after whose end no further test begins: the rest is skipped, and says so"
+    help = "skip all tests that would start after this many seconds"
     parser.addoption("--budget", type=float, default=float("inf"), help=help)
 
 
 def pytest_sessionstart(session):
-    session.config.began = time.monotonic()
+    session.config.start_time = time.monotonic()
 
 
 def pytest_runtest_setup(item):
-    if time.monotonic() - item.config.began > item.config.getoption("--budget"):
-        pytest.skip("the budget of time is spent")
+    if time.monotonic() - item.config.start_time > item.config.getoption("--budget"):
+        pytest.skip("the time budget is used up")
 
 
 @pytest.fixture
 def smoke_config(tmp_path):
-    """The demo's smoke variant, with its prepared data under tmp_path."""
+    """Smoke variant of the demo config, with its prepared data under tmp_path."""
     return config_lib.load_config(
         "default:smoke", [f"--config.data.cache_dir={tmp_path / 'cache'}"]
     )
@@ -52,7 +52,7 @@ def smoke_config(tmp_path):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """The work directory of one finished smoke run, shared by all workers: read only."""
+    """Work directory of one finished smoke run, shared by all workers; read-only."""
     from biclip_jax import train
 
     base = tmp_path_factory.getbasetemp()
@@ -68,5 +68,5 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_step():
-    """(step, state, batch, key): a whole train step at tiny size, not yet compiled."""
+    """(step, state, batch, key): a full train step at tiny size, not yet compiled."""
     return tiny.train_step()

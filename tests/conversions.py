@@ -1,4 +1,4 @@
-"""What the tests of the conversion share: the door, tiny towers, a tokenizer to give."""
+"""Helpers of the tests of `convert`: the command, tiny encoders, a tokenizer."""
 
 from pathlib import Path
 
@@ -9,27 +9,27 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from biclip_jax import convert
 
-TOWERS = Path(__file__).parent / "fixtures/encoders"
+ENCODERS = Path(__file__).parent / "fixtures/encoders"
 
 
 def run(*argv):
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as exit_info:
         convert.main(list(map(str, argv)))
-    return stopped.value.code
+    return exit_info.value.code
 
 
-def answers(name):
-    with np.load(TOWERS / name / "expected.npz") as file:
+def expected_outputs(name):
+    with np.load(ENCODERS / name / "expected.npz") as file:
         return {key: jnp.asarray(value) for key, value in file.items()}
 
 
-def close(found, expected, atol=2e-5):
-    np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=atol)
+def assert_close(actual, expected, atol=2e-5):
+    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), atol=atol)
 
 
-def save_clip_tokenizer(path, num_words, marks=("<|startoftext|>", "<|endoftext|>")):
-    """Words w0, w1, ... between the two tokens that CLIP, or another, puts around a sentence."""
-    start, end = marks
+def save_clip_tokenizer(path, num_words, boundary_tokens=("<|startoftext|>", "<|endoftext|>")):
+    """Saves a tokenizer with the words w0, w1, ... and the two boundary tokens."""
+    start, end = boundary_tokens
     words = [f"w{i}" for i in range(num_words - 2)] + [start, end]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

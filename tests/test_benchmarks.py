@@ -1,4 +1,4 @@
-"""The benchmarks: workers in turn, what is made of their figures, the whole way at small size."""
+"""Benchmarks: alternating workers, comparison of their measurements, a small end-to-end run."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from benchmarks import harness
 calls = []
 def make():
     return harness.Work(lambda: calls.append(0), 4e9)
-harness.answer(make, lambda: len(calls), lambda: None)
+harness.serve(make, lambda: len(calls), lambda: None)
 """
 
 
@@ -25,16 +25,16 @@ def command(code):
     return [sys.executable, "-c", code]
 
 
-def test_workers_take_turns_and_one_that_fails_stops_nobody(monkeypatch):
+def test_workers_alternate_and_a_failure_does_not_stop_the_others(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(harness, "PAUSE", 0.0)
     commands = {"jax": command(WORKER), "torch": command("raise SystemExit('no compiler')")}
-    for apart in (False, True):
-        found = harness.in_turn(commands, 3, apart)
-        # The first call and three warm ones.
-        assert found["jax"]["peak_mib"] == 4
-        assert len(found["jax"]["warm_s"]) == 3 and min(found["jax"]["warm_s"]) >= 0
-        assert found["torch"]["error"] == "no compiler"
+    for sequential in (False, True):
+        results = harness.interleave(commands, 3, sequential)
+        # The first call and three warm calls.
+        assert results["jax"]["peak_mib"] == 4
+        assert len(results["jax"]["warm_s"]) == 3 and min(results["jax"]["warm_s"]) >= 0
+        assert results["torch"]["error"] == "no compiler"
 
 
 def measured(*seconds, first_s=9.0, flops=None):
@@ -42,14 +42,14 @@ def measured(*seconds, first_s=9.0, flops=None):
     return {**facts, "load": 0.5, "flops": flops}
 
 
-def test_ratios_are_of_medians_and_above_one_where_ours_is_faster():
-    found = {
+def test_speedups_are_ratios_of_medians():
+    results = {
         "jax": measured(0.5, 2.0, 0.4, flops=2e9),
         "torch": measured(1.0, 1.5, 0.9),
         "torch_compile": measured(0.25, 0.2, 9.0),
         "before": measured(0.1, 0.1, 0.1),
     }
-    entry = harness.compare(found, batch=4)
+    entry = harness.compare(results, batch=4)
     assert entry["speed_over_before"] == 0.2
     assert (entry["jax_ms"], entry["jax_first_s"]) == (500.0, 9.0)
     assert (entry["jax_images_per_s"], entry["jax_gflop_per_s"]) == (8.0, 4.0)
@@ -57,8 +57,8 @@ def test_ratios_are_of_medians_and_above_one_where_ours_is_faster():
     assert entry["speed_over_best"] == 0.5
 
 
-def test_older_code_takes_turns_with_ours(tmp_path):
-    """A checkout whose worker counts its calls in place of its memory."""
+def test_compares_with_an_older_checkout(tmp_path):
+    """The worker of the older checkout reports its number of calls as memory."""
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks/bench.py").write_text(WORKER)
     for name in ("__init__.py", "harness.py"):
@@ -71,32 +71,32 @@ def test_older_code_takes_turns_with_ours(tmp_path):
     assert entry["before_peak_mib"] == 3 < entry["jax_peak_mib"]
 
 
-def test_our_side_of_medclipseg_has_no_dropout_as_the_twin():
+def test_the_medclipseg_benchmark_has_no_dropout():
     assert medclipseg.model_ours("unimedclip").text_encoder.dropout == 0
 
 
-def test_an_implementation_that_failed_is_named_and_not_compared():
-    found = {"jax": measured(0.5, 0.5), "torch_compile": {"error": "no compiler"}}
-    entry = harness.compare(found, batch=1)
+def test_a_failed_implementation_is_reported_and_not_compared():
+    results = {"jax": measured(0.5, 0.5), "torch_compile": {"error": "no compiler"}}
+    entry = harness.compare(results, batch=1)
     assert entry["torch_compile_error"] == "no compiler"
     assert not any(name.startswith("speed") for name in entry)
 
 
-def test_every_case_can_be_made_and_a_suite_is_cut_by_name_and_batch():
+def test_suites_are_filtered_by_case_and_batch():
     for suite in bench.SUITES.values():
         assert {case.name for case in suite} <= bench.MAKERS.keys()
         assert len(set(suite)) == len(suite)
-    found = bench.chosen(bench.CPU, ["bert", "vit_b16"], [8])
-    assert [(case.name, case.batch) for case in found] == [
+    cases = bench.select_cases(bench.CPU, ["bert", "vit_b16"], [8])
+    assert [(case.name, case.batch) for case in cases] == [
         ("matmul_4096", 1),
         ("vit_b16", 8),
         ("bert", 8),
     ]
-    with pytest.raises(SystemExit, match="--cases: gpt; this suite has bert,"):
-        bench.chosen(bench.CPU, ["gpt"], None)
+    with pytest.raises(SystemExit, match="--cases: gpt; expected some of bert,"):
+        bench.select_cases(bench.CPU, ["gpt"], None)
 
 
-def test_the_table_gives_the_share_of_the_better_product_and_a_line_that_was_cut_off_is_left(
+def test_the_table_shows_the_share_of_peak_and_skips_a_truncated_line(
     tmp_path,
 ):
     lines = [
@@ -117,13 +117,13 @@ def test_the_table_gives_the_share_of_the_better_product_and_a_line_that_was_cut
     assert (tmp_path / "bench.png").stat().st_size > 1000
 
 
-def test_a_case_that_failed_is_measured_again_where_that_is_asked_for(tmp_path, monkeypatch):
-    path, asked = tmp_path / "bench.jsonl", []
+def test_retry_failed_measures_failed_cases_again(tmp_path, monkeypatch):
+    path, measured_cases = tmp_path / "bench.jsonl", []
     facts = {"dtype": "float32", "small": False}
     path.write_text(
         "".join(
-            json.dumps({"case": name, "batch": 1, **facts, **found}) + "\n"
-            for name, found in (
+            json.dumps({"case": name, "batch": 1, **facts, **entry}) + "\n"
+            for name, entry in (
                 ("matmul_4096", {"jax_ms": 1.0}),
                 ("bert", {"torch_compile_error": "no compiler"}),
             )
@@ -131,21 +131,21 @@ def test_a_case_that_failed_is_measured_again_where_that_is_asked_for(tmp_path, 
     )
 
     def measure(case, _args):
-        asked.append(case.name)
+        measured_cases.append(case.name)
         return {"case": case.name, "batch": case.batch, **facts, "jax_ms": 2.0}
 
     monkeypatch.setattr(bench, "measure", measure)
     options = ["bench", "--cases", "bert", "--batches", "1", "--output", str(path)]
     for more, expected in (([], []), (["--retry-failed"], ["bert"]), (["--retry-failed"], [])):
-        asked.clear()
+        measured_cases.clear()
         monkeypatch.setattr(sys, "argv", [*options, *more])
         bench.main()
-        assert asked == expected
+        assert measured_cases == expected
     assert [e.get("jax_ms") for e in bench.latest(harness.lines_of(path))] == [1.0, 2.0]
 
 
 @pytest.mark.slow
-def test_the_gpu_s_script_goes_its_whole_way_and_repeats_nothing(tmp_path):
+def test_the_gpu_script_runs_end_to_end_and_skips_finished_cases(tmp_path):
     pytest.importorskip("torch")
     script = [ROOT / "benchmarks/gpu_all.sh", "--small", tmp_path, "--repetitions", "2"]
     script += ["--implementations", "jax", "torch", "--batches", "16"]

@@ -1,4 +1,4 @@
-"""The variants of configs/variants.py: each builds and traces, alone and composed."""
+"""Variants of configs/variants.py: each builds and traces, singly and combined."""
 
 import jax
 import jax.numpy as jnp
@@ -69,22 +69,23 @@ def test_every_method_builds_and_traces(method, monkeypatch):
     assert built.num_labelled_rows == (rows // 2 if method == "semi" else rows)
 
 
-@pytest.mark.parametrize("page", sorted({*config_lib.config_names()} - {"medclipseg"}))
-def test_every_page_takes_every_method(page):
-    base = config_lib.load_config(page, [])
-    assert config_lib.load_config(f"{page}:published", []).to_dict() | {"name": ""} == (
+@pytest.mark.parametrize("name", sorted({*config_lib.config_names()} - {"medclipseg"}))
+def test_every_config_has_every_method(name):
+    base = config_lib.load_config(name, [])
+    assert config_lib.load_config(f"{name}:published", []).to_dict() | {"name": ""} == (
         base.to_dict() | {"name": ""}
     )
     for method in variants.METHODS:
-        config = config_lib.load_config(f"{page}:{method}", [])
+        config = config_lib.load_config(f"{name}:{method}", [])
         assert config.name == f"{base.name}_{method}"
-        # Without masks as many again.
+        # Semi-supervised batches have as many unlabelled rows.
         assert config.batch_size == base.batch_size * (2 if method == "semi" else 1)
-        for name in ("data.name", "optim.learning_rate", "model.width"):
-            assert dict(config_lib.flatten(config))[name] == dict(config_lib.flatten(base))[name]
+        fields, base_fields = (dict(config_lib.flatten(c)) for c in (config, base))
+        for field in ("data.name", "optim.learning_rate", "model.width"):
+            assert fields[field] == base_fields[field]
 
 
-def test_full_is_the_column_of_the_method_s_description():
+def test_full_has_the_settings_of_the_method_description():
     fields = dict(config_lib.flatten(config_lib.load_config("qata:full", [])))
     expected = {
         "model.bmf.levels": "all",
@@ -108,43 +109,46 @@ def test_full_is_the_column_of_the_method_s_description():
     assert fields["model.text.dropout"] > 0
 
 
-# What a method says of the views, whatever the page.
-OF_METHODS = ("geometry_first", "strong", "strong_statistics")
+# Fields of `views` that a method sets, in every config.
+METHOD_FIELDS = ("geometry_first", "strong", "strong_statistics")
 
 
-def test_a_method_comes_before_the_variants_of_its_page():
+def test_methods_are_applied_before_other_variants():
     small = config_lib.load_config("qata:small,full", [])
     assert (small.name, small.views.affine, small.model.width) == ("qata_small_full", 1.0, 16)
-    turned = config_lib.load_config("qata:full,small", [])
-    assert (turned.name, turned.views) == ("qata_full_small", small.views)
-    whole = config_lib.load_config("qata:full", [])
-    assert (small.views.translation, whole.views.translation) == (0.1, 0)
-    assert (whole.optim.warmup_steps, whole.num_epochs) == (1000, 200)
+    reversed_order = config_lib.load_config("qata:full,small", [])
+    assert (reversed_order.name, reversed_order.views) == ("qata_full_small", small.views)
+    full = config_lib.load_config("qata:full", [])
+    assert (small.views.translation, full.views.translation) == (0.1, 0)
+    assert (full.optim.warmup_steps, full.num_epochs) == (1000, 200)
     assert (small.optim.warmup_steps, small.num_epochs) == (100, 200)
 
 
-@pytest.mark.parametrize("page", ["folder", "kvasir", "qata"])
-def test_every_page_has_a_size_for_a_cpu_with_one_geometry_for_all_methods(page):
-    small = config_lib.load_config(f"{page}:small", [])
+@pytest.mark.parametrize("name", ["folder", "kvasir", "qata"])
+def test_small_variants_have_the_same_geometry_for_all_methods(name):
+    small = config_lib.load_config(f"{name}:small", [])
     assert (small.model.image_size, small.model.width, small.num_steps) == (112, 16, 2500)
-    kept = {name: value for name, value in small.views.items() if name not in OF_METHODS}
+    geometry = {k: value for k, value in small.views.items() if k not in METHOD_FIELDS}
     for method in ("full", "ef_unet"):
-        views = config_lib.load_config(f"{page}:small,{method}", []).views
-        assert {name: views[name] for name in kept} == kept
+        views = config_lib.load_config(f"{name}:small,{method}", []).views
+        assert {field: views[field] for field in geometry} == geometry
 
 
-def test_two_methods_at_once_are_refused():
-    with pytest.raises(UserError, match="ef_unet, full are whole methods; name one"):
+def test_rejects_two_methods():
+    with pytest.raises(UserError, match="ef_unet, full: expected at most one method"):
         config_lib.load_config("default:ef_unet,smoke,full", [])
 
 
 @pytest.mark.parametrize("variant", ["smoke,ful", "full,", "full smoke", "full,,smoke"])
-def test_an_unknown_variant_is_named_with_the_known_ones(variant):
-    with pytest.raises(UserError, match=r"no variant .*smoke.*published.*full.*no_generator"):
+def test_rejects_an_unknown_variant(variant):
+    with pytest.raises(
+        UserError,
+        match=r"variant .*unknown; expected one of .*smoke.*published.*full.*no_generator",
+    ):
         config_lib.load_config(f"default:{variant}", [])
 
 
-def test_the_light_of_a_page_reaches_the_objective():
+def test_photometric_fields_reach_the_objective():
     small = config_lib.load_config("qata:small,full", []).to_dict()
     assert objective.make_recipe(small).photometric == views.Photometric(
         brightness=0.2, contrast=0.3

@@ -1,4 +1,4 @@
-"""The conversion of the published network, which has its text tower inside."""
+"""Conversion of the published BiCLIP, whose checkpoint includes the text encoder."""
 
 import shutil
 
@@ -12,33 +12,33 @@ import biclip_jax
 from biclip_jax.encoders import text as text_encoders
 from biclip_jax.models import biclip
 from biclip_jax.weights import architectures, keys, model_folder, readers
-from tests.conversions import TOWERS, close, run
+from tests.conversions import ENCODERS, assert_close, run
 
-SENTENCE = "infection, upper left lung."
+PROMPT = "infection, upper left lung."
 TEXT = {"encoder": "bert", "trainable": False, "pooling": "all_tokens", "max_length": 32}
 NETWORK = {"image_size": 56, "width": 4, "num_levels": 3, "dtype": "float32", "text": TEXT}
 
 
-def foreign(parameter, layout):
-    """PyTorch's array of a parameter of ours, of the one that has a single source."""
+def to_torch(parameter, layout):
+    """Returns PyTorch's array of a parameter that has a single source."""
     axes = {"linear": (1, 0), "conv": (3, 2, 0, 1), "conv_transpose": (2, 3, 0, 1)}
     return np.ascontiguousarray(parameter.transpose(axes[layout]) if layout in axes else parameter)
 
 
 @pytest.fixture(scope="module")
 def checkpoint():
-    """The published network's arrays under its names, with a tiny CXR-BERT of 40 positions."""
+    """Returns the published network's arrays by name, with a tiny CXR-BERT of 40 positions."""
     rng = np.random.default_rng(0)
     tensors = {
         f"model.text_encoder.model.{name}": tensor.read()
-        for name, tensor in readers.open_checkpoint(TOWERS / "cxr_bert").tensors.items()
+        for name, tensor in readers.open_checkpoint(ENCODERS / "cxr_bert").tensors.items()
     }
     positions = "model.text_encoder.model.bert.embeddings.position_embeddings.weight"
     tensors[positions] = rng.normal(size=(40, 12)).astype(np.float32)
     tensors.pop("model.text_encoder.model.bert.embeddings.position_ids")
-    picture, features = jnp.zeros((1, 56, 56, 3)), jnp.zeros((1, 12))
+    image, features = jnp.zeros((1, 56, 56, 3)), jnp.zeros((1, 12))
     model = biclip.build(NETWORK)
-    shapes = architectures.shapes_of(model, picture, text_features=features)
+    shapes = architectures.shapes_of(model, image, text_features=features)
     for name, rule in keys.biclip(3, 1).items():
         array = rng.normal(size=shapes[name]) * (0.1 if rule.layout == "linear" else 0.3)
         if name.endswith(("/scale", "/var")):
@@ -46,7 +46,7 @@ def checkpoint():
         if name == "params/unet/head/kernel":
             array *= 0.01
         (source,) = rule.sources
-        tensors[f"model.{source}"] = foreign(array.astype(np.float32), rule.layout)
+        tensors[f"model.{source}"] = to_torch(array.astype(np.float32), rule.layout)
         if source.endswith("running_var"):
             counter = source.removesuffix("running_var") + "num_batches_tracked"
             tensors[f"model.{counter}"] = np.array(3)
@@ -57,17 +57,17 @@ def checkpoint():
 def network(checkpoint, tmp_path_factory):
     base = tmp_path_factory.mktemp("biclip")
     save_file(checkpoint, base / "last.safetensors")
-    # Of the tower, whose heads the arrays do not tell.
-    shutil.copy(TOWERS / "cxr_bert/config.json", base)
-    place = TOWERS / "cxr_bert"
-    assert run("biclip", base / "last.safetensors", base / "out", "--tokenizer", place) == 0
+    # For the number of heads of the text encoder, which the arrays do not contain.
+    shutil.copy(ENCODERS / "cxr_bert/config.json", base)
+    tokenizer = ENCODERS / "cxr_bert"
+    assert run("biclip", base / "last.safetensors", base / "out", "--tokenizer", tokenizer) == 0
     return base / "out"
 
 
-def test_the_published_network_keeps_its_tower_inside(network, checkpoint):
+def test_converted_network_includes_its_text_encoder(network, checkpoint):
     files = {str(p.relative_to(network)) for p in network.rglob("*") if p.is_file()}
-    own = {"README.md", "config.json", "model.safetensors", "tokenizer/tokenizer.json"}
-    assert files == own | {f"text_encoder/{name}" for name in own}
+    names = {"README.md", "config.json", "model.safetensors", "tokenizer/tokenizer.json"}
+    assert files == names | {f"text_encoder/{name}" for name in names}
     config, variables = model_folder.read(network)
     assert config["model"] == NETWORK
     assert (config["kind"], config["vocab_size"]) == ("biclip", 16)
@@ -95,10 +95,10 @@ def test_the_published_network_keeps_its_tower_inside(network, checkpoint):
 
 
 @pytest.mark.slow
-def test_the_published_network_segments_with_its_tower_s_hidden_states(network):
+def test_converted_network_segments_with_the_hidden_states_of_its_encoder(network):
     model, variables, processor = biclip_jax.load_model(network)
-    picture = np.random.default_rng(0).integers(0, 256, (56, 56, 3)).astype(np.uint8)
-    inputs = processor([picture], [SENTENCE])
+    pixels = np.random.default_rng(0).integers(0, 256, (56, 56, 3)).astype(np.uint8)
+    inputs = processor([pixels], [PROMPT])
     ids, mask = jnp.asarray(inputs["text_ids"]), jnp.asarray(inputs["text_mask"])
     assert ids.shape == (1, 32)
     encoder = text_encoders.open_text_encoder(network / "text_encoder", "bert")
@@ -108,15 +108,15 @@ def test_the_published_network_segments_with_its_tower_s_hidden_states(network):
     image = jnp.asarray(inputs["image"], jnp.float32) / 255
     apply = jax.jit(lambda v, **text: model.apply(v, image, **text)[0])
     expected = apply(variables, text_features=features)
-    close(apply(variables, text_ids=ids, text_mask=mask), expected, 1e-4)
+    assert_close(apply(variables, text_ids=ids, text_mask=mask), expected, 1e-4)
     assert np.abs(apply(variables, text_features=features * 0) - expected).max() > 1e-3
-    prediction = biclip_jax.load(network).predict(picture, SENTENCE)
+    prediction = biclip_jax.load(network).predict(pixels, PROMPT)
     assert prediction.probability.std() > 0.01
-    close(prediction.probability, 1 / (1 + np.exp(-np.asarray(expected)[0, ..., 0])), 1e-4)
+    assert_close(prediction.probability, 1 / (1 + np.exp(-np.asarray(expected)[0, ..., 0])), 1e-4)
 
 
 @pytest.mark.parametrize(
-    ("lost", "said"),
+    ("removed", "message"),
     [
         ("outc.conv.weight", "outc.conv.weight is missing"),
         ("inc.double_conv.0.weight", "inc.double_conv.0.weight is missing"),
@@ -130,33 +130,35 @@ def test_the_published_network_segments_with_its_tower_s_hidden_states(network):
         ("down1.", "down1."),
     ],
 )
-def test_a_network_without_some_array_names_it(checkpoint, tmp_path, capsys, lost, said):
-    kept = {k: v for k, v in checkpoint.items() if not k.startswith(f"model.{lost}")}
-    assert len(kept) < len(checkpoint)
-    save_file(kept, tmp_path / "last.safetensors")
-    shutil.copy(TOWERS / "cxr_bert/config.json", tmp_path)
+def test_error_names_a_missing_array(checkpoint, tmp_path, capsys, removed, message):
+    remaining = {k: v for k, v in checkpoint.items() if not k.startswith(f"model.{removed}")}
+    assert len(remaining) < len(checkpoint)
+    save_file(remaining, tmp_path / "last.safetensors")
+    shutil.copy(ENCODERS / "cxr_bert/config.json", tmp_path)
     argv = ("biclip", tmp_path / "last.safetensors", tmp_path / "out")
-    assert run(*argv, "--tokenizer", TOWERS / "cxr_bert") == 2
-    assert said in capsys.readouterr().err
+    assert run(*argv, "--tokenizer", ENCODERS / "cxr_bert") == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_max_length_is_that_of_the_sentences(network, tmp_path):
+def test_max_length_is_that_of_the_prompts(network, tmp_path):
     argv = ("biclip", network.parent / "last.safetensors", tmp_path / "out")
-    assert run(*argv, "--tokenizer", TOWERS / "cxr_bert", "--max-length", 40) == 0
+    assert run(*argv, "--tokenizer", ENCODERS / "cxr_bert", "--max-length", 40) == 0
     _, _, processor = biclip_jax.load_model(tmp_path / "out")
-    assert processor.encode([SENTENCE])["text_ids"].shape == (1, 40)
+    assert processor.encode([PROMPT])["text_ids"].shape == (1, 40)
 
 
 @pytest.mark.parametrize("length", [2, 0, -1, 41])
-def test_a_max_length_that_the_tower_cannot_take_is_refused(network, tmp_path, capsys, length):
+def test_rejects_a_max_length_beyond_the_positions_of_the_encoder(
+    network, tmp_path, capsys, length
+):
     argv = ("biclip", network.parent / "last.safetensors", tmp_path / "out")
-    assert run(*argv, "--tokenizer", TOWERS / "cxr_bert", "--max-length", length) == 2
-    said = f"--max-length {length}: expected 3 to 40 tokens"
-    assert said in capsys.readouterr().err
+    assert run(*argv, "--tokenizer", ENCODERS / "cxr_bert", "--max-length", length) == 2
+    message = f"--max-length {length}: expected 3 to 40 tokens"
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_length_for_a_tower_alone_is_refused(tmp_path, capsys):
-    assert run("bert", TOWERS / "cxr_bert", tmp_path / "out", "--max-length", "9") == 2
+def test_rejects_max_length_for_a_single_encoder(tmp_path, capsys):
+    assert run("bert", ENCODERS / "cxr_bert", tmp_path / "out", "--max-length", "9") == 2
     assert "model.text.max_length" in capsys.readouterr().err

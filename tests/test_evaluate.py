@@ -1,4 +1,4 @@
-"""The evaluation door."""
+"""The evaluate command."""
 
 import csv
 import dataclasses
@@ -16,7 +16,7 @@ from biclip_jax.data.annotations import VARIANTS
 from biclip_jax.evaluation import arguments
 from biclip_jax.evaluation.robustness import text_conditions
 from biclip_jax.weights import model_folder
-from tests.evaluation import test_runner as known
+from tests.evaluation import test_runner as stub
 
 
 def run(*argv):
@@ -27,31 +27,31 @@ def run(*argv):
 
 @pytest.fixture
 def untrained(tmp_path, monkeypatch):
-    """The work directory of a run whose model is the stub of the runner's tests."""
+    """Work directory of a run whose model is the stub predictor of test_runner."""
     workdir = tmp_path / "run of mine"
     (workdir / "model").mkdir(parents=True)
     (workdir / "config.json").write_text('{"data": {"name": "known"}, "seed": 0}')
-    described(workdir)
+    write_model_config(workdir)
 
-    def opened(args, config):
-        splits = dict.fromkeys(("train", "val", "test"), known.RECORDS)
+    def open_stub(args, config):
+        splits = dict.fromkeys(("train", "val", "test"), stub.RECORDS)
         return evaluate.Evaluation(
-            make=lambda corruption=None: known.predict,
-            predict=known.predict,
+            make=lambda corruption=None: stub.predict,
+            predict=stub.predict,
             members=[],
             samples=None,
             num_samples=None,
-            encode=known.encode,
+            encode=stub.encode,
             splits=splits,
             records=text_conditions.subset(splits[args.split], args.subset),
             folder=evaluate._output(args),
         )
 
-    monkeypatch.setattr(evaluate, "_open", opened)
+    monkeypatch.setattr(evaluate, "_open", open_stub)
     return workdir
 
 
-def described(workdir, **changes):
+def write_model_config(workdir, **changes):
     """Writes the model's config.json."""
     hashes = {"sha256": "a", "tokenizer_sha256": "b"}
     config = {"format": model_folder.FORMAT, **hashes, "step": 7, **changes}
@@ -62,7 +62,7 @@ def results_of(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-def test_a_second_call_adds_to_the_first(untrained):
+def test_a_second_call_adds_sections(untrained):
     argv, folder = ("--workdir", str(untrained)), untrained / "evaluation/test"
     assert run(*argv, "--corruptions", "gamma", "--severities", "2", "--flip-consistency") == 0
     first = results_of(folder)
@@ -73,50 +73,50 @@ def test_a_second_call_adds_to_the_first(untrained):
     for name in ("corruptions", "flip_consistency", "baselines", "conditions", "unavailable"):
         assert second[name] == first[name]
     assert "calibration" in second and "calibration" not in first
-    kept = (folder / "per_image.csv").read_text().splitlines()[0].split(",")
-    assert sorted(kept) == sorted(columns)
+    columns_after = (folder / "per_image.csv").read_text().splitlines()[0].split(",")
+    assert sorted(columns_after) == sorted(columns)
     assert second["command"] != first["command"]
     assert second["previous_commands"] == [first["command"]]
     assert run(*argv, "--corruptions", "gamma", "--severities", "4") == 0
     assert set(results_of(folder)["corruptions"]["gamma"]) == {"2", "4"}
 
 
-def test_the_results_of_another_model_are_replaced(untrained):
+def test_results_of_another_model_are_replaced(untrained):
     argv, folder = ("--workdir", str(untrained)), untrained / "evaluation/test"
     assert run(*argv, "--flip-consistency") == 0
-    described(untrained, sha256="c")
+    write_model_config(untrained, sha256="c")
     assert run(*argv, "--no-baselines", "--text-conditions", "original") == 0
-    found = results_of(folder)
-    assert set(found["conditions"]) == {"original"} and found["model_sha256"] == "c"
-    assert not {"flip_consistency", "baselines", "previous_commands"} & set(found)
+    results = results_of(folder)
+    assert set(results["conditions"]) == {"original"} and results["model_sha256"] == "c"
+    assert not {"flip_consistency", "baselines", "previous_commands"} & set(results)
 
 
-def test_a_subset_has_its_own_folder_and_the_splits_shuffled_sentences(untrained):
+def test_a_subset_has_its_own_folder_and_the_shuffled_prompts_of_the_split(untrained):
     argv = ("--workdir", str(untrained), "--no-baselines")
     assert run(*argv) == 0
-    whole = (untrained / "evaluation/test/results.json").read_bytes()
+    full_split = (untrained / "evaluation/test/results.json").read_bytes()
     assert run(*argv, "--subset", "3") == 0
-    assert (untrained / "evaluation/test/results.json").read_bytes() == whole
+    assert (untrained / "evaluation/test/results.json").read_bytes() == full_split
     assert results_of(untrained / "evaluation/test-3")["subset"] == 3
-    # One sentence in the subset, two in the split: shuffled ones come from the split.
+    # The subset has one prompt, the split two: shuffled prompts come from the split.
     assert run(*argv, "--subset", "1") == 0
     assert results_of(untrained / "evaluation/test-1")["conditions"]["shuffled"]["num_images"] == 1
 
 
-def test_recorded_commands_are_those_of_a_shell(untrained):
+def test_the_recorded_command_is_quoted_for_a_shell(untrained):
     assert run("--workdir", str(untrained), "--no-baselines") == 0
-    found = results_of(untrained / "evaluation/test")["command"]
-    assert found == f"python -m biclip_jax.evaluate --workdir '{untrained}' --no-baselines"
+    command = results_of(untrained / "evaluation/test")["command"]
+    assert command == f"python -m biclip_jax.evaluate --workdir '{untrained}' --no-baselines"
 
 
-def test_configurations_that_describe_no_run_end_in_a_sentence(untrained, capsys):
-    described(untrained, step=None)
+def test_rejects_configs_that_are_not_of_a_run(untrained, capsys):
+    write_model_config(untrained, step=None)
     assert run("--workdir", str(untrained)) == 2
     assert str(untrained / "model/config.json") in capsys.readouterr().err
     for data in ("[]", '"here"', "null", "{}"):
         (untrained / "config.json").write_text(f'{{"data": {data}, "seed": 0}}')
         assert run("--workdir", str(untrained)) == 2
-        assert "no configuration of a run" in capsys.readouterr().err
+        assert "not the config of a run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -130,67 +130,82 @@ def test_configurations_that_describe_no_run_end_in_a_sentence(untrained, capsys
         (["--corruptions", "motionblur"], "'motionblur'; .*did you mean motion_blur"),
     ],
 )
-def test_unknown_names_are_met_by_the_nearest(argv, message):
+def test_errors_suggest_the_nearest_name(argv, message):
     with pytest.raises(UserError, match=message):
         arguments.parse(["--workdir", "runs/a", *argv])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "add --source and --output, or"),
+        (("--source", "data"), "add --output, or"),
+        (("--output", "out"), "add --source, or"),
+    ],
+)
+def test_a_model_folder_needs_source_and_output(options, message):
+    with pytest.raises(UserError, match=f"--model weights: .*; {message}"):
+        arguments.parse(["--model", "weights", *options])
+    args = arguments.parse(["--model", "weights", "--source", "data", "--output", "out"])
+    assert args.is_model and args.workdir == "weights"
+
+
 @pytest.mark.parametrize("text", ["²", "1,²", "", "0", "1,,2", "1.5"])
-def test_severities_that_are_none_are_named(text):
+def test_rejects_invalid_severities(text):
     with pytest.raises(UserError, match="--severities"):
         arguments._severities(text)
     assert arguments._severities("1,3") == (1, 3)
 
 
-def test_surface_scores_are_kept_beside_the_others(untrained, capsys):
+def test_surface_metrics_are_kept_with_the_other_scores(untrained, capsys):
     argv, folder = ("--workdir", str(untrained), "--no-baselines"), untrained / "evaluation/test"
     assert run(*argv, "--text-conditions", "original", "--surface-metrics") == 0
-    found = results_of(folder)["surface_metrics"]
-    assert found["num_images"] == len(known.RECORDS) and found["tolerance"] == 2
-    assert "each mask's own size" in found["size"]
+    scores = results_of(folder)["surface_metrics"]
+    assert scores["num_images"] == len(stub.RECORDS) and scores["tolerance"] == 2
+    assert "each mask's own size" in scores["size"]
     with open(folder / "per_image.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for name in ("dsc", "nsd_plate", "nsd_2d"):
-        assert np.mean([float(row[name]) for row in rows]) == pytest.approx(found[name])
-    assert f"DSC {100 * found['dsc']:.2f}, NSD within 2 pixels" in capsys.readouterr().out
+        assert np.mean([float(row[name]) for row in rows]) == pytest.approx(scores[name])
+    assert f"DSC {100 * scores['dsc']:.2f}, NSD within 2 pixels" in capsys.readouterr().out
     assert run(*argv, "--text-conditions", "original,empty") == 0
-    assert results_of(folder)["surface_metrics"] == found
-    assert found["by_condition"] == {}
+    assert results_of(folder)["surface_metrics"] == scores
+    assert scores["by_condition"] == {}
     assert run(*argv, "--text-conditions", "original,empty", "--surface-metrics") == 0
-    missing = results_of(folder)["surface_metrics"]["by_condition"]["empty"]
-    assert missing["num_images"] == len(known.RECORDS)
-    assert missing["dsc"] != found["dsc"]
+    empty = results_of(folder)["surface_metrics"]["by_condition"]["empty"]
+    assert empty["num_images"] == len(stub.RECORDS)
+    assert empty["dsc"] != scores["dsc"]
     header = (folder / "per_image.csv").read_text().splitlines()[0].split(",")
     assert {"dsc", "nsd_plate", "nsd_2d", "dice_empty"} <= set(header)
 
 
-def test_prompts_of_every_published_kind_are_scored(untrained, monkeypatch):
-    """The predictor believes the sentence: the wrong side costs all, the right one nothing."""
-    said = {name: known.RIGHT if i % 2 else known.LEFT for i, name in enumerate(VARIANTS)}
-    monkeypatch.setattr(known, "RECORDS", [{**r, "variants": said} for r in known.RECORDS])
+def test_all_published_prompt_variants_are_scored(untrained, monkeypatch):
+    """The stub follows the prompt: with the wrong side Dice is 0, otherwise unchanged."""
+    variants = {name: stub.RIGHT if i % 2 else stub.LEFT for i, name in enumerate(VARIANTS)}
+    monkeypatch.setattr(stub, "RECORDS", [{**r, "variants": variants} for r in stub.RECORDS])
     argv = ("--workdir", str(untrained), "--no-baselines")
     argv += ("--text-conditions", ",".join(["original", *VARIANTS]))
     assert run(*argv) == 0
     folder = untrained / "evaluation/test"
-    found = results_of(folder)
-    assert set(found["conditions"]) >= {"original", *VARIANTS} and found["unavailable"] == []
+    results = results_of(folder)
+    assert set(results["conditions"]) >= {"original", *VARIANTS} and results["unavailable"] == []
     rows = list(csv.DictReader((folder / "per_image.csv").open()))
-    assert len(rows) == len(known.RECORDS)
-    for name, prompt in said.items():
-        told = [row["dice_original"] if row["text"] == prompt else "0.0" for row in rows]
-        assert [float(row[f"dice_{name}"]) for row in rows] == [float(dice) for dice in told]
-        assert 0 < sum(map(float, told)) < sum(float(row["dice_original"]) for row in rows)
+    assert len(rows) == len(stub.RECORDS)
+    for name, prompt in variants.items():
+        expected = [row["dice_original"] if row["text"] == prompt else "0.0" for row in rows]
+        assert [float(row[f"dice_{name}"]) for row in rows] == [float(dice) for dice in expected]
+        assert 0 < sum(map(float, expected)) < sum(float(row["dice_original"]) for row in rows)
 
 
-def test_disagreement_is_one_line(capsys):
+def test_disagreement_is_printed_on_one_line(capsys):
     section = {"mean_entropy": 0.5, "mean_mutual_information": 0.25, "error_auroc": None}
     evaluate._print_disagreement("samples", section)
     out = capsys.readouterr().out
-    assert out.startswith("samples together: ")
+    assert out.startswith("mean over samples: ")
     assert out.count("\n") == 1 and "0.5000" in out and "0.2500" in out and "AUROC -" in out
 
 
-def test_every_condition_baseline_and_file(trained, tmp_path, capsys):
+def test_writes_all_conditions_baselines_and_files(trained, tmp_path, capsys):
     assert run("--workdir", str(trained), "--split", "test", "--output", str(tmp_path)) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["conditions"]) >= {"original", "empty", "shuffled", "swapped"}
@@ -206,16 +221,16 @@ def test_every_condition_baseline_and_file(trained, tmp_path, capsys):
     assert "dice_mean" in out
     assert str(tmp_path / "overlays.png") in out
     assert str(tmp_path / "uncertainty.png") in out
-    # The synthetic set has no published variants, and the evaluation says so in one line.
+    # The synthetic dataset has no published variants; one line reports it.
     assert results["unavailable"] == list(VARIANTS)
-    assert f"has none: {', '.join(VARIANTS)}\n" in out
-    # The same numbers as the run's own test.
-    own = json.loads((trained / "test/results.json").read_text())
-    assert results["conditions"]["original"] == own["conditions"]["original"]
+    assert f"not in the test split: {', '.join(VARIANTS)}\n" in out
+    # The same scores as in the test after training.
+    after_training = json.loads((trained / "test/results.json").read_text())
+    assert results["conditions"]["original"] == after_training["conditions"]["original"]
 
 
 @pytest.mark.slow
-def test_damaged_pictures_have_their_table_and_plot(trained, tmp_path, capsys):
+def test_corruptions_have_a_table_and_a_plot(trained, tmp_path, capsys):
     options = ("--no-baselines", "--text-conditions", "original", "--output", str(tmp_path))
     names = ("--corruptions", "gaussian_noise,jpeg", "--severities", "5")
     assert run("--workdir", str(trained), *options, *names) == 0
@@ -223,18 +238,18 @@ def test_damaged_pictures_have_their_table_and_plot(trained, tmp_path, capsys):
     assert set(results["corruptions"]) == {"gaussian_noise", "jpeg", "mean"}
     cells = [results["corruptions"][name]["5"] for name in ("gaussian_noise", "jpeg")]
     assert all(cell["num_images"] == 8 for cell in cells)
-    right = results["conditions"]["original"]["dice_mean"]
-    assert all(cell["dice_mean"] != right for cell in cells)
+    original = results["conditions"]["original"]["dice_mean"]
+    assert all(cell["dice_mean"] != original for cell in cells)
     mean = np.mean([cell["dice_mean"] for cell in cells])
     assert results["corruptions"]["mean"]["dice_mean"] == pytest.approx(mean)
     assert "gaussian_noise" in capsys.readouterr().out
     assert Image.open(tmp_path / "corruptions.png").size[0] > 600
-    for wrong in (("--corruptions", "fog"), ("--corruptions", "jpeg", "--severities", "0")):
-        assert run("--workdir", str(trained), *wrong) == 2
+    for invalid in (("--corruptions", "fog"), ("--corruptions", "jpeg", "--severities", "0")):
+        assert run("--workdir", str(trained), *invalid) == 2
 
 
 @pytest.mark.slow
-def test_calibration_and_views_of_a_subset(trained, tmp_path, capsys):
+def test_calibration_and_tta_of_a_subset(trained, tmp_path, capsys):
     options = ("--subset", "5", "--text-conditions", "original", "--output", str(tmp_path))
     assert run("--workdir", str(trained), *options, "--calibration", "--tta") == 0
     out = capsys.readouterr().out
@@ -259,7 +274,7 @@ def test_calibration_and_views_of_a_subset(trained, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_another_data_set_needs_its_test_split_alone(trained, tmp_path, capsys):
+def test_another_dataset_needs_only_its_test_split(trained, tmp_path, capsys):
     source = tmp_path / "other"
     (source / "images").mkdir(parents=True)
     (source / "masks").mkdir()
@@ -277,7 +292,7 @@ def test_another_data_set_needs_its_test_split_alone(trained, tmp_path, capsys):
     assert results["data"] == "other"
     assert results["conditions"]["original"]["num_images"] == 3
     assert "baselines" not in results
-    # Another data set whose folder has the same name does not take the first one's place.
+    # Results on another dataset whose folder has the same name are not overwritten.
     shutil.copytree(trained, tmp_path / "run")
     argv = ("--workdir", str(tmp_path / "run"), "--no-baselines", "--text-conditions", "original")
     assert run(*argv, "--source", str(source)) == 0
@@ -288,7 +303,7 @@ def test_another_data_set_needs_its_test_split_alone(trained, tmp_path, capsys):
     assert json.loads((tmp_path / "run/evaluation/other-test/results.json").read_text())
 
 
-def test_mistakes_end_in_a_sentence(trained, tmp_path, capsys):
+def test_invalid_arguments_print_one_line(trained, tmp_path, capsys):
     assert run("--workdir", str(tmp_path)) == 2
     assert str(tmp_path) in capsys.readouterr().err
     for names in ("wrong", "empty", "original,fog", ""):
@@ -303,68 +318,68 @@ def test_mistakes_end_in_a_sentence(trained, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run/config.json").write_text("{}")
     assert run("--workdir", str(tmp_path / "run")) == 2
-    assert "no configuration of a run" in capsys.readouterr().err
+    assert "not the config of a run" in capsys.readouterr().err
 
 
-def test_mirroring_is_a_dice_of_the_model_with_itself(trained, tmp_path, capsys):
+def test_flip_consistency_is_a_dice(trained, tmp_path, capsys):
     options = ("--no-baselines", "--text-conditions", "original", "--output", str(tmp_path))
     assert run("--workdir", str(trained), *options, "--flip-consistency") == 0
-    found = json.loads((tmp_path / "results.json").read_text())["flip_consistency"]
-    assert found["num_images"] == 8
-    assert 0 <= found["dice_mean"] <= 1
-    assert "mirrored against itself" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "results.json").read_text())["flip_consistency"]
+    assert scores["num_images"] == 8
+    assert 0 <= scores["dice_mean"] <= 1
+    assert "flip consistency" in capsys.readouterr().out
 
 
-def test_models_trained_apart_are_evaluated_together(trained, tmp_path, capsys):
-    twin = tmp_path / "twin"
-    shutil.copytree(trained / "model", twin / "model")
+def test_ensemble_with_evaluates_the_mean_of_several_runs(trained, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained / "model", copy / "model")
     options = ("--no-baselines", "--text-conditions", "original", "--output", str(tmp_path / "out"))
-    assert run("--workdir", str(trained), "--ensemble-with", str(twin), *options) == 0
+    assert run("--workdir", str(trained), "--ensemble-with", str(copy), *options) == 0
     results = results_of(tmp_path / "out")
-    own = results_of(trained / "test")["conditions"]["original"]
-    assert results["conditions"]["original"] == own
-    assert results["members"] == {"member_0": own, "member_1": own}
+    single = results_of(trained / "test")["conditions"]["original"]
+    assert results["conditions"]["original"] == single
+    assert results["members"] == {"member_0": single, "member_1": single}
     assert results["ensemble_uncertainty"]["mean_mutual_information"] == pytest.approx(0, abs=1e-6)
     (other,) = results["ensemble_with"]
-    assert other["folder"] == str(twin) and other["model_sha256"] == results["model_sha256"]
-    assert "members together: entropy" in capsys.readouterr().out
+    assert other["folder"] == str(copy) and other["model_sha256"] == results["model_sha256"]
+    assert "mean over members: entropy" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--ensemble-with", "a,b"), "expected --output"),
-        (("--ensemble-with", "a,", "--output", "c"), "expected work directories with commas"),
-        (("--ensemble-with", "a,a", "--output", "c"), "each once"),
-        (("--ensemble-with", "run", "--output", "c"), "--workdir not among them"),
+        (("--ensemble-with", "a,", "--output", "c"), "expected comma-separated work directories"),
+        (("--ensemble-with", "a,a", "--output", "c"), "without repetitions"),
+        (("--ensemble-with", "run", "--output", "c"), "without --workdir"),
         (
             ("--ensemble-with", "a", "--output", "c", "--uncertainty"),
-            "found --uncertainty beside it",
+            "--uncertainty evaluates the samples of one model",
         ),
     ],
 )
-def test_what_cannot_be_together_is_refused(options, message):
+def test_rejects_invalid_ensembles(options, message):
     with pytest.raises(UserError, match=message):
         arguments.parse(["--workdir", "run", *options])
 
 
-def test_together_models_take_pictures_of_one_size(trained, tmp_path, monkeypatch, capsys):
-    opened = evaluate.inference.load_segmentation_model
+def test_rejects_an_ensemble_with_different_image_sizes(trained, tmp_path, monkeypatch, capsys):
+    load_model = evaluate.inference.load_segmentation_model
 
     def load(folder):
-        model, variables, processor = opened(trained)
+        model, variables, processor = load_model(trained)
         size = 56 if folder == str(trained) else 112
         return model, variables, dataclasses.replace(processor, image_size=size)
 
     monkeypatch.setattr(evaluate.inference, "load_segmentation_model", load)
     argv = ("--workdir", str(trained), "--ensemble-with", "b", "--output", str(tmp_path / "out"))
     assert run(*argv) == 2
-    assert "b takes pictures of 112 px" in capsys.readouterr().err
+    assert "b takes images of 112 px" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_members_of_an_ensemble_are_scored_singly(tmp_path, capsys):
+def test_ensemble_members_are_scored_individually(tmp_path, capsys):
     workdir = tmp_path / "run"
     smoke = ["--config", "default:smoke", "--config.ensemble=2", "--config.num_steps=2"]
     cache = [f"--config.data.cache_dir={tmp_path}", "--config.eval_every=2"]
@@ -379,6 +394,6 @@ def test_members_of_an_ensemble_are_scored_singly(tmp_path, capsys):
     uncertainty = results["ensemble_uncertainty"]
     assert 0 < uncertainty["mean_mutual_information"] <= uncertainty["mean_entropy"] <= 0.694
     out = capsys.readouterr().out
-    assert "member_1" in out and "members together: entropy" in out
-    own = json.loads((workdir / "test/results.json").read_text())
-    assert results["conditions"]["original"] == own["conditions"]["original"]
+    assert "member_1" in out and "mean over members: entropy" in out
+    after_training = json.loads((workdir / "test/results.json").read_text())
+    assert results["conditions"]["original"] == after_training["conditions"]["original"]

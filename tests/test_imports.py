@@ -1,4 +1,4 @@
-"""Import directions between packages (docs/design.md), read from the sources."""
+"""Import directions between packages (docs/design.md), checked on the source files."""
 
 import ast
 import graphlib
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from biclip_jax.core.errors import EXTRAS
+
 PACKAGE = Path(__file__).parent.parent / "biclip_jax"
 CONFIGS = PACKAGE.parent / "configs"
 COMMANDS = {
@@ -15,7 +17,7 @@ COMMANDS = {
     *("generalization", "cli", "__main__"),
 }
 BELOW_INFERENCE = {"core", "models", "data", "weights", "encoders", "evaluation"}
-# Package or module -> what of our own it may import.
+# Package or module -> packages and modules of biclip_jax that it may import.
 ALLOWED = {
     "__init__": {"inference"},
     "core": {"configs"},
@@ -28,7 +30,7 @@ ALLOWED = {
     "inference": BELOW_INFERENCE,
     "experiment": BELOW_INFERENCE | {"training", "inference"},
 }
-# Library -> the only places that import it.
+# Library -> the only files and folders that import it.
 OWNERS = {
     "orbax": {"training/checkpoint.py"},
     "safetensors": {"weights/", "encoders/text_features.py"},
@@ -47,12 +49,14 @@ MODEL_LIBRARIES = {"jax", "flax", "numpy", "jaxtyping"}
 
 
 def imports_of(path):
-    """Full names of everything a file imports, anywhere in it."""
+    """Yields the full name of every import in a file, including those inside functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
+            if node.level:
+                assert PACKAGE not in path.parents, f"{path}: relative import"
+                continue
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
@@ -62,7 +66,7 @@ def module_name(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-# Not the configs, which a link brings into the package: they have a test of their own.
+# Without the configs, a symlink inside the package: test_configs_import_only_each_other.
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.relative_to(PACKAGE).parts[0] != "configs")
 MODULES = {module_name(path): path for path in FILES}
 
@@ -78,12 +82,12 @@ def test_imports_follow_the_design(path):
             assert name.split(".")[1] in allowed, f"{path}: imports {name}"
 
 
-def test_no_cycles_also_by_imports_inside_functions():
+def test_imports_have_no_cycles():
     graph = {
         name: {used for used in imports_of(path) if used in MODULES and used != name}
         for name, path in MODULES.items()
     }
-    # A package's name alone, as in `from biclip_jax import core`, runs its __init__ and no more.
+    # Importing the package itself runs only its __init__, so it adds no dependency.
     graph = {name: used - {"biclip_jax"} for name, used in graph.items()}
     assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(MODULES)
 
@@ -111,25 +115,58 @@ def test_configs_import_only_each_other(path):
     assert all(n.startswith(("ml_collections", "biclip_jax.configs")) for n in names), names
 
 
-def test_nobody_imports_a_command():
+def test_no_module_imports_a_command():
     commands = {f"biclip_jax.{command}" for command in COMMANDS - {"cli"}}
     for path in FILES:
         assert not commands & set(imports_of(path)), path
 
 
+# Tests of the benchmarks themselves.
+TESTS_OF_BENCHMARKS = {"test_benchmarks.py", "test_roofline.py"}
+
+
 def test_benchmarks_and_tests_do_not_import_each_other():
     root = PACKAGE.parent
-    for folder, others in (("benchmarks", "tests"), ("reference", "tests")):
+    forbidden = {"benchmarks": {"tests"}, "reference": {"tests", "benchmarks"}}
+    forbidden["tests"] = {"benchmarks"}
+    for folder, others in forbidden.items():
         for path in sorted((root / folder).rglob("*.py")):
-            assert not [n for n in imports_of(path) if n.split(".")[0] == others], path
+            if path.name not in TESTS_OF_BENCHMARKS:
+                assert not {n.split(".")[0] for n in imports_of(path)} & others, path
 
 
-def test_importing_the_package_is_light_and_starts_no_jax():
+# A TFDS builder is a class of TFDS; the module is imported inside a function.
+TFDS_BUILDERS = {"data/builders/layout.py"}
+LAZY = {*EXTRAS, "matplotlib", "scipy", "tensorboardX"}
+
+
+def module_level_imports(path):
+    """Names imported when a module is imported, without those for type annotations."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_optional_and_slow_libraries_are_imported_inside_functions(path):
+    name = str(path.relative_to(PACKAGE))
+    if name not in TFDS_BUILDERS:
+        assert not {n.split(".")[0] for n in module_level_imports(path)} & LAZY
+    else:
+        importers = [p for p in FILES if "biclip_jax.data.builders.layout" in imports_of(p)]
+        assert importers
+        for importer in importers:
+            assert "biclip_jax.data.builders.layout" not in module_level_imports(importer)
+
+
+def test_importing_the_package_does_not_import_jax():
     code = (
         "import sys, biclip_jax; "
         "heavy = {'jax', 'flax', 'numpy', 'torch', 'tensorflow'} & set(sys.modules); "
         "assert not heavy, heavy; print(biclip_jax.__version__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stdout.strip()

@@ -1,4 +1,4 @@
-"""The launch script: restarts after a crash, and not after an error that would come again."""
+"""launch/local.sh: restarts after a crash, but not after an error that would recur."""
 
 import os
 import subprocess
@@ -21,8 +21,8 @@ SCRIPT = Path(__file__).parent.parent / "launch/local.sh"
         ([130, 0], 130, 1),
     ],
 )
-def test_restarts(tmp_path, statuses, status, starts):
-    """With a stand-in for python that takes its exit statuses from a file, one a start."""
+def test_restarts_after_a_crash(tmp_path, statuses, status, starts):
+    """Replaces python by a script that takes one exit status per start from a file."""
     (tmp_path / "statuses").write_text("\n".join(map(str, statuses)) + "\n")
     stand_in = tmp_path / "python"
     stand_in.write_text(
@@ -31,26 +31,28 @@ def test_restarts(tmp_path, statuses, status, starts):
     )
     stand_in.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run([SCRIPT, "runs/x", "--config", "qata"], env=environment)
-    assert done.returncode == status
+    completed = subprocess.run([SCRIPT, "runs/x", "--config", "qata"], env=environment)
+    assert completed.returncode == status
     calls = (tmp_path / "log").read_text().splitlines()
     assert calls == ["-m biclip_jax.train --workdir runs/x --config qata"] * starts
 
 
 def test_a_dry_run_prints_the_command():
     command = [SCRIPT, "--dry-run", "runs/an x", "--config", "qata"]
-    done = subprocess.run(command, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    completed = subprocess.run(
+        command, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True
+    )
     expected = r"python -m biclip_jax.train --workdir runs/an\ x --config qata" + "\n"
-    assert (done.returncode, done.stdout) == (0, expected)
+    assert (completed.returncode, completed.stdout) == (0, expected)
 
 
-def test_without_a_work_directory_it_says_how():
-    done = subprocess.run([SCRIPT], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "launch/local.sh [--dry-run] WORKDIR" in done.stderr
+def test_prints_the_usage_without_a_work_directory():
+    completed = subprocess.run([SCRIPT], capture_output=True, text=True)
+    assert completed.returncode == 2
+    assert "launch/local.sh [--dry-run] WORKDIR" in completed.stderr
 
 
-def test_a_signal_reaches_the_run_and_waits_for_it(tmp_path):
+def test_forwards_a_signal_and_waits_for_the_run(tmp_path):
     stand_in = tmp_path / "python"
     stand_in.write_text(
         f"#!/bin/bash\ntrap 'sleep 0.3; touch {tmp_path}/saved; exit 143' TERM\n"

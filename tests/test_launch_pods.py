@@ -1,4 +1,4 @@
-"""The launch scripts for many hosts, by dry runs and with stand-ins for the clusters' commands."""
+"""Launch scripts for several hosts, with dry runs and stand-ins for the cluster commands."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 LAUNCH = Path(__file__).parent.parent / "launch"
-# Whatever a shell could take amiss.
+# Arguments that a shell could misinterpret.
 OPTIONS = ["--config", "qata:small", '--config.note=it\'s "so" $HOME `x` a;b & *', ""]
 SLURM = ("slurm.sh", ["4", "/shared/my runs/x", *OPTIONS])
 TPU_VM = ("tpu_vm.sh", ["train", "pod", "/shared/my runs/x", *OPTIONS])
@@ -20,18 +20,18 @@ GKE = ("gke.sh", ["tpus", "gcr.io/mine/biclip:1", "v5litepod-16", "2", "--", "--
 CLOUD = {"PROJECT": "mine", "ZONE": "us-west4-a", "RESTART_PAUSE": "0"}
 TRAIN = ["-m", "biclip_jax.train", "--workdir", "/shared/my runs/x", *OPTIONS]
 
-# Writes down what it was called with, and ends with the next status of the file `statuses`.
-# sbatch then does the cluster's part: it runs the script that follows the options.
+# Logs its arguments and exits with the next status in the file `statuses`.
+# sbatch also runs the script that follows its options, as the cluster would.
 STAND_IN = """#!{python}
 import json, os, pathlib, sys
 here = pathlib.Path(__file__).parent
 with open(here / "log", "a") as log:
     log.write(json.dumps([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]) + "\\n")
 if sys.argv[0].endswith("sbatch"):
-    rest = sys.argv[1:]
-    while rest[0].startswith("--"):
-        rest.pop(0)
-    os.execv(rest[0], rest)
+    command = sys.argv[1:]
+    while command[0].startswith("--"):
+        command.pop(0)
+    os.execv(command[0], command)
 statuses = here / "statuses"
 first, *others = statuses.read_text().split() if statuses.exists() else ["0"]
 statuses.write_text(" ".join(others or ["0"]))
@@ -54,11 +54,11 @@ def run(script, arguments, tmp_path, **extra):
 
 
 def dry_run(script, arguments, tmp_path, **extra):
-    """The commands that a dry run prints, each as a list of arguments."""
-    done = run(script, ["--dry-run", *arguments], tmp_path, **extra)
-    assert done.returncode == 0, done.stderr
+    """Returns the commands that a dry run prints, as lists of arguments."""
+    completed = run(script, ["--dry-run", *arguments], tmp_path, **extra)
+    assert completed.returncode == 0, completed.stderr
     assert not (tmp_path / "log").exists()
-    return [shlex.split(line) for line in done.stdout.splitlines()]
+    return [shlex.split(line) for line in completed.stdout.splitlines()]
 
 
 def calls(tmp_path):
@@ -74,7 +74,7 @@ def stand_ins(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["slurm.sh", "tpu_vm.sh", "gke.sh"])
-def test_syntax(script):
+def test_scripts_have_valid_syntax(script):
     subprocess.run(["bash", "-n", LAUNCH / script], check=True)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", LAUNCH / script], check=True)
@@ -95,14 +95,14 @@ def test_syntax(script):
 )
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_missing_arguments_print_the_usage(tmp_path, script, arguments, dry):
-    done = run(script, [*dry, *arguments], tmp_path, WORKLOAD="w", **CLOUD)
-    assert done.returncode == 2
-    assert f"launch/{script} [--dry-run]" in done.stderr
-    assert "set -u" not in done.stderr
+    completed = run(script, [*dry, *arguments], tmp_path, WORKLOAD="w", **CLOUD)
+    assert completed.returncode == 2
+    assert f"launch/{script} [--dry-run]" in completed.stderr
+    assert "set -u" not in completed.stderr
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments", "extra", "found"),
+    ("script", "arguments", "extra", "message"),
     [
         ("slurm.sh", ["two", "w"], {}, "NODES is 'two'"),
         ("slurm.sh", ["0", "w"], {}, "NODES is '0'"),
@@ -120,10 +120,10 @@ def test_missing_arguments_print_the_usage(tmp_path, script, arguments, dry):
     ],
 )
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
-def test_what_does_not_fit_is_said_in_a_sentence(stand_ins, script, arguments, extra, found, dry):
-    done = run(script, [*dry, *arguments], stand_ins, **extra)
-    assert done.returncode == 2
-    assert found in done.stderr
+def test_rejects_invalid_arguments_and_variables(stand_ins, script, arguments, extra, message, dry):
+    completed = run(script, [*dry, *arguments], stand_ins, **extra)
+    assert completed.returncode == 2
+    assert message in completed.stderr
     assert not (stand_ins / "log").exists()
 
 
@@ -159,21 +159,21 @@ def test_slurm_resources_come_from_the_environment(tmp_path):
         ([1, 1, 1, 1, 0], 1, 4),
         ([2, 0], 2, 1),
         ([130, 0], 130, 1),
-        # No signal came to the job: Slurm ended what was left after the loss of a process.
+        # Without a signal to the job: Slurm terminated the step after losing a process.
         ([143, 0], 0, 2),
     ],
 )
-def test_slurm_starts_again_after_a_loss(stand_ins, statuses, status, starts):
+def test_slurm_restarts_after_losing_a_process(stand_ins, statuses, status, starts):
     (expected,) = dry_run(*SLURM, stand_ins)
     (stand_ins / "statuses").write_text(" ".join(map(str, statuses)))
-    done = run(*SLURM, stand_ins)
-    assert done.returncode == status
+    completed = run(*SLURM, stand_ins)
+    assert completed.returncode == status
     step = expected[expected.index("srun") :]
     assert calls(stand_ins) == [expected] + [step] * starts
 
 
-def test_slurm_passes_the_time_limit_on_and_does_not_start_again(stand_ins):
-    """By scancel: a SIGTERM to srun itself would be a SIGKILL for the processes."""
+def test_slurm_forwards_the_time_limit_and_does_not_restart(stand_ins):
+    """Uses scancel: a SIGTERM to srun would kill the processes with SIGKILL."""
     (stand_ins / "srun").write_text(
         f"#!/bin/bash\ncd {stand_ins}\ntrap 'touch killed; exit 137' TERM\n"
         "echo start >> started\nwhile [ ! -e scancelled ]; do sleep 0.05; done\n"
@@ -196,7 +196,7 @@ def test_slurm_passes_the_time_limit_on_and_does_not_start_again(stand_ins):
 def wait_for(path):
     end = time.monotonic() + 10
     while not path.exists():
-        assert time.monotonic() < end, f"{path} did not come"
+        assert time.monotonic() < end, f"{path} was not created"
         time.sleep(0.02)
 
 
@@ -206,7 +206,7 @@ def gcloud(verb, *arguments):
 
 
 def remote(command):
-    """What the shell of a host makes of the --command of a gcloud line."""
+    """Returns the arguments that the shell of a host parses from --command of a gcloud line."""
     (line,) = [word for word in command if word.startswith("--command=")]
     return shlex.split(line.removeprefix("--command="))
 
@@ -231,23 +231,23 @@ def test_tpu_vm_install(stand_ins):
     copy, install = dry_run("tpu_vm.sh", ["install", "pod", str(wheel)], stand_ins, **extra)
     assert copy == gcloud("scp", str(wheel), "pod:", "--worker=all")
     assert install[:7] == [*gcloud("ssh", "pod", "--worker=all")[:7]]
-    assert remote(install) == [*pip, f"./{wheel.name}[tpu]"]
+    assert remote(install) == [*pip, f"./{wheel.name}[tpu,train]"]
     assert run("tpu_vm.sh", ["install", "pod", str(wheel)], stand_ins, **extra).returncode == 0
     assert calls(stand_ins) == [copy, install]
     (stand_ins / "log").unlink()
     for what, target in {
-        "git+https://x.org/b.git": "biclip_jax[tpu] @ git+https://x.org/b.git",
-        "/shared/b.whl": "/shared/b.whl[tpu]",
+        "git+https://x.org/b.git": "biclip_jax[tpu,train] @ git+https://x.org/b.git",
+        "/shared/b.whl": "/shared/b.whl[tpu,train]",
     }.items():
         (install,) = dry_run("tpu_vm.sh", ["install", "pod", what], stand_ins, **extra)
         assert remote(install) == [*pip, target]
 
 
-def test_tpu_vm_does_not_install_what_was_not_copied(stand_ins):
+def test_tpu_vm_does_not_install_after_a_failed_copy(stand_ins):
     (stand_ins / "b.whl").touch()
     (stand_ins / "statuses").write_text("1")
-    done = run("tpu_vm.sh", ["install", "pod", str(stand_ins / "b.whl")], stand_ins, **CLOUD)
-    assert done.returncode == 1
+    completed = run("tpu_vm.sh", ["install", "pod", str(stand_ins / "b.whl")], stand_ins, **CLOUD)
+    assert completed.returncode == 1
     assert len(calls(stand_ins)) == 1
 
 
@@ -255,7 +255,7 @@ def test_tpu_vm_does_not_install_what_was_not_copied(stand_ins):
     ("statuses", "status", "starts"),
     [
         ([0], 0, 1),
-        # Between two starts, what the lost connection may have left is stopped.
+        # Between two starts, processes left by a lost connection are stopped.
         ([1, 0, 0], 0, 2),
         ([255, 255, 1, 0, 0], 0, 3),
         ([1] * 7, 1, 4),
@@ -264,20 +264,20 @@ def test_tpu_vm_does_not_install_what_was_not_copied(stand_ins):
         ([143, 0], 143, 1),
     ],
 )
-def test_tpu_vm_starts_again_after_a_crash(stand_ins, statuses, status, starts):
+def test_tpu_vm_restarts_after_a_crash(stand_ins, statuses, status, starts):
     (train,) = dry_run(*TPU_VM, stand_ins, **CLOUD)
     (stop,) = dry_run("tpu_vm.sh", ["stop", "pod"], stand_ins, **CLOUD)
     assert train[:7] == stop[:7] == gcloud("ssh", "pod", "--worker=all")[:7]
     assert remote(train) == ["exec", "env", "BICLIP_DISTRIBUTED=auto", "python3", *TRAIN]
     assert remote(stop)[:5] == ["pkill", "-TERM", "-o", "-f", "[b]iclip_jax[.]train"]
     (stand_ins / "statuses").write_text(" ".join(map(str, statuses)))
-    done = run(*TPU_VM, stand_ins, **CLOUD)
-    assert done.returncode == status
+    completed = run(*TPU_VM, stand_ins, **CLOUD)
+    assert completed.returncode == status
     assert calls(stand_ins) == [train] + [stop, train] * (starts - 1)
 
 
-def test_a_signal_stops_the_run_on_the_hosts_and_waits_for_it(stand_ins):
-    """A stand-in whose `train` ends by 143 once its `stop` was called."""
+def test_tpu_vm_forwards_a_signal_and_waits_for_the_run(stand_ins):
+    """The stand-in's `train` exits with 143 after its `stop` was called."""
     (stand_ins / "gcloud").write_text(
         f"#!/bin/bash\ncd {stand_ins}\nif [[ $* = *pkill* ]]; then touch stop; exit; fi\n"
         "echo start >> started\nwhile [ ! -e stop ]; do sleep 0.05; done\n"
@@ -291,7 +291,7 @@ def test_a_signal_stops_the_run_on_the_hosts_and_waits_for_it(stand_ins):
     assert (stand_ins / "started").read_text() == "start\n"
 
 
-def test_gke(stand_ins):
+def test_gke_command(stand_ins):
     arguments = [*GKE[1], *OPTIONS]
     extra = CLOUD | {"WORKLOAD": "qata-1", "MAX_RESTARTS": "5"}
     (command,) = dry_run("gke.sh", arguments, stand_ins, **extra)

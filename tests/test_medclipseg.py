@@ -1,4 +1,4 @@
-"""MedCLIPSeg from configuration to files: a run, its resume, evaluation, prediction, refusals."""
+"""MedCLIPSeg from config to files: training, resuming, evaluation, prediction, errors."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ from biclip_jax.weights import readers
 from tests import tiny
 from tests.models import by_hand
 
-# Smaller than `smoke`: two blocks, one adapter, patches of 14, one doubling of the map.
+# Smaller than `smoke`: two blocks, one adapter, patch size 14, one upscaling.
 SMALL = {
     "model.encoders.patch_size": 14,
     "model.encoders.num_layers": 2,
@@ -33,10 +33,10 @@ SMALL = {
     "eval_every": 2,
     "log_every": 1,
 }
-SENTENCE = "one large lesion, upper left."
+PROMPT = "one large lesion, upper left."
 
 
-def configured(base, variant="smoke", **changes):
+def load_small_config(base, variant="smoke", **changes):
     fields = {**SMALL, "data.cache_dir": base / "cache", **changes}
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
     return config_lib.load_config(f"medclipseg:{variant}", overrides)
@@ -47,8 +47,8 @@ def base(tmp_path_factory):
     return tmp_path_factory.mktemp("medclipseg")
 
 
-def noise(model, key, max_length, without=()):
-    """In the place of `medclipseg.init`, whose many draws take long to compile."""
+def random_init(model, key, max_length, without=()):
+    """Replaces `medclipseg.init`, which takes long to compile."""
     ids = jnp.zeros((1, max_length), jnp.int32)
     image = jnp.zeros((1, model.image_size, model.image_size, 3))
     return {"batch_stats": {}, **by_hand.noise(model, image, ids, amount=0.2)}
@@ -56,20 +56,20 @@ def noise(model, key, max_length, without=()):
 
 @pytest.fixture(scope="module")
 def trained(base):
-    """The work directory of one finished run: read only."""
+    """Returns the work directory of a finished run; tests must not change it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(medclipseg, "init", noise)
-        train.train_and_evaluate(configured(base), base / "run")
+        patch.setattr(medclipseg, "init", random_init)
+        train.train_and_evaluate(load_small_config(base), base / "run")
     return base / "run"
 
 
-def spoken_of(config):
+def encode_texts(config):
     texts = {"train": ["one small lesion left", "none right"]}
     return medclipseg_spec.encode_texts(config, texts, medclipseg_spec.open_encoders(config))
 
 
 def checkpoint_at(workdir, step):
-    """What a checkpoint holds, whatever the program would make of it."""
+    """Reads the content of a checkpoint with orbax, without the training code."""
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
         path = workdir / "checkpoints/last" / str(step)
@@ -83,12 +83,12 @@ def metrics_of(workdir):
 
 
 def run(main, *argv):
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as exit_info:
         main(list(map(str, argv)))
-    return stopped.value.code
+    return exit_info.value.code
 
 
-def test_a_run_leaves_a_model_that_opens_and_its_test(trained):
+def test_run_writes_a_loadable_model_and_test_results(trained):
     results = json.loads((trained / "test/results.json").read_text())
     assert set(results["conditions"]) == {"original", "empty", "shuffled"}
     for scores in results["conditions"].values():
@@ -101,7 +101,7 @@ def test_a_run_leaves_a_model_that_opens_and_its_test(trained):
         parts = [row[f"loss_{name}"] for name in ("dice", "bce", "contrastive")]
         assert row["loss"] == pytest.approx(np.dot([0.5, 0.5, 0.1], parts), rel=1e-4)
         assert row["skipped"] == 0
-    # 32 pictures in batches of 8 are one epoch, which has one rate.
+    # 32 images in batches of 8 are one epoch, which has one learning rate.
     assert [row["lr"] for row in steps] == pytest.approx([3e-4] * 4)
     model, variables, processor = biclip_jax.load_model(trained)
     assert isinstance(model, medclipseg.MedCLIPSeg)
@@ -110,7 +110,7 @@ def test_a_run_leaves_a_model_that_opens_and_its_test(trained):
     assert processor.max_length == 24
 
 
-def test_checkpoints_hold_what_is_trained_alone(trained):
+def test_checkpoints_contain_only_trained_parameters(trained):
     state, progress = checkpoint_at(trained, 4)
     assert int(state["step"]) == 4
     assert set(state["params"]) == {"adapters_0", "head"}
@@ -119,37 +119,37 @@ def test_checkpoints_hold_what_is_trained_alone(trained):
     names = [str(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     assert any("opt_state" in name and "adapters_0" in name for name in names)
     assert not any(part in name for name in names for part in medclipseg.FROZEN)
-    # The model, on the other hand, is whole.
-    held = readers.open_checkpoint(trained / "model/model.safetensors").tensors
-    assert {name.split("/")[1] for name in held} >= {*medclipseg.FROZEN[:2], "adapters_0"}
+    # The model folder has all parameters.
+    tensors = readers.open_checkpoint(trained / "model/model.safetensors").tensors
+    assert {name.split("/")[1] for name in tensors} >= {*medclipseg.FROZEN[:2], "adapters_0"}
 
 
-def test_a_run_goes_on_from_a_checkpoint_to_the_same_bits(trained, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(medclipseg, "init", noise)
+def test_resumed_run_is_bit_identical(trained, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(medclipseg, "init", random_init)
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir, ignore=shutil.ignore_patterns("lock", "test"))
-    (workdir / "checkpoints/last/4.sha256.json").unlink()  # as if its writing was interrupted
+    (workdir / "checkpoints/last/4.sha256.json").unlink()  # as after an interrupted save
     assert [path.name for path in checkpoint.complete_steps(workdir / "checkpoints/last")] == ["2"]
-    train.train_and_evaluate(configured(base, final_test=False), workdir)
-    whole, resumed = (checkpoint_at(place, 4) for place in (trained, workdir))
-    jax.tree.map(np.testing.assert_array_equal, whole[0], resumed[0])
-    assert whole[1] == resumed[1]
+    train.train_and_evaluate(load_small_config(base, final_test=False), workdir)
+    expected, resumed = (checkpoint_at(folder, 4) for folder in (trained, workdir))
+    jax.tree.map(np.testing.assert_array_equal, expected[0], resumed[0])
+    assert expected[1] == resumed[1]
     weights = "model/model.safetensors"
     assert (workdir / weights).read_bytes() == (trained / weights).read_bytes()
     assert metrics_of(workdir) == metrics_of(trained)
 
 
 @pytest.mark.slow
-def test_evaluation_writes_its_conditions(trained):
+def test_evaluation_writes_the_text_conditions(trained):
     argv = ("--workdir", trained, "--text-conditions", "original,empty", "--no-baselines")
     assert run(evaluate.main, *argv) == 0
     folder = trained / "evaluation/test"
     results = json.loads((folder / "results.json").read_text())
     assert set(results["conditions"]) == {"original", "empty"}
-    tested = json.loads((trained / "test/results.json").read_text())
-    # A picture's noise follows the picture: again the same numbers.
+    test_results = json.loads((trained / "test/results.json").read_text())
+    # The noise depends only on the image, so the numbers are the same.
     for name in ("original", "empty"):
-        assert results["conditions"][name] == tested["conditions"][name]
+        assert results["conditions"][name] == test_results["conditions"][name]
     with open(folder / "per_image.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 8
 
@@ -165,47 +165,47 @@ def images(base):
 
 
 @pytest.mark.slow
-def test_predictions_tell_their_uncertainty_and_repeat_to_the_bit(trained, images, tmp_path):
-    argv = ("--workdir", trained, "--image", images, "--text", SENTENCE, "--output", tmp_path)
+def test_predictions_have_uncertainty_and_are_reproducible(trained, images, tmp_path):
+    argv = (images, "--model", trained, "--prompt", PROMPT, "--output", tmp_path)
     assert run(predict.main, *argv) == 0
     kinds = ("mask", "overlay", "probability", "uncertainty")
     files = [f"{stem}_{kind}.png" for stem in "ab" for kind in kinds]
     assert sorted(path.name for path in tmp_path.iterdir()) == [*files, "predictions.csv"]
-    shown = np.asarray(Image.open(tmp_path / "b_uncertainty.png").convert("RGB"))
-    assert min(shown.shape[:2]) > 300
-    assert shown.std() > 10
+    plot = np.asarray(Image.open(tmp_path / "b_uncertainty.png").convert("RGB"))
+    assert min(plot.shape[:2]) > 300
+    assert plot.std() > 10
     with open(tmp_path / "predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     segmenter = biclip_jax.load(trained)
     assert segmenter.samples
-    for row, picture in zip(rows, sorted(images.iterdir()), strict=True):
-        again = segmenter.predict_samples(picture, SENTENCE)
-        assert float(row["mean_uncertainty_nats"]) == float(again.uncertainty.mean())
-        assert float(row["mean_epistemic_nats"]) == float(again.epistemic.mean())
-        assert 0 < again.epistemic.mean() < again.uncertainty.mean() < np.log(2)
-        assert (again.epistemic <= again.uncertainty + 1e-6).all()
+    for row, path in zip(rows, sorted(images.iterdir()), strict=True):
+        sampled = segmenter.predict_samples(path, PROMPT)
+        assert float(row["mean_uncertainty_nats"]) == float(sampled.uncertainty.mean())
+        assert float(row["mean_epistemic_nats"]) == float(sampled.epistemic.mean())
+        assert 0 < sampled.epistemic.mean() < sampled.uncertainty.mean() < np.log(2)
+        assert (sampled.epistemic <= sampled.uncertainty + 1e-6).all()
         mask, probability = (
-            np.asarray(Image.open(tmp_path / f"{picture.stem}_{kind}.png"))
+            np.asarray(Image.open(tmp_path / f"{path.stem}_{kind}.png"))
             for kind in ("mask", "probability")
         )
-        np.testing.assert_array_equal(mask, 255 * again.mask)
-        np.testing.assert_array_equal(probability, np.rint(again.probability * 65535))
-        np.testing.assert_array_equal(again.mask, again.probability >= 0.5)
-        plain = segmenter.predict(picture, SENTENCE)
+        np.testing.assert_array_equal(mask, 255 * sampled.mask)
+        np.testing.assert_array_equal(probability, np.rint(sampled.probability * 65535))
+        np.testing.assert_array_equal(sampled.mask, sampled.probability >= 0.5)
+        prediction = segmenter.predict(path, PROMPT)
         for name in ("mask", "probability", "uncertainty"):
-            np.testing.assert_array_equal(getattr(plain, name), getattr(again, name))
-    views = segmenter.predict_views(picture, SENTENCE)
-    assert [x.shape for x in views] == [x.shape for x in again]
-    # An untrained model answers much alike to every view, and not the same.
-    assert 0 < np.abs(views.probability - again.probability).mean() < 0.05
+            np.testing.assert_array_equal(getattr(prediction, name), getattr(sampled, name))
+    views = segmenter.predict_views(path, PROMPT)
+    assert [x.shape for x in views] == [x.shape for x in sampled]
+    # An untrained model gives similar but different predictions for the views.
+    assert 0 < np.abs(views.probability - sampled.probability).mean() < 0.05
 
 
 @pytest.mark.slow
-def test_a_sample_is_the_mean_of_passes_of_the_loaded_model(trained, images):
-    """By `model.apply` alone; the picture stands alone, so that its number is 0."""
+def test_prediction_is_the_mean_of_passes_of_the_loaded_model(trained, images):
+    """Uses only `model.apply`; a single image has index 0."""
     model, variables, processor = biclip_jax.load_model(trained)
-    picture = np.asarray(Image.open(images / "b.png"))
-    inputs = processor([picture], [SENTENCE])
+    image = np.asarray(Image.open(images / "b.png"))
+    inputs = processor([image], [PROMPT])
     key = jax.random.fold_in(jax.random.key(0), 0)
     apply = jax.jit(model.apply)
     probs = []
@@ -216,48 +216,51 @@ def test_a_sample_is_the_mean_of_passes_of_the_loaded_model(trained, images):
         logits, _ = apply(variables, image, ids, mask, noise=noise)
         probs.append(jax.nn.sigmoid(logits))
     expected = np.mean(probs, 0)[0, ..., 0]
-    small = Image.fromarray(inputs["image"][0])
-    found = biclip_jax.load(trained).predict(np.asarray(small), SENTENCE).probability
+    resized = Image.fromarray(inputs["image"][0])
+    found = biclip_jax.load(trained).predict(np.asarray(resized), PROMPT).probability
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.ptp(np.asarray(probs), axis=0).max() > 1e-4
 
 
-# --- what does not go together ---
+# --- invalid configs ---
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"ensemble": 2}, "ensemble is for BiCLIP; MedCLIPSeg's samples are its ensemble"),
+        ({"ensemble": 2}, "ensemble: MedCLIPSeg samples instead of an ensemble"),
         (
             {"data.unlabelled": "somewhere", "data.unlabelled_ratio": 1},
-            "data.unlabelled is for BiCLIP; MedCLIPSeg has no loss without masks",
+            "data.unlabelled: MedCLIPSeg has no loss without masks",
         ),
         ({"model.num_layers": 3}, "have 2 and 2 blocks, and there are 3 adapters"),
     ],
 )
-def test_fields_that_do_not_go_together_are_refused(base, changes, said):
-    config = configured(base, **changes)
-    with pytest.raises(UserError, match=f"--config: .*{said}"):
-        program.build(config, 32, spoken_of(config))
+def test_rejects_incompatible_fields(base, changes, message):
+    config = load_small_config(base, **changes)
+    with pytest.raises(UserError, match=f"--config: .*{message}"):
+        program.build(config, 32, encode_texts(config))
 
 
 @pytest.mark.parametrize("variant", ["clip", "pubmedclip"])
-def test_openai_s_towers_need_weights(base, variant):
-    """Their vocabulary is their own."""
-    config = configured(base, f"smoke,{variant}")
+def test_openai_encoders_require_weights(base, variant):
+    """They have a fixed vocabulary."""
+    config = load_small_config(base, f"smoke,{variant}")
     with pytest.raises(
         UserError, match=rf"--config\.model\.variant: '{variant}' without .*weights"
     ):
         medclipseg_spec.open_encoders(config)
 
 
-def test_sentences_longer_than_the_tower_are_refused(base):
-    encoders = medclipseg_spec.open_encoders(configured(base))
+def test_rejects_max_length_above_the_positions_of_the_encoder(base):
+    encoders = medclipseg_spec.open_encoders(load_small_config(base))
     encoders = encoders._replace(text={**encoders.text, "max_length": 20})
-    with pytest.raises(UserError, match="max_length: 24; the text tower has 20 positions"):
-        medclipseg_spec.text_length(configured(base), encoders)
-    assert medclipseg_spec.text_length(configured(base, **{"model.max_length": 20}), encoders) == 20
+    with pytest.raises(UserError, match="max_length: 24; the text encoder has 20 positions"):
+        medclipseg_spec.text_length(load_small_config(base), encoders)
+    assert (
+        medclipseg_spec.text_length(load_small_config(base, **{"model.max_length": 20}), encoders)
+        == 20
+    )
 
 
 @pytest.mark.parametrize("variant", ["reference", "biomedclip", "covid19", "p25"])
@@ -269,10 +272,10 @@ def test_variants_build(base, variant, monkeypatch):
             model, key, {"text_ids": jnp.zeros((1, length), jnp.int32)}
         ),
     )
-    config = configured(base, f"smoke,{variant}")
-    built = program.build(config, 32, spoken_of(config))
+    config = load_small_config(base, f"smoke,{variant}")
+    built = program.build(config, 32, encode_texts(config))
     assert set(built.initial.frozen) == set(medclipseg.FROZEN)
-    fields, recipe = built.described["model"], built.described
+    fields, recipe = built.model_config["model"], built.model_config
     assert recipe["kind"] == "medclipseg"
     assert medclipseg.build(fields).image_size == config.model.image_size
     expected = {"input": "clip", "resize": "antialiased", "dropout": 0.0, "gate_init": 0.0}
@@ -286,17 +289,17 @@ def test_variants_build(base, variant, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_reference_trains_too(base):
-    """Rows' Dice, the released contrastive loss, dropout in the text tower."""
-    config = configured(base, "smoke,reference", final_test=False)
+def test_reference_variant_trains(base):
+    """Dice over rows, the released contrastive loss, dropout in the text encoder."""
+    config = load_small_config(base, "smoke,reference", final_test=False)
     train.train_and_evaluate(config, base / "reference")
     rows = [row for row in metrics_of(base / "reference") if row["split"] == "train"]
     assert len(rows) == 4 and all(np.isfinite(row["loss"]) for row in rows)
 
 
 @pytest.mark.slow
-def test_the_smoke_run_learns_and_its_towers_follow_from_the_seed(base):
-    """They are in no checkpoint: a run that goes on draws them again."""
+def test_smoke_run_learns_and_its_encoders_follow_from_the_seed(base):
+    """Checkpoints do not contain the random encoders: a resumed run draws them again."""
     config = config_lib.load_config(
         "medclipseg:smoke", [f"--config.data.cache_dir={base / 'cache'}"]
     )
@@ -304,8 +307,8 @@ def test_the_smoke_run_learns_and_its_towers_follow_from_the_seed(base):
     losses = [row["loss"] for row in metrics_of(base / "smoke") if row["split"] == "train"]
     assert losses[-1] < losses[0]
     (base / "smoke/checkpoints/last/8.sha256.json").unlink()
-    whole, _ = checkpoint_at(base / "smoke", 8)
+    expected, _ = checkpoint_at(base / "smoke", 8)
     before = (base / "smoke/model/model.safetensors").read_bytes()
     train.train_and_evaluate(config, base / "smoke")
-    jax.tree.map(np.testing.assert_array_equal, whole, checkpoint_at(base / "smoke", 8)[0])
+    jax.tree.map(np.testing.assert_array_equal, expected, checkpoint_at(base / "smoke", 8)[0])
     assert (base / "smoke/model/model.safetensors").read_bytes() == before

@@ -1,4 +1,4 @@
-"""The prediction door: pictures in, masks out, no mask needed."""
+"""The predict command: images in, predicted masks out."""
 
 import csv
 
@@ -11,7 +11,7 @@ from biclip_jax import predict
 from biclip_jax.data import dicom
 from tests.data.fixtures import CT, dicom_file
 
-SENTENCE = "unilateral pulmonary infection, one infected area, lower left lung."
+PROMPT = "unilateral pulmonary infection, one infected area, lower left lung."
 
 
 def run(*argv):
@@ -27,15 +27,15 @@ def images(tmp_path):
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (70, 90)).astype(np.uint8)).save(folder / "a.png")
     Image.fromarray(rng.integers(0, 256, (64, 48, 3)).astype(np.uint8)).save(folder / "b.jpg")
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("not an image")
     return folder
 
 
-def test_one_picture_gives_mask_probability_and_overlay_at_its_own_size(trained, images, tmp_path):
+def test_writes_mask_probability_and_overlay_at_the_size_of_the_image(trained, images, tmp_path):
     out = tmp_path / "out"
-    argv = ("--workdir", trained, "--image", images / "a.png", "--text", SENTENCE)
-    assert run(*argv, "--output", out) == 0
-    expected = biclip_jax.load(trained).predict(images / "a.png", SENTENCE)
+    argv = (images / "a.png", "--model", trained, "--prompt", PROMPT)
+    assert run(*argv, "-o", out) == 0
+    expected = biclip_jax.load(trained).predict(images / "a.png", PROMPT)
     mask = np.asarray(Image.open(out / "a_mask.png"))
     probability = np.asarray(Image.open(out / "a_probability.png"))
     assert mask.shape == probability.shape == (70, 90)
@@ -44,11 +44,11 @@ def test_one_picture_gives_mask_probability_and_overlay_at_its_own_size(trained,
     assert Image.open(out / "a_overlay.png").size == (90, 70)
 
 
-def test_several_views_tell_how_much_they_disagree(trained, images, tmp_path):
+def test_tta_reports_the_epistemic_uncertainty(trained, images, tmp_path):
     out = tmp_path / "out"
-    argv = ("--workdir", trained, "--image", images / "b.jpg", "--text", SENTENCE, "--tta")
-    assert run(*argv, "--output", out) == 0
-    expected = biclip_jax.load(trained).predict_views(images / "b.jpg", SENTENCE)
+    argv = (images / "b.jpg", "--model", trained, "--prompt", PROMPT, "--tta")
+    assert run(*argv, "-o", out) == 0
+    expected = biclip_jax.load(trained).predict_views(images / "b.jpg", PROMPT)
     probability = np.asarray(Image.open(out / "b_probability.png"))
     np.testing.assert_allclose(probability / 65535, expected.probability, atol=1e-5)
     with open(out / "predictions.csv", newline="") as file:
@@ -56,34 +56,34 @@ def test_several_views_tell_how_much_they_disagree(trained, images, tmp_path):
     assert float(row["mean_epistemic_nats"]) == pytest.approx(expected.epistemic.mean(), rel=1e-4)
 
 
-def test_a_folder_with_a_csv_of_sentences(trained, images, tmp_path, capsys):
-    table = tmp_path / "sentences.csv"
-    table.write_text(f'image,text\na.png,"{SENTENCE}"\nb.jpg,\nc.png,gone\n')
+def test_segments_a_folder_with_a_prompts_file(trained, images, tmp_path, capsys):
+    table = tmp_path / "prompts.csv"
+    table.write_text(f'image,text\na.png,"{PROMPT}"\nb.jpg,\nc.png,unused\n')
     out = tmp_path / "out"
-    argv = ("--workdir", trained, "--image", images, "--texts", table, "--output", out)
+    argv = (images, "--model", trained, "--prompts-file", table, "-o", out)
     assert run(*argv) == 0
-    assert "sentences.csv: no picture for c.png (1 in all)" in capsys.readouterr().err
+    assert "prompts.csv: no image for c.png (1 in total)" in capsys.readouterr().err
     with open(out / "predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["image"], row["text"]) for row in rows] == [("a.png", SENTENCE), ("b.jpg", "")]
+    assert [(row["image"], row["text"]) for row in rows] == [("a.png", PROMPT), ("b.jpg", "")]
     share = (np.asarray(Image.open(out / "b_mask.png")) == 255).mean()
     assert float(rows[1]["foreground_share"]) == pytest.approx(share)
     assert Image.open(out / "b_mask.png").size == (48, 64)
 
 
-def test_a_bad_picture_is_named_and_the_others_are_done(trained, images, tmp_path, capsys):
+def test_skips_and_names_an_unreadable_image(trained, images, tmp_path, capsys):
     (images / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     out = tmp_path / "out"
-    assert run("--workdir", trained, "--image", images, "--output", out) == 1
+    assert run(images, "--model", trained, "-o", out) == 1
     captured = capsys.readouterr()
     assert "broken.png" in captured.err
-    assert "2 of 3 pictures" in captured.out
+    assert "2 of 3 images" in captured.out
     assert (out / "a_mask.png").exists()
     assert not (out / "broken_mask.png").exists()
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("image,text\na.png,x\n", "b.jpg"),
         ("name,text\na.png,x\n", "expected image and text"),
@@ -91,29 +91,29 @@ def test_a_bad_picture_is_named_and_the_others_are_done(trained, images, tmp_pat
         (None, "cannot be read"),
     ],
 )
-def test_sentences_that_do_not_fit_are_named(trained, images, tmp_path, capsys, content, said):
-    table = tmp_path / "sentences.csv"
+def test_rejects_invalid_prompts_files(trained, images, tmp_path, capsys, content, message):
+    table = tmp_path / "prompts.csv"
     if content is not None:
         table.write_text(content)
-    argv = ("--workdir", trained, "--image", images, "--texts", table)
-    assert run(*argv, "--output", tmp_path / "out") == 2
-    assert said in capsys.readouterr().err
+    argv = (images, "--model", trained, "--prompts-file", table)
+    assert run(*argv, "-o", tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
 
 
-def test_nothing_to_segment_and_clashing_names_are_errors(trained, images, tmp_path, capsys):
-    argv = ("--workdir", trained, "--output", tmp_path / "out", "--image")
+def test_rejects_missing_images_and_conflicting_outputs(trained, images, tmp_path, capsys):
+    argv = ("--model", trained, "-o", tmp_path / "out")
     assert run(*argv, tmp_path / "nowhere") == 2
     (tmp_path / "empty").mkdir()
     assert run(*argv, tmp_path / "empty") == 2
-    inside = ("--workdir", trained, "--image", images, "--output", images)
+    inside = (images, "--model", trained, "-o", images)
     assert run(*inside) == 2
-    assert "holds the pictures" in capsys.readouterr().err
+    assert "contains the input images" in capsys.readouterr().err
     Image.new("L", (4, 4)).save(images / "a.bmp")
     assert run(*argv, images) == 2
     assert "overwrite" in capsys.readouterr().err
 
 
-def test_a_folder_of_dicom_files(trained, tmp_path, capsys):
+def test_segments_a_folder_of_dicom_files(trained, tmp_path, capsys):
     folder, out = tmp_path / "study", tmp_path / "out"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -122,19 +122,19 @@ def test_a_folder_of_dicom_files(trained, tmp_path, capsys):
         dicom_file(folder / name, pixels, **CT, WindowCenter=40, WindowWidth=400)
     dicom_file(folder / "report", pixels, PixelData=None)
     (folder / "DICOMDIR").write_bytes((folder / "scan.dcm").read_bytes())
-    (folder / "notes").write_text("no picture")
-    argv = ("--workdir", trained, "--image", folder, "--text", SENTENCE, "--output", out)
+    (folder / "notes").write_text("not an image")
+    argv = (folder, "--model", trained, "--prompt", PROMPT, "-o", out)
     assert run(*argv, "--window=-500,1500") == 1
     captured = capsys.readouterr()
-    assert "3 of 4 pictures segmented" in captured.out
+    assert "3 of 4 images segmented" in captured.out
     assert "report: found a DICOM file without pixels (CT Image Storage)" in captured.err
     for name in ("1.2.840.1", "1.2.840.2", "scan"):
         assert Image.open(out / f"{name}_mask.png").size == (30, 40)
         assert Image.open(out / f"{name}_uncertainty.png").size
-    # The windows are not the same, and the one that was asked for is what the model saw.
-    seen = dicom.read(folder / "scan.dcm", dicom.Window(-500, 1500))
-    assert (seen != dicom.read(folder / "scan.dcm")).any()
-    expected = biclip_jax.load(trained).predict(seen, SENTENCE).probability
+    # --window overrides the window of the file.
+    pixels_in_window = dicom.read(folder / "scan.dcm", dicom.Window(-500, 1500))
+    assert (pixels_in_window != dicom.read(folder / "scan.dcm")).any()
+    expected = biclip_jax.load(trained).predict(pixels_in_window, PROMPT).probability
     probability = np.asarray(Image.open(out / "scan_probability.png"))
     np.testing.assert_allclose(probability / 65535, expected, atol=1e-5)
     for file in out.iterdir():
@@ -142,15 +142,15 @@ def test_a_folder_of_dicom_files(trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("window", "said"),
+    ("window", "message"),
     [
         ("40", "expected --window=CENTER,WIDTH"),
-        ("40,0", "width from 1"),
+        ("40,0", "width of at least 1"),
         ("nan,400", "expected --window=CENTER,WIDTH"),
-        ("40,400", "of DICOM files alone, and there is none"),
+        ("40,400", "DICOM files only, but there are none"),
     ],
 )
-def test_windows_that_cannot_be(trained, images, tmp_path, capsys, window, said):
-    argv = ("--workdir", trained, "--image", images, "--output", tmp_path / "out")
+def test_rejects_invalid_windows(trained, images, tmp_path, capsys, window, message):
+    argv = (images, "--model", trained, "-o", tmp_path / "out")
     assert run(*argv, f"--window={window}") == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err

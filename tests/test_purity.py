@@ -1,4 +1,4 @@
-"""Steps are pure functions: no effects, the same bits twice, one compilation, any platform."""
+"""Steps are pure functions: no effects, reproducible results, one compilation, any platform."""
 
 from functools import partial
 
@@ -13,48 +13,48 @@ from biclip_jax.evaluation import steps as eval_steps
 from tests import tiny
 
 
-def eval_pieces(axis_name=None):
+def eval_step_and_variables(axis_name=None):
     model = tiny.model(axis_name)
     variables = tiny.init(model)
     return partial(eval_steps.eval_step, model=model, axis_name=axis_name), variables
 
 
 @pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_the_train_step_has_no_effects(accumulate):
+def test_train_step_has_no_effects(accumulate):
     step, state, batch, key = tiny.train_step(accumulate=accumulate)
     assert jax.make_jaxpr(step)(state, batch, key).effects == set()
 
 
 @pytest.mark.slow
-def test_the_semi_supervised_step_has_no_effects():
+def test_semi_supervised_step_has_no_effects():
     step, state, batch, key = tiny.train_step(method="semi")
     assert jax.make_jaxpr(step)(state, batch, key).effects == set()
 
 
-def test_the_evaluation_and_prediction_steps_have_no_effects():
-    step, variables = eval_pieces()
+def test_evaluation_and_prediction_steps_have_no_effects():
+    step, variables = eval_step_and_variables()
     assert jax.make_jaxpr(step)(variables, tiny.batch()).effects == set()
     predict = partial(eval_steps.predict_step, model=tiny.model())
     assert jax.make_jaxpr(predict)(variables, tiny.batch()).effects == set()
 
 
 @pytest.mark.slow
-def test_two_calls_give_the_same_bits(tiny_step):
-    check_same_bits(*tiny_step)
+def test_train_step_is_reproducible(tiny_step):
+    check_reproducible(*tiny_step)
 
 
 @pytest.mark.slow
-def test_two_semi_supervised_calls_give_the_same_bits():
+def test_semi_supervised_step_is_reproducible():
     step, state, batch, key = tiny.train_step(method="semi")
-    metrics = check_same_bits(step, state.replace(step=state.step + 1), batch, key)
+    metrics = check_reproducible(step, state.replace(step=state.step + 1), batch, key)
     parts = ("seg", "gen", "iac", "cycle", "pseudo_labels")
     assert set(metrics) == {"loss", "grad_norm", "skipped", *(f"loss_{part}" for part in parts)}
     assert all(np.isfinite(total) for total, _ in metrics.values())
     assert metrics["skipped"][0] == 0
 
 
-def check_same_bits(step, state, batch, key):
-    """The metrics of a step, taken twice, and once with another key."""
+def check_reproducible(step, state, batch, key):
+    """Takes a step twice, and once with another key; returns its metrics."""
     step = jax.jit(step)
     first, second = step(state, batch, key), step(state, batch, key)
     jax.tree.map(np.testing.assert_array_equal, first, second)
@@ -65,23 +65,23 @@ def check_same_bits(step, state, batch, key):
 
 
 @pytest.mark.slow
-def test_a_run_compiles_each_step_once():
-    """The first step may compile; the ones after it trace and compile nothing."""
+def test_train_step_is_compiled_once():
+    """Only the first step may trace and compile."""
     step, state, batch, key = tiny.train_step(distributed.AXIS)
     traces, compilations = [], []
 
-    def counted(*args):
+    def traced_step(*args):
         traces.append(1)
         return step(*args)
 
-    def listen(event, _duration, **_details):
+    def record_compilation(event, _duration, **_details):
         if "compile" in event:
             compilations.append(event)
 
-    train = distributed.pmap_train_step(counted)
+    train = distributed.pmap_train_step(traced_step)
     batches = [distributed.shard_batch(tiny.batch(seed=seed)) for seed in range(4)]
     state, key = distributed.replicate(state), distributed.replicate(key)
-    jax.monitoring.register_event_duration_secs_listener(listen)
+    jax.monitoring.register_event_duration_secs_listener(record_compilation)
     state, _ = jax.block_until_ready(train(state, batches[0], key))
     assert compilations
     compilations.clear()
@@ -96,7 +96,7 @@ def test_a_run_compiles_each_step_once():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_the_train_step_over_a_mesh_lowers_for(platform):
+def test_mesh_train_step_lowers_for(platform):
     step, state, batch, key = tiny.train_step()
     layout = distributed.sharded(state)
     train = distributed.mesh_train_step(step, layout)
@@ -110,7 +110,7 @@ def test_the_train_step_over_a_mesh_lowers_for(platform):
 @pytest.mark.parametrize(
     "platform", ["tpu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cuda", "cpu"))]
 )
-def test_the_pmapped_train_step_lowers_for(platform, method):
+def test_pmap_train_step_lowers_for(platform, method):
     step, state, batch, key = tiny.train_step(distributed.AXIS, method=method)
     train = distributed.pmap_train_step(step)
     export = jax.export.export(jax.jit(train), platforms=[platform])

@@ -1,4 +1,4 @@
-"""Whole runs: what they leave behind, exact resume, stops, policies, refusals."""
+"""Full runs: output files, exact resume, signals, policies and invalid configs."""
 
 import json
 import shutil
@@ -28,21 +28,21 @@ TIMES = ("images_per_second",)
 
 
 def final_state(config, workdir):
-    """The last checkpoint's state, and how far it came."""
+    """Returns state and progress of the last checkpoint."""
     return checkpoint_of(config, workdir, "last")
 
 
 def checkpoint_of(config, workdir, kind):
-    """State and progress of the newest checkpoint of a kind."""
-    built = program.build(config, 32, sentences_of(config, workdir))
+    """Returns state and progress of the newest checkpoint of a kind."""
+    built = program.build(config, 32, encoded_text_of(config, workdir))
     return checkpoint.restore_latest(workdir / "checkpoints" / kind, built.initial, print)
 
 
-def sentences_of(config, workdir):
-    """The run's tokenizer, and one sentence."""
+def encoded_text_of(config, workdir):
+    """Returns the tokenizer of the run with one encoded prompt."""
     tokenizer = tokenizers.load_tokenizer(workdir / "model/tokenizer")
-    one = text.encode_fields(tokenizer, [""], config.model.text.max_length)
-    return text_encoders.EncodedText(tokenizer, {"train": one})
+    fields = text.encode_fields(tokenizer, [""], config.model.text.max_length)
+    return text_encoders.EncodedText(tokenizer, {"train": fields})
 
 
 def metrics_of(workdir):
@@ -51,7 +51,7 @@ def metrics_of(workdir):
 
 
 class StopAfter(checkpoint.StopSignal):
-    """Stands for a signal that arrives during the n-th step."""
+    """Simulates a signal during the n-th step."""
 
     count = 0
 
@@ -65,7 +65,7 @@ class StopAfter(checkpoint.StopSignal):
         pass
 
 
-def test_a_run_leaves_what_it_says(trained):
+def test_a_run_writes_all_files(trained):
     names = {str(p.relative_to(trained)) for p in trained.rglob("*") if p.is_file()}
     assert names >= {
         "config.json",
@@ -97,9 +97,9 @@ def test_a_run_leaves_what_it_says(trained):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stops", [(1,), (4,), (2, 3)])
-def test_a_stopped_run_goes_on(smoke_config, trained, tmp_path, monkeypatch, stops):
-    """To the same bits: stopped at step 1, at the end of an epoch, and twice within one."""
-    whole, _ = final_state(smoke_config, trained)
+def test_resumes_after_a_signal(smoke_config, trained, tmp_path, monkeypatch, stops):
+    """Bit-identical: stopped at step 1, at the end of an epoch, or twice within one."""
+    expected, _ = final_state(smoke_config, trained)
     for steps in stops:
         monkeypatch.setattr(StopAfter, "count", steps)
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
@@ -108,13 +108,13 @@ def test_a_stopped_run_goes_on(smoke_config, trained, tmp_path, monkeypatch, sto
         assert stopped.value.code == 128 + signal.SIGTERM
     train.train_and_evaluate(smoke_config, tmp_path / "run")
     resumed, _ = final_state(smoke_config, tmp_path / "run")
-    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
-    ours = [r for r in metrics_of(tmp_path / "run") if r["split"] == "val"]
-    assert ours == [r for r in metrics_of(trained) if r["split"] == "val"]
+    jax.tree.map(np.testing.assert_array_equal, expected, resumed)
+    rows = [r for r in metrics_of(tmp_path / "run") if r["split"] == "val"]
+    assert rows == [r for r in metrics_of(trained) if r["split"] == "val"]
 
 
 @pytest.mark.slow
-def test_two_runs_are_the_same_to_the_bit(smoke_config, trained, tmp_path):
+def test_two_runs_are_bit_identical(smoke_config, trained, tmp_path):
     train.train_and_evaluate(smoke_config, tmp_path / "run")
     first, _ = final_state(smoke_config, trained)
     second, _ = final_state(smoke_config, tmp_path / "run")
@@ -129,11 +129,11 @@ def test_a_finished_run_is_tested_again_without_training(smoke_config, trained, 
     train.train_and_evaluate(smoke_config, tmp_path / "run")
     before = metrics_of(tmp_path / "run")
     train.train_and_evaluate(smoke_config, tmp_path / "run")
-    assert "goes on after step 8 of 8" in capsys.readouterr().out
+    assert "resumes after step 8 of 8" in capsys.readouterr().out
     assert metrics_of(tmp_path / "run") == before
 
 
-def test_another_configuration_may_not_go_on_in_the_same_place(smoke_config, tmp_path):
+def test_does_not_resume_with_another_config(smoke_config, tmp_path):
     train.write_or_check_config(smoke_config, tmp_path, {})
     (tmp_path / "checkpoints/last/4").mkdir(parents=True)
     (tmp_path / "checkpoints/last/4.sha256.json").write_text("{}")
@@ -148,13 +148,15 @@ def test_another_configuration_may_not_go_on_in_the_same_place(smoke_config, tmp
         train.write_or_check_config(smoke_config, tmp_path, {})
 
 
-def test_other_pictures_may_not_go_on_in_the_same_place(tmp_path):
+def test_does_not_resume_with_other_images(tmp_path):
     train.write_or_check_labels({"ids": ["a", "b"]}, tmp_path)
-    train.write_or_check_labels({"ids": ["a", "c"]}, tmp_path)  # nothing was trained yet
+    train.write_or_check_labels({"ids": ["a", "c"]}, tmp_path)  # nothing has been trained yet
     (tmp_path / "checkpoints/last/4").mkdir(parents=True)
     (tmp_path / "checkpoints/last/4.sha256.json").write_text("{}")
     train.write_or_check_labels({"ids": ["a", "c"]}, tmp_path)
-    with pytest.raises(UserError, match=r"began with 2 labelled pictures; .* has 3, of which 1"):
+    with pytest.raises(
+        UserError, match=r"started with 2 labelled images; .* has 3, 1 of them the same"
+    ):
         train.write_or_check_labels({"ids": ["a", "d", "e"]}, tmp_path)
     assert json.loads((tmp_path / "labels.json").read_text()) == {"ids": ["a", "c"]}
     (tmp_path / "labels.json").write_text("{}")
@@ -163,7 +165,7 @@ def test_other_pictures_may_not_go_on_in_the_same_place(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_start_that_failed_does_not_hold_its_place(smoke_config, tmp_path):
+def test_a_failed_start_does_not_block_the_work_directory(smoke_config, tmp_path):
     with smoke_config.unlocked():
         smoke_config.batch_size, smoke_config.final_test = 3, False
         smoke_config.optim.accumulate = 2
@@ -177,8 +179,8 @@ def test_a_start_that_failed_does_not_hold_its_place(smoke_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_process_goes_on_to_the_same_bits(smoke_config, trained, tmp_path):
-    """SIGKILL after the first checkpoint, wherever that finds the process."""
+def test_resumes_after_sigkill(smoke_config, trained, tmp_path):
+    """Sends SIGKILL at an arbitrary time after the first checkpoint."""
     cache = f"--config.data.cache_dir={smoke_config.data.cache_dir}"
     command = [sys.executable, "-m", "biclip_jax.train", "--config", "default:smoke", cache]
     process = subprocess.Popen([*command, "--workdir", str(tmp_path / "run")])
@@ -187,10 +189,10 @@ def test_a_killed_process_goes_on_to_the_same_bits(smoke_config, trained, tmp_pa
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    done = subprocess.run([*command, "--workdir", str(tmp_path / "run")], capture_output=True)
-    assert b"goes on after step" in done.stdout
-    assert done.returncode == 0
-    # The command line uses faster convolutions than the run here: equal to rounding.
+    completed = subprocess.run([*command, "--workdir", str(tmp_path / "run")], capture_output=True)
+    assert b"resumes after step" in completed.stdout
+    assert completed.returncode == 0
+    # The command uses faster convolutions than the run here, so rounding differs.
     first, _ = final_state(smoke_config, trained)
     second, _ = final_state(smoke_config, tmp_path / "run")
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
@@ -198,8 +200,8 @@ def test_a_killed_process_goes_on_to_the_same_bits(smoke_config, trained, tmp_pa
     assert int(second.step) == 8
 
 
-def broken_objective(*args, **kwargs):
-    """The published objective with a loss that is not a number."""
+def nan_objective(*args, **kwargs):
+    """The published objective with a NaN loss."""
     loss, aux = PUBLISHED(*args, **kwargs)
     return loss * float("nan"), aux
 
@@ -209,8 +211,8 @@ PUBLISHED = biclip_spec.objective.objective
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["skip", "abort"])
-def test_a_loss_that_is_not_finite_follows_the_policy(smoke_config, tmp_path, monkeypatch, policy):
-    monkeypatch.setattr(biclip_spec.objective, "objective", broken_objective)
+def test_a_non_finite_loss_follows_the_policy(smoke_config, tmp_path, monkeypatch, policy):
+    monkeypatch.setattr(biclip_spec.objective, "objective", nan_objective)
     smoke_config.optim.non_finite, smoke_config.final_test = policy, False
     if policy == "abort":
         with pytest.raises(UserError, match="not finite"):
@@ -219,16 +221,14 @@ def test_a_loss_that_is_not_finite_follows_the_policy(smoke_config, tmp_path, mo
         return
     train.train_and_evaluate(smoke_config, tmp_path / "run")
     state, _ = final_state(smoke_config, tmp_path / "run")
-    encoded_text = sentences_of(smoke_config, tmp_path / "run")
+    encoded_text = encoded_text_of(smoke_config, tmp_path / "run")
     fresh = program.build(smoke_config, 32, encoded_text).initial
     assert int(state.skipped) == int(state.step) == 8
     jax.tree.map(np.testing.assert_array_equal, state.params, fresh.params)
 
 
 @pytest.mark.slow
-def test_early_stopping_ends_after_evaluations_without_improvement(
-    smoke_config, tmp_path, monkeypatch
-):
+def test_early_stopping_after_evaluations_without_improvement(smoke_config, tmp_path, monkeypatch):
     scores = iter([0.5, 0.4, 0.3, 0.9])
     monkeypatch.setattr(train, "validate", lambda *_: {"dice_global": next(scores)})
     with smoke_config.unlocked():
@@ -240,7 +240,7 @@ def test_early_stopping_ends_after_evaluations_without_improvement(
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("model.image_size=60", "image_size is 60"),
         ("batch_size=3", "batch_size is 3"),
@@ -248,13 +248,13 @@ def test_early_stopping_ends_after_evaluations_without_improvement(
         ("data.source=/nowhere", "source"),
     ],
 )
-def test_what_cannot_run_is_said_before_training(tmp_path, override, said):
+def test_rejects_invalid_configs_before_training(tmp_path, override, message):
     overrides = [f"--config.data.cache_dir={tmp_path}", f"--config.{override}"]
     overrides += ["--config.optim.accumulate=2"] if "batch" in override else []
     config = config_lib.load_config("default:smoke", overrides)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         train.train_and_evaluate(config, tmp_path / "run")
-    if said.startswith("image_size"):  # nothing was prepared at a size that no network takes
+    if message.startswith("image_size"):  # rejected before the images are prepared
         assert not any(tmp_path.glob("synthetic-*"))
 
 
@@ -269,7 +269,7 @@ def test_accumulation_runs_end_to_end(smoke_config, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "unet", "ef_unet", "one_way", "no_generator"])
-def test_every_kind_of_method_runs_end_to_end(tmp_path, method):
+def test_every_method_runs_end_to_end(tmp_path, method):
     cache = f"--config.data.cache_dir={tmp_path / 'cache'}"
     config = config_lib.load_config(f"default:smoke,{method}", [cache, "--config.num_steps=2"])
     results = train.train_and_evaluate(config, tmp_path / "run")
@@ -281,47 +281,54 @@ def test_every_kind_of_method_runs_end_to_end(tmp_path, method):
         assert scores[0] == scores[1] == scores[2]
     image = np.random.default_rng(0).integers(0, 256, (56, 56, 1)).astype(np.uint8)
     segmenter = inference.load(tmp_path / "run")
-    given, without = (segmenter.predict(image, text).probability for text in ("left lung", ""))
-    assert np.isfinite(given).all()
-    assert np.array_equal(given, without) == (method == "unet")
+    prompted, unprompted = (
+        segmenter.predict(image, prompt).probability for prompt in ("left lung", "")
+    )
+    assert np.isfinite(prompted).all()
+    assert np.array_equal(prompted, unprompted) == (method == "unet")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("taught", [False, True])
-def test_a_stopped_semi_supervised_run_goes_on_and_keeps_its_averages(
-    trained, tmp_path, monkeypatch, taught
+@pytest.mark.parametrize("has_teacher", [False, True])
+def test_a_semi_supervised_run_resumes_with_its_averaged_parameters(
+    trained, tmp_path, monkeypatch, has_teacher
 ):
     overrides = [f"--config.data.cache_dir={tmp_path / 'cache'}", "--config.final_test=false"]
-    if taught:  # a model folder: the run has all the labels
+    # A model folder: the work directory would be rejected, it was trained on all labels.
+    if has_teacher:
         overrides.append(f"--config.data.teachers={trained / 'model'}")
     overrides += ["--config.data.label_fraction=0.5", "--config.num_steps=4"]
     config = config_lib.load_config("default:smoke,semi", overrides)
-    train.train_and_evaluate(config, tmp_path / "whole")
+    train.train_and_evaluate(config, tmp_path / "uninterrupted")
     monkeypatch.setattr(StopAfter, "count", 3)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(checkpoint, "StopSignal", StopAfter)
         train.train_and_evaluate(config, tmp_path / "run")
-    monkeypatch.setattr(pseudo_labels, "open_teacher", lambda *_: pytest.fail("asked again"))
-    train.train_and_evaluate(config, tmp_path / "run")
-    (whole, progress), (resumed, _) = (
-        final_state(config, tmp_path / name) for name in ("whole", "run")
+    monkeypatch.setattr(
+        pseudo_labels, "open_teacher", lambda *_: pytest.fail("teacher loaded again")
     )
-    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    train.train_and_evaluate(config, tmp_path / "run")
+    (expected, progress), (resumed, _) = (
+        final_state(config, tmp_path / name) for name in ("uninterrupted", "run")
+    )
+    jax.tree.map(np.testing.assert_array_equal, expected, resumed)
     assert progress["best_step"] == 4
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), whole.params, whole.ema["params"])
-    assert moved["unet"]["head"]["kernel"]
-    _, variables, _ = inference.load_model(tmp_path / "whole")
-    jax.tree.map(np.testing.assert_array_equal, variables["params"], whole.ema["params"])
-    labels = json.loads((tmp_path / "whole/labels.json").read_text())
+    differs = jax.tree.map(
+        lambda a, b: bool((a != b).any()), expected.params, expected.ema["params"]
+    )
+    assert differs["unet"]["head"]["kernel"]
+    _, variables, _ = inference.load_model(tmp_path / "uninterrupted")
+    jax.tree.map(np.testing.assert_array_equal, variables["params"], expected.ema["params"])
+    labels = json.loads((tmp_path / "uninterrupted/labels.json").read_text())
     assert labels["num_images"] == 16
-    rows = [row for row in metrics_of(tmp_path / "whole") if row["split"] == "train"]
+    rows = [row for row in metrics_of(tmp_path / "uninterrupted") if row["split"] == "train"]
     assert all(np.isfinite(row["loss_pseudo_labels"]) for row in rows)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["", "no_text"])
-def test_the_demo_needs_its_sentences(tmp_path, variant):
-    """The picture alone does not determine the mask: 0.85 with sentences, below 0.6 without."""
+def test_the_demo_needs_its_prompts(tmp_path, variant):
+    """The image does not determine the mask: Dice is above 0.85 with prompts, below 0.6 without."""
     overrides = [f"--config.data.cache_dir={tmp_path}"]
     config = config_lib.load_config(f"default:{variant}", overrides)
     conditions = train.train_and_evaluate(config, tmp_path / "run")["conditions"]
@@ -335,8 +342,8 @@ def test_the_demo_needs_its_sentences(tmp_path, variant):
 
 
 @pytest.fixture(scope="module")
-def tower_folder(tmp_path_factory):
-    """A converted text tower, as `python -m biclip_jax.convert bert` writes it."""
+def encoder_folder(tmp_path_factory):
+    """Folder of a text encoder, as `biclip convert bert` writes it."""
     folder = tmp_path_factory.mktemp("encoder") / "cxr_bert"
     source = Path(__file__).parent / "fixtures/encoders/cxr_bert"
     with pytest.raises(SystemExit, match="0"):
@@ -344,7 +351,7 @@ def tower_folder(tmp_path_factory):
     return folder
 
 
-def with_tower(config, folder, **fields):
+def with_encoder(config, folder, **fields):
     with config.unlocked():
         config.model.text.encoder, config.model.text.weights = "bert", str(folder)
         config.model.text.max_length = 14
@@ -353,59 +360,63 @@ def with_tower(config, folder, **fields):
 
 
 @pytest.mark.slow
-def test_a_frozen_tower_is_asked_once_and_travels_with_the_model(
-    smoke_config, tower_folder, tmp_path, capsys, monkeypatch
+def test_a_frozen_encoder_is_run_once_and_stored_with_the_model(
+    smoke_config, encoder_folder, tmp_path, capsys, monkeypatch
 ):
-    config = with_tower(smoke_config, tower_folder)
+    config = with_encoder(smoke_config, encoder_folder)
     results = train.train_and_evaluate(config, tmp_path / "run")
     assert results["conditions"]["original"]["num_images"] == 8
-    assert "distinct sentences" in capsys.readouterr().out
+    assert "distinct prompts" in capsys.readouterr().out
     stored = list((tmp_path / "cache").rglob("text_features-*.safetensors"))
     assert len(stored) == 1
 
-    # The model folder holds the tower, so that new sentences can be asked of it alone.
-    moved = tmp_path / "elsewhere"
-    shutil.copytree(tmp_path / "run/model", moved)
-    model, variables, processor = inference.load_model(moved)
+    # The model folder contains the encoder and can be moved.
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path / "run/model", folder)
+    model, variables, processor = inference.load_model(folder)
     image = np.random.default_rng(0).integers(0, 256, (56, 56, 1)).astype(np.uint8)
     inputs = {k: jnp.asarray(v) for k, v in processor([image], ["lower left lung"]).items()}
     scaled = inputs["image"].astype(jnp.float32) / 255
     logits, _ = model.apply(variables, scaled, inputs["text_ids"], inputs["text_mask"])
-    found = inference.load(moved).predict(image, "lower left lung").probability
-    np.testing.assert_allclose(found, jax.nn.sigmoid(logits)[0, ..., 0], atol=1e-5)
+    probability = inference.load(folder).predict(image, "lower left lung").probability
+    np.testing.assert_allclose(probability, jax.nn.sigmoid(logits)[0, ..., 0], atol=1e-5)
 
-    # Going on reads the stored vectors; another tower may not go on.
-    asked_again = partial(pytest.fail, "the tower was asked again")
-    monkeypatch.setattr(text_encoders, "_feature_function", lambda *_: lambda _: asked_again())
+    # A resumed run reads the cached features, and does not accept another encoder.
+    fail = partial(pytest.fail, "the prompts were encoded again")
+    monkeypatch.setattr(text_encoders, "_feature_function", lambda *_: lambda _: fail())
     config.final_test = False
     train.train_and_evaluate(config, tmp_path / "run")
     other = tmp_path / "other"
-    shutil.copytree(tower_folder, other)
-    described, variables = model_folder.read(other)
+    shutil.copytree(encoder_folder, other)
+    model_config, variables = model_folder.read(other)
     variables["params"]["norm"]["bias"] += 1
-    words = (other / model_folder.TOKENIZER).read_text()
-    model_folder.write(other, config=described, variables=variables, tokenizer=words, card="")
-    with pytest.raises(UserError, match=r"began with the text tower that lay in .*cxr_bert"):
-        train.train_and_evaluate(with_tower(config, other), tmp_path / "run")
+    tokenizer = (other / model_folder.TOKENIZER).read_text()
+    model_folder.write(
+        other, config=model_config, variables=variables, tokenizer=tokenizer, card=""
+    )
+    with pytest.raises(UserError, match=r"started with the text encoder in .*cxr_bert"):
+        train.train_and_evaluate(with_encoder(config, other), tmp_path / "run")
 
-    # Nor may it take the place of the one that the model was trained with.
-    shutil.rmtree(moved / "text_encoder")
-    shutil.copytree(other, moved / "text_encoder")
-    with pytest.raises(UserError, match="not the tower"):
-        inference.load_model(moved)
+    # The model folder does not accept another encoder either.
+    shutil.rmtree(folder / "text_encoder")
+    shutil.copytree(other, folder / "text_encoder")
+    with pytest.raises(UserError, match="not the text encoder"):
+        inference.load_model(folder)
 
 
 @pytest.mark.slow
-def test_a_trainable_tower_begins_as_converted_and_learns(smoke_config, tower_folder, tmp_path):
-    config = with_tower(smoke_config, tower_folder, trainable=True, pooling="masked")
+def test_a_trainable_encoder_starts_from_the_converted_weights(
+    smoke_config, encoder_folder, tmp_path
+):
+    config = with_encoder(smoke_config, encoder_folder, trainable=True, pooling="masked")
     train.train_and_evaluate(config, tmp_path / "run")
-    _, before = model_folder.read(tower_folder)
+    _, before = model_folder.read(encoder_folder)
     model, variables, _ = inference.load_model(tmp_path / "run")
     assert model.text_encoder.pooling == "masked"
     after = variables["params"]["text_encoder"]["pretrained"]
     before, after = (flatten_dict(tree, sep="/") for tree in (before["params"], after))
-    moved = {name for name in after if not np.array_equal(before[name], after[name])}
-    # The projection of [CLS] is not looked at; weight decay alone moves it.
-    assert {"words/embedding", "blocks_0/attention/qkv/kernel"} <= moved
+    changed = {name for name in after if not np.array_equal(before[name], after[name])}
+    # The projection of [CLS] is unused; only weight decay changes it.
+    assert {"words/embedding", "blocks_0/attention/qkv/kernel"} <= changed
     for name in after:
         np.testing.assert_allclose(after[name], before[name], atol=0.1, err_msg=name)

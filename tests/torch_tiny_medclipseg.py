@@ -5,8 +5,8 @@ from reference.torch_medclipseg import MedCLIPSeg
 from tests import tiny_medclipseg as tiny
 
 
-def tiny_twin(variant: str, num_layers: int = tiny.NUM_BLOCKS) -> MedCLIPSeg:
-    """The network at the sizes of `tiny_medclipseg`, with random values."""
+def tiny_model(variant: str, num_layers: int = tiny.NUM_BLOCKS) -> MedCLIPSeg:
+    """Returns the PyTorch network at the sizes of `tiny_medclipseg`, with random parameters."""
     model = MedCLIPSeg(
         variant,
         image_size=tiny.IMAGE_SIZE,

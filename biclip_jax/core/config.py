@@ -1,4 +1,4 @@
-"""What the command lines share: configurations by name, overrides, flags, errors as sentences."""
+"""Loads configs by name, applies overrides and validates the fields."""
 
 from __future__ import annotations
 
@@ -15,32 +15,34 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from biclip_jax.configs import common
 from biclip_jax.core.errors import UserError, did_you_mean
 
 
-def config_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with --config and --workdir; what it leaves over are overrides of fields."""
+def config_parser(command: str, description: str | None) -> argparse.ArgumentParser:
+    """Returns a parser with --config and --workdir; the remaining arguments are overrides."""
     parser = argparse.ArgumentParser(
+        prog=f"biclip {command}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Any field: --config.FIELD=VALUE, such as --config.batch_size=8",
+        epilog="Override any field with --config.FIELD=VALUE, for example --config.batch_size=8",
     )
-    parser.add_argument("--config", default="default", help="name or path, with :variant")
-    parser.add_argument("--workdir", help="folder of the run (default: runs/NAME)")
+    parser.add_argument(
+        "--config", default="default", help="name or path of a config, optionally with :variant"
+    )
+    parser.add_argument("--workdir", help="work directory of the run (default: runs/NAME)")
     return parser
 
 
 def load_config(name: str, overrides: list[str]) -> ConfigDict:
-    """The resolved configuration, locked.
+    """Loads a config, applies the overrides, validates and locks it.
 
     Args:
-      name: "qata", "qata:small", "configs/qata.py:small" or a path to another file.
-      overrides: "--config.a.b=value" each.
+      name: "qata", "qata:small", "configs/qata.py:small" or the path of another file.
+      overrides: Arguments of the form "--config.a.b=value".
 
     Raises:
-      UserError: no such configuration, variant or field (with the nearest name),
-        or a value of another type.
+      UserError: Unknown config, variant or field (with the nearest known name), or a value of the
+        wrong type or out of range.
     """
     source, _, variant = name.partition(":")
     try:
@@ -105,7 +107,7 @@ AT_LEAST = {
     "model.bmf.hidden": 1,
     "model.width": 2,
 }
-# from, and up to but without
+# Half-open intervals [low, high).
 BETWEEN = {
     "model.text.dropout": (0, 1),
     "model.bmf.level_text_dropout": (0, 1),
@@ -123,7 +125,7 @@ LOSS_WEIGHTS = (
     "bce",
     "contrastive",
 )
-# What may change between two starts of one run: nothing that its numbers depend on.
+# Fields that may change when a run resumes: no result depends on them.
 FREE_FIELDS = (
     "data.source",
     "data.cache_dir",
@@ -141,7 +143,7 @@ FREE_FIELDS = (
 
 
 def validate(config: ConfigDict) -> None:
-    """Raises UserError where a field has a value that no code stands for."""
+    """Raises UserError for a value outside the choices or the range of its field."""
     fields = dict(flatten(config))
     for name, legal in CHOICES.items():
         if name in fields and fields[name] not in legal:
@@ -166,39 +168,39 @@ def validate(config: ConfigDict) -> None:
         )
     if fields.get("parallel.shard") and fields["parallel.mode"] == "pmap":
         raise UserError(
-            f"--config.parallel.shard: {fields['parallel.shard']!r}, but under parallel.mode=pmap "
-            "every device holds the whole state; set parallel.mode=mesh, or leave it out"
+            f"--config.parallel.shard: {fields['parallel.shard']!r}, but with parallel.mode=pmap "
+            "every device holds the full state; set parallel.mode=mesh, or remove it"
         )
 
 
 def changed_fields(
     path: Path, resolved: Mapping[str, Any], ignored: Sequence[str] = ()
 ) -> dict[str, tuple[Any, Any]]:
-    """Where a run's config.json differs from a configuration, {field: (there, here)}.
+    """Compares a run's config.json with a config.
 
     Args:
-      path: of the file.
-      resolved: the configuration, as JSON.
-      ignored: fields beside `FREE_FIELDS` that may differ.
+      path: The config.json.
+      resolved: The config, as JSON values.
+      ignored: Fields that may differ, in addition to `FREE_FIELDS`.
+
+    Returns:
+      {field: (value in the file, value in `resolved`)} of the fields that differ.
 
     Raises:
-      UserError: the file is damaged.
+      UserError: The file is damaged.
     """
     try:
-        there = dict(flatten(json.loads(path.read_text(encoding="utf-8"))))
+        recorded = dict(flatten(json.loads(path.read_text(encoding="utf-8"))))
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error}); give another --workdir") from error
-    here = dict(flatten(resolved))
-    # A run may be older than a field: the default is what it did.
-    defaults = dict(flatten(common.base()))
-    there = {name: defaults[name] for name in here if name in defaults} | there
-    names = sorted((here.keys() | there.keys()) - {*FREE_FIELDS, *ignored})
-    pairs = {name: (there.get(name), here.get(name)) for name in names}
+    current = dict(flatten(resolved))
+    names = sorted((current.keys() | recorded.keys()) - {*FREE_FIELDS, *ignored})
+    pairs = {name: (recorded.get(name), current.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def format_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
-    """The first five of `changed_fields`, for an error."""
+    """Formats the first five of `changed_fields` for an error message."""
     return ", ".join(f"{name} ({a} -> {b})" for name, (a, b) in list(changed.items())[:5])
 
 
@@ -213,14 +215,14 @@ def _config_module(source: str) -> ModuleType:
     names = config_names()
     if path.stem not in names or source not in (path.stem, f"configs/{path.stem}.py"):
         raise UserError(
-            f"--config {source}: no such file, and no configuration of that name; "
-            f"the names are {', '.join(names)}{did_you_mean(path.stem, names)}"
+            f"--config {source}: no such file and no such config; expected one of "
+            f"{', '.join(names)}{did_you_mean(path.stem, names)}"
         )
     return importlib.import_module(f"biclip_jax.configs.{path.stem}")
 
 
 def config_names() -> list[str]:
-    """Names of the installed experiment configurations."""
+    """Returns the names of the installed configs."""
     from biclip_jax import configs
 
     paths = Path(next(iter(configs.__path__))).glob("*.py")
@@ -230,17 +232,17 @@ def config_names() -> list[str]:
 def _override(config: ConfigDict, override: str) -> None:
     key, equals, text = override.removeprefix("--config.").partition("=")
     if not override.startswith("--config.") or not equals:
-        raise UserError(f"{override}: not an option; fields are set as --config.FIELD=VALUE")
+        raise UserError(f"{override}: unknown argument; expected --config.FIELD=VALUE")
     fields = dict(flatten(config))
     if key not in fields:
-        raise UserError(f"--config.{key}: no such field{did_you_mean(key, list(fields))}")
+        raise UserError(f"--config.{key}: unknown field{did_you_mean(key, list(fields))}")
     *parents, leaf = key.split(".")
     owner = functools.reduce(lambda fields, name: fields[name], parents, config)
     owner[leaf] = _parse_value(key, text, fields[key])
 
 
 def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every field."""
+    """Yields (dotted name, value) of every field."""
     for key, value in config.items():
         if isinstance(value, ConfigDict | Mapping):
             yield from flatten(value, f"{prefix}{key}.")
@@ -259,5 +261,7 @@ def _parse_value(key: str, text: str, current: Any) -> Any:
         value = float(value)
     if type(value) is not type(current):
         expected = type(current).__name__
-        raise UserError(f"--config.{key}: {text!r} is no {expected}; the default is {current!r}")
+        raise UserError(
+            f"--config.{key}: {text!r}; expected a value of type {expected}, such as {current!r}"
+        )
     return value

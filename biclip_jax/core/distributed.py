@@ -1,4 +1,4 @@
-"""The only place that knows of devices and processes: pmap, the mesh, placement, gathering."""
+"""Devices and processes: pmap, mesh, placement and gathering. No other module uses them."""
 
 from __future__ import annotations
 
@@ -22,28 +22,29 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from biclip_jax.core.errors import UserError
 
 AXIS = "batch"
-MIN_SHARDED_SIZE = 4096  # elements; an array with fewer is whole on every device
+MIN_SHARDED_SIZE = 4096  # elements; smaller arrays are replicated
 PROCESS_VARIABLES = ("BICLIP_COORDINATOR", "BICLIP_NUM_PROCESSES", "BICLIP_PROCESS_ID")
 DAY = 24 * 3600  # seconds
 
 
 def initialize(environment: Mapping[str, str]) -> None:
-    """Joins the other processes of a run, where the environment tells of any.
+    """Calls `jax.distributed.initialize` if the environment describes a multi-process run.
 
     Args:
       environment: BICLIP_COORDINATOR (host:port), BICLIP_NUM_PROCESSES and BICLIP_PROCESS_ID; or
-        SLURM's variables, for more than one task; or BICLIP_DISTRIBUTED=auto for what jax finds by
-        itself, such as a TPU pod. BICLIP_DISTRIBUTED=off: none of them.
+        Slurm's variables, if there is more than one task; or BICLIP_DISTRIBUTED=auto for jax's own
+        detection, for example on a TPU pod. BICLIP_DISTRIBUTED=off disables all of them.
 
     Raises:
-      UserError: some of the three are missing or no numbers, or the others were not met.
+      UserError: Some of the three variables are missing or invalid, or the processes did not
+        connect.
     """
-    wanted = environment.get("BICLIP_DISTRIBUTED", "")
-    if wanted not in ("", "auto", "off"):
-        raise UserError(f"BICLIP_DISTRIBUTED: {wanted!r}; expected auto, off, or nothing")
+    mode = environment.get("BICLIP_DISTRIBUTED", "")
+    if mode not in ("", "auto", "off"):
+        raise UserError(f"BICLIP_DISTRIBUTED: {mode!r}; expected auto, off or unset")
     missing = [name for name in PROCESS_VARIABLES if not environment.get(name)]
     slurm = "SLURM_JOB_ID" in environment and environment.get("SLURM_NTASKS", "1") != "1"
-    if wanted == "off" or not (wanted or slurm or len(missing) < len(PROCESS_VARIABLES)):
+    if mode == "off" or not (mode or slurm or len(missing) < len(PROCESS_VARIABLES)):
         return
     arguments: dict[str, Any] = {}
     if 0 < len(missing) < len(PROCESS_VARIABLES):
@@ -55,47 +56,47 @@ def initialize(environment: Mapping[str, str]) -> None:
         if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
             raise UserError(
                 f"BICLIP_PROCESS_ID: {index!r} of BICLIP_NUM_PROCESSES {count!r}; expected "
-                "numbers, the first below the second"
+                "integers, the first less than the second"
             )
         arguments = {"coordinator_address": address, "num_processes": int(count)}
         arguments["process_id"] = int(index)
     try:
-        # The others wait at their end while the first process tests the model.
+        # The other processes wait at their end while process 0 tests the model.
         jax.distributed.initialize(**arguments, shutdown_timeout_seconds=DAY)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"the processes of this run did not meet ({reason}); check that all were started and "
-            "that the coordinator's address is reached from each, or set BICLIP_DISTRIBUTED=off"
+            f"the processes of this run did not connect ({reason}); check that all were started "
+            "and that each can reach the coordinator's address, or set BICLIP_DISTRIBUTED=off"
         ) from error
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes and speaks for all."""
+    """Returns True on process 0, which alone writes files and prints."""
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
 def only_main_writes(workdir: Path) -> Iterator[Path]:
-    """The work directory for the first process; for others a scratch folder, and silence."""
+    """Yields `workdir` on process 0; others get a scratch folder and print nothing."""
     if is_main_process():
         yield workdir
         return
     with (
         tempfile.TemporaryDirectory() as scratch,
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
+        open(os.devnull, "w") as devnull,
+        contextlib.redirect_stdout(devnull),
     ):
         yield Path(scratch)
 
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """One of several processes that fails ends without its exit's wait for the others.
+    """Exits immediately if one of several processes fails, without waiting for the others.
 
-    They would wait in turn for its part of the next step. Ending at once breaks their
-    connection: they come here, too, or jax ends them (SIGABRT) when the heartbeats stay away.
-    Exit status 2 after a `UserError`, otherwise 1.
+    The other processes would otherwise wait for this one in the next step. An immediate exit breaks
+    their connection: they fail here too, or jax aborts them (SIGABRT) when the heartbeats stop.
+    Exit status 2 after a `UserError`, otherwise 1. Does nothing in a single-process run.
     """
     try:
         yield
@@ -112,15 +113,15 @@ def _error_text(error: Exception) -> str:
         return f"error: {error}"
     if isinstance(error, jax.errors.JaxRuntimeError):
         return (
-            f"error: process {jax.process_index()} of {jax.process_count()} lost the others "
-            f"({str(error).splitlines()[0]}); start all of them again: the run goes on from its "
-            "last checkpoint"
+            f"error: process {jax.process_index()} of {jax.process_count()} lost its connection to "
+            f"the others ({str(error).splitlines()[0]}); start all of them again: the run resumes "
+            "from its last checkpoint"
         )
     return "".join(traceback.format_exception(error))
 
 
 def broadcast_from_main(tree: Any, facts: Any) -> tuple[Any, Any]:
-    """What the first process holds, for all of them: a tree of host arrays, and JSON values."""
+    """Broadcasts a tree of host arrays and JSON values from process 0 to all processes."""
     if jax.process_count() == 1:
         return tree, facts
     text = np.frombuffer(json.dumps(facts).encode(), np.uint8)
@@ -131,67 +132,67 @@ def broadcast_from_main(tree: Any, facts: Any) -> tuple[Any, Any]:
 
 
 def any_process(number: int | None, ask: bool) -> int | None:
-    """A signal's number that any process received, the same in all; None: none.
+    """Returns a signal number that any process received, the same on all; None for none.
 
     Args:
-      number: that this one received.
-      ask: whether to ask the others now, which all must do together.
+      number: The signal that this process received, or None.
+      ask: Whether to communicate now; every process must pass the same value.
     """
     if jax.process_count() == 1:
         return number
     if not ask:
         return None
-    found = multihost_utils.process_allgather(np.int32(number or 0))
-    return int(found.max()) or None
+    numbers = multihost_utils.process_allgather(np.int32(number or 0))
+    return int(numbers.max()) or None
 
 
 def barrier() -> None:
-    """Waits until all processes are here: one that leaves earlier may have the others ended."""
+    """Barrier across processes: a process that exits early can abort the others."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("meet")
+        multihost_utils.sync_global_devices("barrier")
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
-    """A tree of host or device arrays, whole on every device, of all processes or of those given.
+    """Replicates a tree of host or device arrays on `devices`; None for those of all processes.
 
-    A step's output lies so, too: the first call then compiles for all later ones.
+    The output of a step has the same sharding, so that the step compiles only once.
     """
     return put(tree, replicated(tree, devices))
 
 
 def replicate_locally(tree: Any) -> Any:
-    """`replicate` on the devices of this process alone."""
+    """Replicates a tree on the devices of this process only."""
     return replicate(tree, jax.local_devices())
 
 
-def put(tree: Any, layout: Any) -> Any:
-    """A tree of host or device arrays, the same in every process, on devices as `layout` says.
+def put(tree: Any, shardings: Any) -> Any:
+    """Places a tree of host or device arrays on devices.
 
     Args:
-      tree: whole arrays.
-      layout: a tree like it, of shardings; see `replicated` and `sharded`.
+      tree: Full arrays, the same in every process.
+      shardings: A tree of the same structure; see `replicated` and `sharded`.
     """
-    if all(sharding.is_fully_addressable for sharding in jax.tree.leaves(layout)):
+    if all(sharding.is_fully_addressable for sharding in jax.tree.leaves(shardings)):
         # A copy: a step that donates its state must not delete the caller's.
-        return jax.device_put(tree, layout, may_alias=False)
-    return jax.tree.map(_put, tree, layout)
+        return jax.device_put(tree, shardings, may_alias=False)
+    return jax.tree.map(_put, tree, shardings)
 
 
 def replicated(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
-    """A layout: every array whole on every device."""
+    """Returns shardings that replicate every array of a tree."""
     sharding = _sharding(PartitionSpec(), devices)
     return jax.tree.map(lambda _: sharding, tree)
 
 
 def sharded(tree: Any) -> Any:
-    """A layout: every array cut over all devices as `partition_spec` says."""
+    """Returns shardings that split every array over all devices, see `partition_spec`."""
     return jax.tree.map(lambda x: _sharding(partition_spec(x.shape, jax.device_count())), tree)
 
 
 def partition_spec(shape: Sequence[int], devices: int) -> PartitionSpec:
-    """Where an array is cut: along its first axis that divides by the number of devices.
+    """Splits an array along its first axis that is divisible by the number of devices.
 
-    Small arrays, and those without such an axis, stay whole.
+    Small arrays, and arrays without such an axis, are replicated.
     """
     axes = [axis for axis, size in enumerate(shape) if size % devices == 0]
     if math.prod(shape) < MIN_SHARDED_SIZE or not axes:
@@ -208,7 +209,7 @@ def _sharding(spec: PartitionSpec, devices: Sequence[jax.Device] | None = None) 
 
 
 def _put(x: Any, sharding: NamedSharding) -> jax.Array:
-    """One array, the same in every process, on devices of all of them."""
+    """Places one array, the same in every process, on the devices of all processes."""
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_put(jax.random.key_data(x), sharding))
     host = np.asarray(x)
@@ -216,10 +217,10 @@ def _put(x: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def pmap_train_step(step: Callable) -> Callable:
-    """(state, sharded batch, key) -> (state, metrics).
+    """Maps a train step: (state, sharded batch, key) -> (state, metrics).
 
-    The state is donated and has no device axis, neither going in nor coming out.
-    State, key and batch may have a leading axis of members, see `steps.ensemble_step`.
+    The state is donated and has no device axis, as input or output. State, key and batch may have a
+    leading axis of ensemble members, see `steps.ensemble_step`.
     """
     return jax.pmap(
         step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=(0,)
@@ -227,55 +228,57 @@ def pmap_train_step(step: Callable) -> Callable:
 
 
 def pmap_train_steps(steps: Callable) -> Callable:
-    """(state, data, sharded rows, count, key) -> (state, metrics), see `steps.multi_step`.
+    """Maps several steps: (state, data, sharded rows, count, key) -> (state, metrics).
 
-    As `pmap_train_step`; the data lie whole on every device.
+    See `steps.multi_step` and `pmap_train_step`; the data are replicated.
     """
     axes = (None, None, 0, None, None)
     return jax.pmap(steps, axis_name=AXIS, in_axes=axes, out_axes=None, donate_argnums=(0,))
 
 
 def pmap_eval_step(step: Callable) -> Callable:
-    """(variables, sharded batch) -> one result summed over the devices by the step itself."""
+    """Maps (variables, sharded batch) -> result; the step itself sums over the devices."""
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None)
 
 
-def mesh_train_step(step: Callable, layout: Any, rows_axis: int = 0) -> Callable:
-    """(state, global batch, key) -> (state, metrics), by jit over a mesh of all devices.
+def mesh_train_step(step: Callable, shardings: Any, rows_axis: int = 0) -> Callable:
+    """Compiles (state, global batch, key) -> (state, metrics) by jit over a mesh of all devices.
 
-    The compiler cuts the program as the arrays are cut, so that `step` has no axis name and
-    sees the global batch. The state is donated, and comes back as it went in.
+    The compiler partitions the program by the shardings of its arguments, so `step` has no axis
+    name and sees the global batch. The state is donated and keeps its shardings.
 
     Args:
       step: (state, batch, key) -> (state, metrics).
-      layout: of the state; see `replicated` and `sharded`.
-      rows_axis: of the batch, see `global_batch`.
+      shardings: Shardings of the state; see `replicated` and `sharded`.
+      rows_axis: Batch axis of the batch's arrays, see `global_batch`.
     """
     plain, rows = _sharding(PartitionSpec()), _sharding(_along(rows_axis))
-    inputs = (layout, rows, plain)
-    return jax.jit(step, in_shardings=inputs, out_shardings=(layout, plain), donate_argnums=(0,))
+    inputs = (shardings, rows, plain)
+    return jax.jit(step, in_shardings=inputs, out_shardings=(shardings, plain), donate_argnums=(0,))
 
 
-def mesh_train_steps(steps: Callable, layout: Any, rows_axis: int) -> Callable:
-    """(state, data, rows, count, key) -> (state, metrics), see `steps.multi_step`.
+def mesh_train_steps(steps: Callable, shardings: Any, rows_axis: int) -> Callable:
+    """Compiles several steps: (state, data, rows, count, key) -> (state, metrics).
 
-    As `mesh_train_step`; the data lie whole on every device.
+    See `steps.multi_step` and `mesh_train_step`; the data are replicated.
     """
     plain, rows = _sharding(PartitionSpec()), _sharding(_along(rows_axis))
-    inputs = (layout, plain, rows, plain, plain)
-    return jax.jit(steps, in_shardings=inputs, out_shardings=(layout, plain), donate_argnums=(0,))
+    inputs = (shardings, plain, rows, plain, plain)
+    return jax.jit(
+        steps, in_shardings=inputs, out_shardings=(shardings, plain), donate_argnums=(0,)
+    )
 
 
 def mesh_eval_step(step: Callable) -> Callable:
-    """(variables, global batch) -> one result of the whole batch; variables lie as they come."""
+    """Compiles (variables, global batch) -> one result; variables keep their shardings."""
     shardings = (None, _sharding(_along(0)))
     return jax.jit(step, in_shardings=shardings, out_shardings=_sharding(PartitionSpec()))
 
 
 def pmap_predict_step(step: Callable) -> Callable:
-    """(variables, host batch) -> (B, ...) host array; pads B to the number of devices.
+    """Maps (variables, host batch) -> host array (B, ...); pads B to the number of devices.
 
-    On this process's devices alone: any of several may predict by itself.
+    Uses the devices of this process only, so that any process can predict independently.
     """
     local = jax.local_devices()
     mapped = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=0, devices=local)
@@ -291,38 +294,38 @@ def pmap_predict_step(step: Callable) -> Callable:
 
 
 def shard_batch(batch: Mapping[str, Any], axis: int = 0) -> dict[str, np.ndarray]:
-    """Rows (B, ...) to (devices, B / devices, ...).
+    """Reshapes rows (B, ...) to (devices, B / devices, ...).
 
     Args:
-      batch: arrays of as many rows.
-      axis: of the rows; what comes before it, members of an ensemble, follows the devices.
+      batch: Arrays with the same number of rows.
+      axis: Axis of the rows. Axes before it (ensemble members) follow the device axis.
 
     Raises:
       ValueError: B is not a multiple of the number of local devices.
     """
     devices, rows = jax.local_device_count(), _local_rows(batch, axis)
 
-    def sharded(x: np.ndarray) -> np.ndarray:
+    def split(x: np.ndarray) -> np.ndarray:
         shape = (*x.shape[:axis], devices, rows // devices, *x.shape[axis + 1 :])
         return np.moveaxis(x.reshape(shape), axis, 0)
 
-    return {name: sharded(x) for name, x in batch.items()}
+    return {name: split(x) for name, x in batch.items()}
 
 
 def free_bytes() -> int | None:
-    """Memory that is left on this process's first device; None where it does not tell."""
-    facts = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" not in facts:
+    """Returns the free memory of this process's first device, None if it is not reported."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
         return None
-    return facts["bytes_limit"] - facts["bytes_in_use"]
+    return stats["bytes_limit"] - stats["bytes_in_use"]
 
 
 def global_batch(batch: Mapping[str, Any], axis: int = 0) -> dict[str, jax.Array]:
-    """This process's rows (B, ...) as its part of the global batch, on its devices.
+    """Places this process's rows (B, ...) on its devices, as its part of the global batch.
 
     Args:
-      batch: arrays of as many rows.
-      axis: of the rows; what comes before it are members of an ensemble.
+      batch: Arrays with the same number of rows.
+      axis: Axis of the rows. Axes before it are ensemble members.
 
     Raises:
       ValueError: B is not a multiple of the number of local devices.
@@ -337,32 +340,32 @@ def _local_rows(batch: Mapping[str, Any], axis: int) -> int:
     devices = jax.local_device_count()
     rows = next(iter(batch.values())).shape[axis]
     if rows % devices:
-        raise ValueError(f"a batch of {rows} rows does not divide over {devices} devices")
+        raise ValueError(f"batch of {rows} rows is not divisible by {devices} devices")
     return rows
 
 
 def process_shard() -> dict[str, int]:
-    """Which process this is of how many: what cuts a batch for it."""
+    """Returns process_index and process_count, which select this process's rows of a batch."""
     return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
 def num_devices() -> int:
-    """Devices that share a batch."""
+    """Returns the number of devices that share a batch."""
     return jax.device_count()
 
 
 def axis_name_of(mode: str) -> str | None:
-    """The axis name of a step under `parallel.mode`; none for mesh, see `mesh_train_step`."""
+    """Returns the axis name of a step; None for parallel.mode=mesh, see `mesh_train_step`."""
     return AXIS if mode == "pmap" else None
 
 
 def num_shards_of(mode: str) -> int:
-    """Devices whose rows a step sees: its own alone, or under mesh those of all."""
+    """Returns the number of devices whose rows a step sees: 1 for pmap, all for mesh."""
     return 1 if mode == "pmap" else jax.device_count()
 
 
 def check_batch_size(batch_size: int, accumulate: int) -> None:
-    """Raises ValueError where a batch cannot be cut for the devices and for accumulation."""
+    """Raises ValueError if the batch size is not divisible by devices x accumulated parts."""
     unit = jax.device_count() * accumulate
     if batch_size % unit:
         raise ValueError(
@@ -372,14 +375,14 @@ def check_batch_size(batch_size: int, accumulate: int) -> None:
 
 
 def round_up_to_devices(batch_size: int) -> int:
-    """The next multiple of the number of local devices."""
+    """Rounds up to a multiple of the number of local devices."""
     return batch_size + -batch_size % jax.local_device_count()
 
 
 def to_host(tree: Any) -> Any:
-    """Numpy copies of a tree, each array whole; safe to keep while the state is donated on.
+    """Copies a tree to full NumPy arrays, safe to keep after the state is donated.
 
-    All processes call it together, for arrays that are cut over them.
+    All processes must call it, since arrays may be split over them.
     """
     return jax.tree.map(_to_host, tree)
 

@@ -1,4 +1,4 @@
-"""Where on this machine things are kept from run to run, and how files come there whole."""
+"""Cache paths, atomic writes and JSON files."""
 
 from __future__ import annotations
 
@@ -14,24 +14,27 @@ from typing import Any
 
 
 def cache_dir() -> Path:
-    """biclip_jax/ in the user's cache folder."""
+    """Returns biclip_jax/ in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "biclip_jax"
 
 
 def compilation_cache_dir() -> Path:
-    """Compiled programs, a folder for each kind of processor: home folders travel."""
+    """Returns the folder of compiled programs, one per processor type.
+
+    Home folders are often shared between machines with different processors.
+    """
     return cache_dir() / "programs" / f"{platform.machine()}-{instruction_set()}"
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a place beside `path` to write to, and moves it there where that succeeds.
+    """Yields a temporary path beside `path` and renames it to `path` on success.
 
-    Readers see the old file or the whole new one.
+    Readers see either the old file or the complete new one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because a rename is atomic within one file system only.
+    # In the same folder, because a rename is atomic only within one file system.
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         yield part
@@ -40,17 +43,17 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file atomically."""
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
 def instruction_set() -> str:
-    """A name for the processor's instruction set, as Linux tells it."""
+    """Returns a short hash of the processor's instruction set, "unknown" outside Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return "unknown"
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return hashlib.sha256(flags.encode()).hexdigest()[:10]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON whole or not at all."""
-    with atomic_write(path) as part:
-        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The process around a command: exit status, XLA flags, memory, compilation cache."""
+"""Process-level setup of a command: exit status, XLA flags, memory and compilation cache."""
 
 from __future__ import annotations
 
@@ -12,25 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from biclip_jax.core import files
-from biclip_jax.core.errors import UserError
+from biclip_jax.core.errors import UserError, missing_extra
 
 ACCELERATORS = ("nvidia[0-9]*", "accel*", "kfd", "vfio/[0-9]*")  # under /dev: GPUs, TPUs
-
-
-# mallopt's M_ARENA_MAX: one arena; M_MMAP_MAX: no block of its own; M_TRIM_THRESHOLD: -1, give
-# nothing back (the largest integer would be a threshold of 2 GiB); M_TOP_PAD: bytes more than are
-# asked for.
+# mallopt parameters: M_ARENA_MAX = 1; M_MMAP_MAX = 0, no mmap for large blocks; M_TRIM_THRESHOLD =
+# -1, never return memory (the largest integer means 2 GiB); M_TOP_PAD, extra bytes per request.
 MALLOC_OPTIONS = {-8: 1, -4: 0, -1: -1, -2: 2**26}
-
-
-CACHE_BYTES = 2**30  # of compiled programs; those unused for longest go first
-
-
+CACHE_BYTES = 2**30  # of compiled programs; the least recently used are evicted
 CPU_CONVOLUTION_FLAG = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
 
 
 def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
-    """Runs a command line; exit status 2: a `UserError` or an unusable file; 130: Ctrl-C."""
+    """Runs a command and exits the process.
+
+    Exit status 2 after a `UserError`, a missing optional dependency or an unusable file, 130 after
+    Ctrl-C.
+    """
     set_xla_flags()
     keep_freed_memory()
     enable_compilation_cache()
@@ -39,20 +36,23 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None 
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
+    except ModuleNotFoundError as error:
+        print(f"error: {missing_extra(error)}", file=sys.stderr)
+        status = 2
     except OSError as error:
-        fix = "check that it exists, is yours to use, and that the disk has room"
+        fix = "check that the path exists, its permissions, and the free disk space"
         print(f"error: {error.filename}: {error.strerror}; {fix}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
-        print("interrupted; the same command begins again, or goes on", file=sys.stderr)
+        print("interrupted; run the same command to start again or resume", file=sys.stderr)
         status = 128 + signal.SIGINT
     sys.exit(status or 0)
 
 
 def set_xla_flags() -> None:
-    """Sends convolutions on a CPU to the faster library; about a fifth of a train step.
+    """Selects the faster convolution library on CPU, about 20 % of a train step.
 
-    Only for releases known to have the flag: an unknown one ends the process.
+    Only for jaxlib releases known to have the flag: XLA aborts on an unknown flag.
     """
     known = metadata.version("jaxlib").startswith("0.10.")
     flags = os.environ.get("XLA_FLAGS", "")
@@ -61,10 +61,10 @@ def set_xla_flags() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Has the C library keep freed memory on hosts without an accelerator: a third of a train step.
+    """Makes glibc keep freed memory on hosts without an accelerator: a third of a train step.
 
-    XLA asks for the memory of a step anew at every step: given back to the system in between, all
-    its pages come as faults. glibc alone; elsewhere nothing happens.
+    XLA allocates the memory of a step anew in every step. If glibc returned it to the system in
+    between, every page would fault again. Does nothing with other C libraries.
     """
     library = _glibc()
     if library is not None:
@@ -73,10 +73,10 @@ def keep_freed_memory() -> None:
 
 
 def trim_memory() -> None:
-    """Gives back what `keep_freed_memory` keeps, once; the next step takes its memory anew.
+    """Returns the memory that `keep_freed_memory` keeps to the system, once.
 
-    Between two steps something small may take a place in the memory that was the last one's; the
-    next does not fit there any more, and what is left of it would be kept in vain.
+    A small allocation between two steps can fragment the memory of the last step. The next step
+    then no longer fits, and the fragments would be kept for nothing.
     """
     library = _glibc()
     if library is not None:
@@ -84,7 +84,7 @@ def trim_memory() -> None:
 
 
 def _glibc() -> Any | None:
-    """The C library, where it is glibc and the host has no accelerator."""
+    """Returns the C library if it is glibc and the host has no accelerator."""
     if any(any(Path("/dev").glob(name)) for name in ACCELERATORS):
         return None
     try:
@@ -95,9 +95,10 @@ def _glibc() -> Any | None:
 
 
 def enable_compilation_cache() -> None:
-    """Compiled programs stay in the user's cache folder: the next start takes them from there.
+    """Keeps compiled programs in the user's cache folder for the next start.
 
-    JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false none.
+    JAX_COMPILATION_CACHE_DIR selects another folder, JAX_ENABLE_COMPILATION_CACHE=false disables
+    the cache.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return

@@ -1,1 +1,1 @@
-"""From files on disk to batches of host arrays."""
+"""Dataset files on disk to batches of host arrays."""

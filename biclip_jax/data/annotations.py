@@ -1,4 +1,4 @@
-"""Annotations before they are Examples: gathered rows, and what may be wrong with them."""
+"""Parsed annotation rows, and the consistency checks that all layouts share."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from biclip_jax.data.image_io import image_stem, is_image_name
 from biclip_jax.data.schema import Split
 
 MAX_LISTED = 20
-# Other published sentences of the same pictures, by what was done to them.
+# Published prompt variants of the same images, named by how the prompt was altered.
 VARIANTS = ("contradictory", "missing_location", "overdescriptive", "underdescriptive")
 
 
 class Folder(NamedTuple):
-    """A folder and its pictures: file name, and the name without suffix, -> file name."""
+    """A folder and its images; `names` maps file names and stems to file names."""
 
     path: Path
     names: dict[str, str]
 
 
 class Row(NamedTuple):
-    """One annotation, its files not yet looked for; `where` names its line, mask may be none."""
+    """One annotation before its files are looked up; `where` names its line in the table."""
 
     split: Split
     image: Path
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """Another sentence of a picture: a name of `VARIANTS`, the picture's id, where it stands."""
+    """A prompt variant of an image: its name in `VARIANTS`, the image's id, its line."""
 
     name: str
     id: str
@@ -45,68 +45,70 @@ class Variant(NamedTuple):
 
 
 class ParsedLayout(NamedTuple):
-    """What a reader gathers; every picture lying in `image_dirs` must have a row."""
+    """Result of a layout's reader; every image in `image_dirs` must have a row."""
 
     rows: list[Row]
     problems: list[str]
     image_dirs: list[Folder]
 
 
-def find_problems(found: ParsedLayout, may_share: bool = False) -> list[str]:
-    """Returns all that does not hold together, one message each, the reader's own first.
+def find_problems(parsed: ParsedLayout, allow_shared: bool = False) -> list[str]:
+    """Returns one message per inconsistency, those of the reader first.
 
-    `may_share` lets several splits name one picture.
+    Args:
+      parsed: Rows and problems of a reader.
+      allow_shared: Allows the same image in several splits.
     """
     return (
-        found.problems
-        + _missing_files(found.rows)
-        + _shared_ids(found.rows, may_share)
-        + _unnamed_images(found.rows, found.image_dirs)
+        parsed.problems
+        + _missing_files(parsed.rows)
+        + _shared_ids(parsed.rows, allow_shared)
+        + _unnamed_images(parsed.rows, parsed.image_dirs)
     )
 
 
 def variants_by_id(
     variants: Iterable[Variant], ids: Collection[str]
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Sorts variants by picture, {id: {name: sentence}}; empty ones are left out.
+    """Groups prompt variants by image, {id: {name: prompt}}; empty prompts are left out.
 
     Args:
-      variants: in the order of their files.
-      ids: of the pictures that there are.
+      variants: Variants in the order of their files.
+      ids: Ids of the annotated images.
 
     Returns:
-      The sentences, and one problem for each picture that is not there or has two.
+      The prompts, and one problem for each unknown image and each repeated variant.
     """
-    found: dict[str, dict[str, str]] = {}
+    prompts: dict[str, dict[str, str]] = {}
     problems = []
     for name, image_id, text, where in variants:
         if image_id not in ids:
-            problems.append(f"{where}: found {image_id!r}; expected an annotated picture; mend it.")
-        elif name in found.get(image_id, {}):
+            problems.append(f"{where}: found {image_id!r}; expected an annotated image; fix it.")
+        elif name in prompts.get(image_id, {}):
             problems.append(f"{where}: found {image_id!r} a second time; expected once; delete it.")
         elif text:
-            found.setdefault(image_id, {})[name] = text
-    return found, problems
+            prompts.setdefault(image_id, {})[name] = text
+    return prompts, problems
 
 
 def combine_problems(source: str, problems: list[str]) -> DataError:
-    """Makes one error of many problems, listing the first `MAX_LISTED`."""
+    """Combines problems into one error, listing the first `MAX_LISTED`."""
     shown = [f"  {problem}" for problem in problems[:MAX_LISTED]]
     if len(problems) > MAX_LISTED:
         shown.append(f"  ... and {len(problems) - MAX_LISTED} more")
-    head = f"{source}: found {len(problems)} problem(s), expected none; mend each:"
+    head = f"{source}: found {len(problems)} problem(s), expected none; fix each:"
     return DataError("\n".join([head, *shown]))
 
 
 def list_images(path: Path) -> Folder:
-    """Lists a folder's pictures, none where it is missing."""
+    """Lists the images of a folder; none if the folder is missing."""
     files = sorted(os.listdir(path)) if path.is_dir() else []
     images = [name for name in files if is_image_name(name)]
     return Folder(path, {image_stem(n): n for n in images} | {n: n for n in images})
 
 
 def find_file(folder: Folder, *names: str) -> Path:
-    """The first of `names` that the folder holds, with its own suffix or another; else names[0]."""
+    """Returns the first of `names` in the folder, with any image suffix; else names[0]."""
     for name in names:
         if file := folder.names.get(name) or folder.names.get(image_stem(name)):
             return folder.path / file
@@ -114,12 +116,12 @@ def find_file(folder: Folder, *names: str) -> Path:
 
 
 def join_layouts(parts: Iterable[ParsedLayout]) -> ParsedLayout:
-    """Concatenates what several readers found."""
+    """Concatenates the results of several readers."""
     return ParsedLayout(*(list(itertools.chain(*lists)) for lists in zip(*parts, strict=True)))
 
 
 def _missing_files(rows: list[Row]) -> list[str]:
-    """Problems of rows whose picture or mask is not there, with one listing per folder."""
+    """Returns problems of rows whose image or mask is missing; lists each folder once."""
     present = {}
     problems = []
     for row in rows:
@@ -137,30 +139,30 @@ def _missing_files(rows: list[Row]) -> list[str]:
 
 
 def drop_repeats(rows: list[Row]) -> tuple[list[Row], list[str], list[str]]:
-    """Each picture once, the first row of it.
+    """Keeps the first row of each image.
 
     Returns:
-      The rows; the ids of pictures that have several rows; the ids that several splits name.
+      The rows; the ids of images with several rows; the ids that occur in several splits.
     """
     counts = Counter(row.image for row in rows)
-    places = Counter(name for _, name in {(row.split, image_stem(row.image)) for row in rows})
-    first = {row.image: row for row in reversed(rows)}
+    num_splits = Counter(name for _, name in {(row.split, image_stem(row.image)) for row in rows})
+    first_rows = {row.image: row for row in reversed(rows)}
     return (
-        [row for row in rows if first[row.image] is row],
+        [row for row in rows if first_rows[row.image] is row],
         sorted(image_stem(image) for image, count in counts.items() if count > 1),
-        sorted(name for name, count in places.items() if count > 1),
+        sorted(name for name, count in num_splits.items() if count > 1),
     )
 
 
-def _shared_ids(rows: list[Row], in_splits: bool) -> list[str]:
+def _shared_ids(rows: list[Row], per_split: bool) -> list[str]:
     by_id = defaultdict(list)
     for row in rows:
-        by_id[image_stem(row.image), row.split if in_splits else ""].append(row)
+        by_id[image_stem(row.image), row.split if per_split else ""].append(row)
     return [
-        f"{again.image}: found id {name!r} a second time in {again.where} ({again.split}), first "
-        f"in {first.where} ({first.split}); expected each once; rename or delete one."
-        for (name, _), (first, *others) in by_id.items()
-        for again in others
+        f"{repeat.image}: found id {name!r} a second time in {repeat.where} ({repeat.split}), "
+        f"first in {first.where} ({first.split}); expected each once; rename or delete one."
+        for (name, _), (first, *repeats) in by_id.items()
+        for repeat in repeats
     ]
 
 
@@ -168,8 +170,8 @@ def _unnamed_images(rows: list[Row], folders: list[Folder]) -> list[str]:
     named = {row.image for row in rows}
     images = [folder.path / name for folder in folders for name in set(folder.names.values())]
     return [
-        f"{path}: picture without a sentence; expected a row that names it; add one or "
-        "take the picture out."
+        f"{path}: image without a text prompt; expected a row that names it; add one or "
+        "remove the image."
         for path in sorted(images)
         if path not in named
     ]

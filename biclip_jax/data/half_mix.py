@@ -1,8 +1,8 @@
-"""Training pictures composed of two halves, and their sentences.
+"""Half-mix augmentation: training samples made of the halves of two images, with their prompts.
 
-A sentence of LViT's wording names the left and the right half of the picture in turn. The left half
-of one picture beside the right half of another is a picture whose sentence is known, too: one that
-may not be among those that were labelled.
+Prompts in LViT's wording describe the left and the right half of an image separately. Joining the
+left half of one image and the right half of another therefore gives an image with a known prompt,
+which may be missing from the labelled subset.
 """
 
 from __future__ import annotations
@@ -26,83 +26,86 @@ _PROMPT = re.compile(
 
 
 class HalfFindings(NamedTuple):
-    """What a sentence says of one half: where, such as "upper middle", and how many areas."""
+    """Findings in one half: a location such as "upper middle", and the number of areas."""
 
-    place: str
+    location: str
     areas: int
 
 
 def parse_prompt(prompt: str) -> tuple[HalfFindings | None, HalfFindings | None] | None:
-    """The left and the right half, None for one that is not named; None for other wordings.
+    """Parses a prompt into the findings of the left and right half.
 
-    How many of the areas lie on which side is not said: "upper lower" are two, other places one,
-    and what is left over lies where more is named.
+    A prompt states only the total number of areas. "upper lower" counts as two and other locations
+    as one; the remainder is assigned to the side with more locations.
+
+    Returns:
+      (left, right), with None for a half that is not named; None for any other wording.
     """
     match = _PROMPT.fullmatch(prompt.strip())
     if match is None:
         return None
-    number, *places = match.groups(default="")
-    left, right = (place.lower().split() for place in places)
+    number, *locations = match.groups(default="")
+    left, right = (words.lower().split() for words in locations)
     total = NUMBERS.index(number.lower())
     if not left or not right:
         named = HalfFindings(" ".join(left or right), max(total, 1))
         return (named, None) if left else (None, named) if right else None
-    counts = [2 if place == ["upper", "lower"] else 1 for place in (left, right)]
+    counts = [2 if words == ["upper", "lower"] else 1 for words in (left, right)]
     counts[len(right) > len(left)] += max(total - sum(counts), 0)
     return HalfFindings(" ".join(left), counts[0]), HalfFindings(" ".join(right), counts[1])
 
 
 def compose_prompt(left: HalfFindings | None, right: HalfFindings | None) -> str:
-    """The sentence of both halves; at least one is not None."""
+    """Returns the prompt of two halves, of which at least one is not None."""
     named = [(half, side) for half, side in ((left, "left"), (right, "right")) if half]
     count = min(sum(half.areas for half, _ in named), len(NUMBERS) - 1)
     sides = "Bilateral" if len(named) == 2 else "Unilateral"
     areas = f"{NUMBERS[count]} infected area{'s' * (count > 1)}"
-    places = " and ".join(f"{half.place} {side} lung" for half, side in named)
-    return f"{sides} pulmonary infection, {areas}, {places}."
+    locations = " and ".join(f"{half.location} {side} lung" for half, side in named)
+    return f"{sides} pulmonary infection, {areas}, {locations}."
 
 
 def add_mixed_samples(records: Sequence[Record], times: int, seed: int) -> Sequence[Record]:
-    """The records `times` over, and as many composed ones of each: half of what training meets.
+    """Returns the records repeated `times` times, plus up to as many mixed samples.
 
     Args:
-      records: labelled.
-      times: 0 changes nothing.
-      seed: of the partners, drawn anew each time.
+      records: Labelled records.
+      times: Number of repetitions; 0 returns the records unchanged.
+      seed: Seed of the partners, which are redrawn in each repetition.
 
     Raises:
-      UserError: not even two sentences are of the wording.
+      UserError: Fewer than two prompts have LViT's wording.
     """
     if not times:
         return records
     records = list(records)
-    known = [(one, found) for one in records if (found := parse_prompt(one["text"]))]
-    if len(known) < 2:
+    parsed = [(record, halves) for record in records if (halves := parse_prompt(record["text"]))]
+    if len(parsed) < 2:
         raise UserError(
-            f"--config.data.half_mix: {len(known)} of {len(records)} sentences are of the wording "
+            f"--config.data.half_mix: {len(parsed)} of {len(records)} prompts have the wording "
             "'Bilateral pulmonary infection, two infected areas, lower left lung and upper right "
-            "lung.', and two make a picture; set it to 0"
+            "lung.', but mixing needs two; set it to 0"
         )
-    rng, made = np.random.default_rng(seed), []
+    rng, mixed = np.random.default_rng(seed), []
     for _ in range(times):
-        for i, j in enumerate(rng.permutation(len(known))):
-            (first, (left, _)), (second, (_, right)) = known[i], known[j]
+        for i, j in enumerate(rng.permutation(len(parsed))):
+            (first, (left, _)), (second, (_, right)) = parsed[i], parsed[j]
             if i != j and (left or right):
-                made.append(_beside(first, second, compose_prompt(left, right)))
-    return records * times + made
+                mixed.append(_mix(first, second, compose_prompt(left, right)))
+    return records * times + mixed
 
 
-def _beside(first: Record, second: Record, text: str) -> Record:
-    mask = _joined(first["mask"], second["mask"])
+def _mix(first: Record, second: Record, text: str) -> Record:
+    mask = _join_halves(first["mask"], second["mask"])
     return Record(
         id=f"{first['id']}+{second['id']}",
-        image=_joined(first["image"], second["image"]),
+        image=_join_halves(first["image"], second["image"]),
         mask=mask,
         full_mask=mask,
         text=text,
     )
 
 
-def _joined(left, right):
+def _join_halves(left, right):
     middle = left.shape[1] // 2
     return np.concatenate([left[:, :middle], right[:, middle:]], axis=1)

@@ -1,6 +1,7 @@
-"""Data sets as they lie on disk, recognised by their folders, as lists of Examples.
+"""Dataset layouts on disk, recognised by their folders and read into lists of Examples.
 
-To add a layout, write a reader `root -> Found` and name it in `_READERS`, its mark in `LAYOUTS`.
+To add a layout, write a reader `root -> ParsedLayout`, add it to `_READERS`, and add the folder or
+file that identifies it to `LAYOUTS`.
 """
 
 from __future__ import annotations
@@ -42,21 +43,21 @@ PERCENTS = (10, 25, 50, 100)
 
 
 def find_layout(root: str | os.PathLike[str]) -> str:
-    """Returns the name of the one layout of `LAYOUTS` whose mark lies in `root`.
+    """Returns the name of the only layout of `LAYOUTS` that fits the folder.
 
     Raises:
-      DataError: `root` is no folder, or no layout fits, or several do.
+      DataError: `root` is not a folder, or no layout fits, or several do.
     """
-    root = _existing(root)
-    fitting = [name for name in LAYOUTS if _has_mark(root, name)]
-    if len(fitting) == 1:
-        return fitting[0]
-    marks = "; ".join(f"{mark} ({name})" for name, mark in LAYOUTS.items())
-    found = f"several layouts ({', '.join(fitting)})" if fitting else "no known layout"
-    if not fitting and (tables := sorted(path.name for path in root.glob("*.csv"))):
+    root = _check_root(root)
+    matches = [name for name in LAYOUTS if _has_marker(root, name)]
+    if len(matches) == 1:
+        return matches[0]
+    markers = "; ".join(f"{marker} ({name})" for name, marker in LAYOUTS.items())
+    found = f"several layouts ({', '.join(matches)})" if matches else "no known layout"
+    if not matches and (tables := sorted(path.name for path in root.glob("*.csv"))):
         found = f"{len(tables)} CSV files ({', '.join(tables[:3])}), none of them annotations.csv"
     raise DataError(
-        f"{root}: found {found}; expected exactly one of: {marks}; "
+        f"{root}: found {found}; expected exactly one of: {markers}; "
         "give the folder that holds one of these, or name the layout."
     )
 
@@ -67,27 +68,27 @@ def read_layout(
     prompt: str | None = None,
     percent: int = 100,
 ) -> list[Example]:
-    """Reads and checks the annotations of a data set; no picture is opened.
+    """Reads and checks the annotations of a dataset; opens no image.
 
-    In lvit, languide and medclipseg every picture of a folder must have a row; csv and medvlsm
-    may annotate a part of their pictures. An empty sentence is legal. In medclipseg a picture may
-    be of several splits, or named twice, as in published sets (ISIC, CVC300, BKAI): warned of.
+    In lvit, languide and medclipseg every image of a folder must have a row; csv and medvlsm may
+    annotate only some of their images. Empty prompts are allowed. In medclipseg an image may occur
+    in several splits or rows, as in published datasets (ISIC, CVC300, BKAI); this gives a warning.
 
     Args:
-      root: the data set's folder.
-      layout: a name of `LAYOUTS`, or None to look.
-      prompt: medvlsm only, the prompt to take ("p6"); None takes the highest-numbered that is
-        not empty. Of several wordings of one prompt the first is taken.
-      percent: medclipseg only, of `PERCENTS`: below 100 train and val are the published subsets,
-        the workbooks {Train,Val}_text_PERCENT.xlsx; pictures without a row are then left out.
+      root: Folder of the dataset.
+      layout: Name in `LAYOUTS`; None detects it.
+      prompt: medvlsm only: the prompt to use ("p6"). None uses the highest-numbered prompt that is
+        not empty. If a prompt has several wordings, the first is used.
+      percent: medclipseg only: a value of `PERCENTS`. Below 100, train and val are the published
+        subsets, the workbooks {Train,Val}_text_PERCENT.xlsx; images without a row are left out.
 
     Returns:
       The examples, train before val before test, in file order within a split.
 
     Raises:
-      DataError: listing what does not hold together, all problems at once.
+      DataError: The dataset is inconsistent; the message lists all problems at once.
     """
-    root = _existing(root)
+    root = _check_root(root)
     layout = layout or find_layout(root)
     if layout not in LAYOUTS:
         raise DataError(f"layout: found {layout!r}; expected one of {', '.join(LAYOUTS)}.")
@@ -98,15 +99,15 @@ def read_layout(
         "medvlsm": {"prompt": prompt},
         "medclipseg": {"percent": percent},
     }
-    found = _READERS[layout](root, **options.get(layout, {}))
-    may_share = layout == "medclipseg"
-    if may_share:
-        found = _once_a_split(root, found)
-    if problems := find_problems(found, may_share):
+    parsed = _READERS[layout](root, **options.get(layout, {}))
+    allow_shared = layout == "medclipseg"
+    if allow_shared:
+        parsed = _drop_repeats(root, parsed)
+    if problems := find_problems(parsed, allow_shared):
         raise combine_problems(f"{root}, as {layout} layout", problems)
-    rows = sorted(found.rows, key=lambda row: SPLITS.index(row.split))
+    rows = sorted(parsed.rows, key=lambda row: SPLITS.index(row.split))
     if not rows:
-        raise DataError(f"{root}: found no annotated picture; expected at least one; add rows.")
+        raise DataError(f"{root}: found no annotated image; expected at least one; add rows.")
     return [
         Example(image_stem(row.image), row.split, str(row.image), str(row.mask), row.text)
         for row in rows
@@ -114,24 +115,24 @@ def read_layout(
 
 
 def read_unlabelled(root: str | os.PathLike[str]) -> list[Example]:
-    """Reads pictures whose masks nobody needs, as examples of the training split, without masks.
+    """Reads images without their masks, as examples of the training split.
 
     Args:
-      root: a folder with one table (annotations.csv, or a single *.csv) with the columns image
-        and text and without a column mask: all its pictures are taken, or where it has a column
-        split those of train. Or a data set in any layout: its training split is taken.
+      root: A folder with one table (annotations.csv, or a single *.csv) that has the columns image
+        and text but not mask: uses all its images, or the rows of train if it has a column split.
+        Otherwise a dataset in any layout, of which the training split is used.
 
     Raises:
-      DataError: as `read_layout`.
+      DataError: See `read_layout`.
     """
-    table = _csv_path(_existing(root))
+    table = _csv_path(_check_root(root))
     if table is None or has_column(table, "mask"):
         train = [example for example in read_layout(root) if example.split == "train"]
         examples = [example._replace(mask_path="") for example in train]
     else:
         examples = _without_masks(Path(root), table)
     if not examples:
-        raise DataError(f"{root}: found no picture to train on; expected at least one; add some.")
+        raise DataError(f"{root}: found no image to train on; expected at least one; add some.")
     return examples
 
 
@@ -140,25 +141,25 @@ def _without_masks(root: Path, table: Path) -> list[Example]:
     lines = [(w, line) for w, line in lines if line.get("split", "").lower() in ("", "train")]
     lines, problems = refuse_unsafe(lines, ("image",))
     rows = [
-        Row("train", _beside(root, "images", line["image"]), None, line["text"], where)
+        Row("train", _image_or_mask_path(root, "images", line["image"]), None, line["text"], where)
         for where, line in lines
     ]
     if problems := find_problems(ParsedLayout(rows, problems, [])):
-        raise combine_problems(f"{root}, as pictures without masks", problems)
+        raise combine_problems(f"{root}, as images without masks", problems)
     return [Example(image_stem(row.image), row.split, str(row.image), "", row.text) for row in rows]
 
 
-def _once_a_split(root: Path, found: ParsedLayout) -> ParsedLayout:
-    """Some published sets in this layout name a picture twice: taken, and said aloud."""
-    rows, repeated, shared = drop_repeats(found.rows)
+def _drop_repeats(root: Path, parsed: ParsedLayout) -> ParsedLayout:
+    """Drops repeated rows, as some published datasets in this layout have, with a warning."""
+    rows, repeated, shared = drop_repeats(parsed.rows)
     for names, problem in (
-        (repeated, "with several rows; the first is taken"),
-        (shared, "named in several splits; where they are the same, a score is on trained ones"),
+        (repeated, "with several rows; the first is used"),
+        (shared, "in several splits; if the images are the same, scores include training images"),
     ):
         if names:
             listed = ", ".join(names[:MAX_LISTED])
-            warnings.warn(f"{root}: {len(names)} picture(s) {problem}: {listed}", stacklevel=4)
-    return found._replace(rows=rows)
+            warnings.warn(f"{root}: {len(names)} image(s) {problem}: {listed}", stacklevel=4)
+    return parsed._replace(rows=rows)
 
 
 def _check_percent(percent: int, layout: str) -> None:
@@ -178,24 +179,24 @@ def read_variants(
     layout: str | None = None,
     percent: int = 100,
 ) -> dict[str, dict[str, str]]:
-    """Reads the other published sentences of the same pictures, where a data set has them.
+    """Reads the published prompt variants of the same images, if the dataset has them.
 
-    In medclipseg they lie in Prompts_Folder/Test_text_NAME.xlsx (Train and Val likewise), in csv in
-    columns of these names, NAME out of `annotations.VARIANTS`; other layouts have none.
+    In medclipseg they are in Prompts_Folder/Test_text_NAME.xlsx (likewise Train and Val), in csv in
+    columns of these names, with NAME in `annotations.VARIANTS`. Other layouts have none.
 
     Args:
-      root: the data set's folder.
-      examples: what `read_layout` gave.
-      layout: a name of `LAYOUTS`, or None to look.
-      percent: as of `read_layout`; below 100 sentences of pictures left out are, too.
+      root: Folder of the dataset.
+      examples: Result of `read_layout`.
+      layout: Name in `LAYOUTS`; None detects it.
+      percent: As in `read_layout`; below 100, skips the variants of images that are left out.
 
     Returns:
-      {id: {NAME: sentence}}, of the pictures that have any.
+      {id: {NAME: prompt}} of the images that have any.
 
     Raises:
-      DataError: a table that cannot be read, or names another picture or one twice.
+      DataError: A table cannot be read, names an unknown image, or names an image twice.
     """
-    root = _existing(root)
+    root = _check_root(root)
     readers = {"medclipseg": _medclipseg_variants, "csv": _csv_variants}
     layout = layout or find_layout(root)
     if layout not in readers:
@@ -203,29 +204,29 @@ def read_variants(
     variants, ids = readers[layout](root), {e.id for e in examples}
     if percent != 100:
         variants = [variant for variant in variants if variant.id in ids]
-    found, problems = variants_by_id(variants, ids)
+    prompts, problems = variants_by_id(variants, ids)
     if problems:
         raise combine_problems(f"{root}, as {layout} layout", problems)
-    return found
+    return prompts
 
 
-def _existing(root: str | os.PathLike[str]) -> Path:
+def _check_root(root: str | os.PathLike[str]) -> Path:
     if os.path.isfile(root):
-        raise DataError(f"{root}: found a file; expected the folder of a data set; give that.")
+        raise DataError(f"{root}: found a file; expected the folder of a dataset; give that.")
     if not os.path.isdir(root):
-        raise DataError(f"{root}: found no such folder; expected a data set; check the path.")
+        raise DataError(f"{root}: found no such folder; expected a dataset; check the path.")
     return Path(root)
 
 
 def _lvit(root: Path) -> ParsedLayout:
     tables = {s: _table_path(root, s, f"{s.title()}_text.xlsx") for s in SPLITS}
-    both = _table_path(root, "train", "Train_Val_text.xlsx")
-    jobs: list[tuple[tuple[Split, ...], Path]] = [((s,), table) for s, table in tables.items()]
-    if both.is_file() and not (tables["train"].is_file() or tables["val"].is_file()):
-        jobs = [(("train", "val"), both), (("test",), tables["test"])]
+    train_val = _table_path(root, "train", "Train_Val_text.xlsx")
+    groups: list[tuple[tuple[Split, ...], Path]] = [((s,), table) for s, table in tables.items()]
+    if train_val.is_file() and not (tables["train"].is_file() or tables["val"].is_file()):
+        groups = [(("train", "val"), train_val), (("test",), tables["test"])]
     return join_layouts(
-        _mask_named(table, {s: _split_folders(root, s, "labelcol") for s in splits})
-        for splits, table in jobs
+        _read_mask_table(table, {s: _split_folders(root, s, "labelcol") for s in splits})
+        for splits, table in groups
     )
 
 
@@ -234,8 +235,8 @@ def _languide(root: Path) -> ParsedLayout:
     splits: tuple[Split, Split] = ("train", "test")
     for split in splits:
         folder = root / split.title()
-        places = {split: (list_images(folder / "Images"), list_images(folder / "GTs"))}
-        parts.append(_mask_named(root / f"prompt/{split}.csv", places))
+        folders = {split: (list_images(folder / "Images"), list_images(folder / "GTs"))}
+        parts.append(_read_mask_table(root / f"prompt/{split}.csv", folders))
     # LanGuideMedSeg validates on the last 20 % of its training file.
     rows = parts[0].rows
     first_val = int(0.8 * len(rows))
@@ -243,63 +244,63 @@ def _languide(root: Path) -> ParsedLayout:
     return join_layouts(parts)
 
 
-def _mask_named(table: Path, places: dict[Split, tuple[Folder, Folder]]) -> ParsedLayout:
-    """Reads rows that name a mask; a row belongs to the first split whose folder holds it."""
+def _read_mask_table(table: Path, folders: dict[Split, tuple[Folder, Folder]]) -> ParsedLayout:
+    """Reads rows that name a mask; a row belongs to the first split whose folder has the mask."""
     try:
         lines = read_table(table, ("Image", "Description"))
     except DataError as error:
-        # Without its table every picture of a split would look unnamed: ask for the table only.
+        # Without its table every image of a split would lack a row: report only the table.
         return ParsedLayout([], [str(error)], [])
     lines, problems = refuse_unsafe(lines, ("Image",))
     rows = []
     for where, line in lines:
         name = line["Image"]
-        holders = [
-            s for s, (_, masks) in places.items() if find_file(masks, name).name in masks.names
+        matches = [
+            s for s, (_, masks) in folders.items() if find_file(masks, name).name in masks.names
         ]
-        split = holders[0] if holders else next(iter(places))
-        images, masks = places[split]
-        # QaTa-COV19 calls the mask of covid_1.png mask_covid_1.png; MosMedData+ shares the name.
+        split = matches[0] if matches else next(iter(folders))
+        images, masks = folders[split]
+        # QaTa-COV19: the mask of covid_1.png is mask_covid_1.png; MosMedData+: the same name.
         image = find_file(images, name.removeprefix("mask_"), name)
         rows.append(Row(split, image, find_file(masks, name), line["Description"], where))
-    return ParsedLayout(rows, problems, [images for images, _ in places.values()])
+    return ParsedLayout(rows, problems, [images for images, _ in folders.values()])
 
 
 def _medclipseg(root: Path, percent: int) -> ParsedLayout:
     parts = [ParsedLayout([], [], [])]
     for split in SPLITS:
-        whole = percent == 100 or split == "test"
-        name = f"{split.title()}_text{'' if whole else f'_{percent}'}.xlsx"
+        all_rows = percent == 100 or split == "test"
+        name = f"{split.title()}_text{'' if all_rows else f'_{percent}'}.xlsx"
         table = root / "Prompts_Folder" / name
         original = table.with_name("Test_text_original.xlsx")
         table = original if split == "test" and original.is_file() else table
         images, masks = _split_folders(root, split, "label")
         if not (table.is_file() or images.names):
-            continue  # a target of domain generalisation may have a test split alone
-        part = _image_named(split, table, images, masks)
-        # The pictures that a subset leaves out have no row, and need none.
-        parts.append(part if whole else part._replace(image_dirs=[]))
+            continue  # a domain generalisation target may have only a test split
+        part = _read_image_table(split, table, images, masks)
+        # The images that a subset leaves out have no row and need none.
+        parts.append(part if all_rows else part._replace(image_dirs=[]))
     return join_layouts(parts)
 
 
 def _medclipseg_variants(root: Path) -> list[Variant]:
-    found = []
+    variants = []
     for split in SPLITS:
         images, _ = _split_folders(root, split, "label")
         for name in VARIANTS:
             table = root / "Prompts_Folder" / f"{split.title()}_text_{name}.xlsx"
             lines = read_table(table, ("Image", "Description")) if table.is_file() else []
-            found += [
+            variants += [
                 Variant(
                     name, image_stem(find_file(images, line["Image"])), line["Description"], where
                 )
                 for where, line in lines
             ]
-    return found
+    return variants
 
 
-def _image_named(split: Split, table: Path, images: Folder, masks: Folder) -> ParsedLayout:
-    """Reads rows that name a picture, and its mask where that has another name."""
+def _read_image_table(split: Split, table: Path, images: Folder, masks: Folder) -> ParsedLayout:
+    """Reads rows that name an image, and its mask if that has a different file name."""
     try:
         lines = read_table(table, ("Image", "Description"), ("Ground Truth", "Mask"))
     except DataError as error:
@@ -336,7 +337,10 @@ def _csv(root: Path) -> ParsedLayout:
         if split not in SPLITS:
             problems.append(f"{where}: found split {split!r}; expected {', '.join(SPLITS)}.")
             continue
-        image, mask = _beside(root, "images", line["image"]), _beside(root, "masks", line["mask"])
+        image, mask = (
+            _image_or_mask_path(root, "images", line["image"]),
+            _image_or_mask_path(root, "masks", line["mask"]),
+        )
         rows.append(Row(split, image, mask, line["text"], where))
     return ParsedLayout(rows, problems, [])
 
@@ -360,28 +364,29 @@ _READERS: dict[str, Callable[..., ParsedLayout]] = {
 }
 
 
-def _has_mark(root: Path, layout: str) -> bool:
+def _has_marker(root: Path, layout: str) -> bool:
     if layout == "csv":
         return _csv_path(root) is not None
     return (root / LAYOUTS[layout]).is_dir()
 
 
 def _csv_path(root: Path) -> Path | None:
-    named = root / "annotations.csv"
-    tables = [named] if named.is_file() else list(root.glob("*.csv"))
+    default = root / "annotations.csv"
+    tables = [default] if default.is_file() else list(root.glob("*.csv"))
     return tables[0] if len(tables) == 1 else None
 
 
 def _table_path(root: Path, split: Split, name: str) -> Path:
-    """LViT's workbooks lie inside the split's folder or at the root."""
-    inside, above = root / f"{split.title()}_Folder" / name, root / name
-    return above if above.is_file() and not inside.is_file() else inside
+    """Returns the path of an LViT workbook, in the split's folder or at the root."""
+    inside, at_root = root / f"{split.title()}_Folder" / name, root / name
+    return at_root if at_root.is_file() and not inside.is_file() else inside
 
 
-def _beside(root: Path, folder: str, name: str) -> Path:
-    inside, above = root / folder / name, root / name
-    written = above.is_file() or name.startswith(f"{folder}/")  # where it is, or where it is missed
-    return above if written and not inside.is_file() else inside
+def _image_or_mask_path(root: Path, folder: str, name: str) -> Path:
+    """Resolves a name relative to `folder` or to the root; missing files keep the likelier path."""
+    inside, at_root = root / folder / name, root / name
+    relative_to_root = at_root.is_file() or name.startswith(f"{folder}/")
+    return at_root if relative_to_root and not inside.is_file() else inside
 
 
 def _split_folders(root: Path, split: Split, masks: str) -> tuple[Folder, Folder]:

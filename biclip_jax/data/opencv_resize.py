@@ -1,53 +1,57 @@
-"""OpenCV's two plain ways to resize, to the bit, in numpy: some models were trained on them.
+"""Bit-exact numpy versions of OpenCV's bilinear and nearest-neighbour resizing.
 
-Neither averages when it shrinks. Having them here, prepared pictures depend on no further library.
+Some models were trained on images resized this way. Neither method averages when it downscales.
+Implementing them here avoids a dependency of prepared datasets on OpenCV.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-_UNIT = 2048  # weights are integers, this one being 1
+_UNIT = 2048  # fixed-point representation of weight 1
 
 
 def bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, C) uint8 to (height, width, C) uint8, as cv2.resize with INTER_LINEAR.
+    """Resizes (H, W, C) uint8 to (height, width, C) uint8, as cv2.resize with INTER_LINEAR.
 
-    The two nearest pixels are weighed in integers, first across, then down; the shifts drop the
-    same bits as OpenCV's do. Checked against releases 4.14 and 5.0.
+    Interpolates in integers, first horizontally, then vertically; the shifts drop the same bits as
+    OpenCV's. Verified against releases 4.14 and 5.0.
     """
-    columns, across = _neighbours(image.shape[1], width)
-    rows, down = _neighbours(image.shape[0], height)
+    columns, column_weights = _neighbours(image.shape[1], width)
+    rows, row_weights = _neighbours(image.shape[0], height)
     total = np.full((height, width, image.shape[2]), 2, np.int32)
-    for row, weight in zip(rows, down, strict=True):
+    for row, weight in zip(rows, row_weights, strict=True):
         pixels = image[row].astype(np.int32)
-        line = sum(pixels[:, c] * w[:, None] for c, w in zip(columns, across, strict=True))
+        line = sum(pixels[:, c] * w[:, None] for c, w in zip(columns, column_weights, strict=True))
         total += ((line >> 4) * weight[:, None, None]) >> 16
     return (total >> 2).astype(np.uint8)
 
 
 def nearest(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, ...) of any dtype to (height, width, ...), as cv2.resize with INTER_NEAREST.
+    """Resizes (H, W, ...) of any dtype to (height, width, ...), as cv2.resize with INTER_NEAREST.
 
-    Index i becomes floor(i H / height): the corner of the pixel decides, not its centre.
+    Output index i reads input index floor(i H / height), the pixel's corner instead of its centre.
     """
     rows, columns = (
-        np.minimum(np.floor(np.arange(new) * _scale(old, new)).astype(np.int64), old - 1)
-        for old, new in zip(mask.shape, (height, width), strict=False)
+        np.minimum(
+            np.floor(np.arange(new_size) * _scale(old_size, new_size)).astype(np.int64),
+            old_size - 1,
+        )
+        for old_size, new_size in zip(mask.shape, (height, width), strict=False)
     )
     return mask[rows][:, columns]
 
 
-def _neighbours(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices and weights (2, new) of the pixels before and after each new pixel's centre."""
-    place = ((np.arange(new) + 0.5) * _scale(old, new) - 0.5).astype(np.float32)
-    before = np.floor(place)
-    share = place - before
+def _neighbours(old_size: int, new_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns indices and weights (2, new_size) of the two pixels around each output centre."""
+    position = ((np.arange(new_size) + 0.5) * _scale(old_size, new_size) - 0.5).astype(np.float32)
+    before = np.floor(position)
+    fraction = position - before
     index = np.stack([before, before + 1]).astype(np.int64)
-    weights = np.rint(np.stack([1 - share, share]) * np.float32(_UNIT)).astype(np.int32)
-    return np.clip(index, 0, old - 1), weights
+    weights = np.rint(np.stack([1 - fraction, fraction]) * np.float32(_UNIT)).astype(np.int32)
+    return np.clip(index, 0, old_size - 1), weights
 
 
-def _scale(old: int, new: int) -> float:
-    # Not old / new: it rounds otherwise, and now and then an index depends on it.
-    return 1 / (new / old)
+def _scale(old_size: int, new_size: int) -> float:
+    # Not old_size / new_size: it rounds differently, which sometimes changes an index.
+    return 1 / (new_size / old_size)

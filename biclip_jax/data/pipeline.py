@@ -1,7 +1,9 @@
-"""From prepared records to batches: shuffled by seed, sharded by process, resumable."""
+"""Prepared records to batches: shuffled by seed, sharded by process, resumable."""
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,20 +20,20 @@ from biclip_jax.data.schema import SPLITS, Batch, Record, Split
 
 
 def prepare(config: Mapping[str, Any], image_size: int, labelled: bool = True) -> Path:
-    """Prepares the data set where needed; returns its folder.
+    """Prepares the dataset if needed and returns its folder or file.
+
+    A source that is a single file (see `write_file`) is already prepared; its path is returned.
 
     Args:
-      config: the fields of `data` in `configs/common.py`.
-      image_size: of the prepared pictures, in pixels.
-      labelled: false for training pictures whose masks are not used, see `preparation.prepare`.
-
-    A source that is one file (`write_file`) is its own prepared set.
+      config: Fields of `data` in `configs/common.py`.
+      image_size: Side of the prepared images in pixels.
+      labelled: False for training images whose masks are not used, see `preparation.prepare`.
 
     Raises:
-      DataError: the data set does not hold together.
+      DataError: The dataset is inconsistent.
     """
     if single_file.is_prepared_file(config["source"]):
-        single_file.check(Path(config["source"]), _facts(config, image_size))
+        single_file.check(Path(config["source"]), _file_facts(config, image_size))
         return Path(config["source"])
     sizes = {split: n for split, n in config["num_examples"].items() if n}
     return preparation.prepare(
@@ -49,23 +51,23 @@ def prepare(config: Mapping[str, Any], image_size: int, labelled: bool = True) -
 
 
 def write_file(config: Mapping[str, Any], image_size: int, path: Path) -> dict[str, int]:
-    """Writes all splits of a data set as one file; returns {split: number of records}.
+    """Writes all splits of a dataset to one file; returns {split: number of records}.
 
     Args:
-      config, image_size: as for `prepare`.
-      path: of the file.
+      config, image_size: See `prepare`.
+      path: Path of the file.
 
     Raises:
-      DataError: the data set does not hold together.
+      DataError: The dataset is inconsistent.
     """
     prepared = prepare(config, image_size)
     splits = {split: open_split(prepared, split).source for split in SPLITS}
-    single_file.write(path, splits, _facts(config, image_size))
+    single_file.write(path, splits, _file_facts(config, image_size))
     return {split: len(examples) for split, examples in splits.items()}
 
 
-def _facts(config: Mapping[str, Any], image_size: int) -> dict[str, Any]:
-    """What makes a prepared set another one, but for the source itself."""
+def _file_facts(config: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+    """Returns all settings that identify a prepared dataset, except its source."""
     names = ("name", "layout", "prompt", "percent", "resize")
     return {"image_size": image_size, **{name: config[name] for name in names}}
 
@@ -73,36 +75,39 @@ def _facts(config: Mapping[str, Any], image_size: int) -> dict[str, Any]:
 def open_splits(
     prepared: Path, config: Mapping[str, Any], names: Sequence[Split] = SPLITS
 ) -> dict[str, Sequence[Record]]:
-    """The splits of a prepared folder, {split: records}.
+    """Opens splits of a prepared folder, {split: records}.
 
     Args:
-      prepared: what `prepare` returned.
-      config: the fields of `data` in `configs/common.py`.
-      names: of the splits that are wanted.
+      prepared: Result of `prepare`.
+      config: Fields of `data` in `configs/common.py`.
+      names: Splits to open.
 
     Raises:
-      DataError: a split is missing.
+      DataError: A split is missing.
     """
-    opened: dict[str, Sequence[Record]] = {}
+    splits: dict[str, Sequence[Record]] = {}
     for split in names:
         records = open_split(prepared, split)
-        opened[split] = records
+        splits[split] = records
         if split == "train" and config["label_fraction"] != 1:
-            labelled, _ = _shares(records.ids(), config)
-            opened[split] = [records[row] for row in labelled]
-    return {split: _as_configured(records, config) for split, records in opened.items()}
+            labelled_rows, _ = _split_by_label(records.ids(), config)
+            splits[split] = [records[row] for row in labelled_rows]
+    return {split: _apply_config(records, config) for split, records in splits.items()}
 
 
 def open_unlabelled(prepared: Path, config: Mapping[str, Any], image_size: int) -> Sequence[Record]:
-    """The pictures that are trained on without their masks, which are empty; `data.unlabelled`.
+    """Opens the training images that are used without their masks (`data.unlabelled`).
+
+    Their masks are empty.
 
     Args:
-      prepared, image_size: what `prepare` returned and was given.
-      config: the fields of `data` in `configs/common.py`.
+      prepared: Result of `prepare`.
+      config: Fields of `data` in `configs/common.py`.
+      image_size: Side of the prepared images in pixels.
 
     Raises:
-      UserError: nothing is left beside the labelled share.
-      DataError: the other data set does not hold together.
+      UserError: No image remains outside the labelled subset.
+      DataError: The dataset named by `data.unlabelled` is inconsistent.
     """
     if not config["unlabelled"]:
         return []
@@ -110,15 +115,15 @@ def open_unlabelled(prepared: Path, config: Mapping[str, Any], image_size: int) 
         other = {**config, "name": "folder", "source": config["unlabelled"], "layout": ""}
         other |= {"prompt": "", "percent": 100, "num_examples": {}}
         records = open_split(prepare(other, image_size, labelled=False), "train")
-        return _as_configured([_without_mask(record) for record in records], config)
+        return _apply_config([_without_mask(record) for record in records], config)
     train = open_split(prepared, "train")
-    _, rest = _shares(train.ids(), config)
-    if not rest:
+    _, unlabelled_rows = _split_by_label(train.ids(), config)
+    if not unlabelled_rows:
         raise UserError(
             f"--config.data.unlabelled: 'rest', but data.label_fraction "
-            f"{config['label_fraction']} leaves no training picture; lower it"
+            f"{config['label_fraction']} leaves no training image; lower it"
         )
-    return _as_configured([_without_mask(train[row]) for row in rest], config)
+    return _apply_config([_without_mask(train[row]) for row in unlabelled_rows], config)
 
 
 def _without_mask(record: Record) -> Record:
@@ -127,27 +132,26 @@ def _without_mask(record: Record) -> Record:
 
 
 def join_records(labelled: Sequence[Record], unlabelled: Sequence[Record]) -> Sequence[Record]:
-    """Both, labelled ones first; beside pictures in colour grey ones have three channels, too."""
+    """Joins records, labelled first; repeats greyscale channels if any image has colour."""
     if not unlabelled:
         return labelled
     records = [*labelled, *unlabelled]
     shapes = {record["image"].shape for record in records}
     if len(shapes) == 1:
         return records
-    coloured = max(shapes)
+    shape = max(shapes)
     return [
-        Record({**record, "image": np.broadcast_to(record["image"], coloured)})
-        for record in records
+        Record({**record, "image": np.broadcast_to(record["image"], shape)}) for record in records
     ]
 
 
-def _shares(ids: Sequence[str], config: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-    """Rows with labels and rows without."""
+def _split_by_label(ids: Sequence[str], config: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """Returns the rows with labels and the rows without."""
     rows = label_subset.select_rows(ids, config["label_fraction"], config["label_seed"])
     return rows, sorted(set(range(len(ids))) - set(rows))
 
 
-def _as_configured(records: Sequence[Record], config: Mapping[str, Any]) -> Sequence[Record]:
+def _apply_config(records: Sequence[Record], config: Mapping[str, Any]) -> Sequence[Record]:
     if config["in_memory"] or config["text_condition"] == "empty":
         records = list(records)
     if config["text_condition"] == "empty":
@@ -158,11 +162,11 @@ def _as_configured(records: Sequence[Record], config: Mapping[str, Any]) -> Sequ
 def text_fields(
     encode: Callable[[Sequence[str]], dict[str, np.ndarray]], prompts: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """The sentence fields of a `Batch`, for a whole split; the mirrored sentences' included.
+    """Returns the text fields of a `Batch` for a whole split, including the swapped prompts'.
 
     Args:
-      encode: sentences -> text_ids and text_mask, or text_features, (N, ...) each.
-      sentences: of the split.
+      encode: Maps prompts to text_ids and text_mask, or to text_features, (N, ...) each.
+      prompts: Prompts of the split.
     """
     swapped = encode([text_lib.swap_sides(prompt) for prompt in prompts])
     return encode(prompts) | {f"swapped_{name}": values for name, values in swapped.items()}
@@ -179,28 +183,29 @@ def training_order(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Callable[[int], dict[str, np.ndarray]]:
-    """step -> `index`, `row` and `labelled` of that step's `Batch`, see `order`.
+    """Returns a function from step to `index`, `row` and `labelled` of its `Batch`.
 
-    The order depends on the seed alone; each process has its own rows of every global batch.
+    The order depends only on the seed, see `sampler`; each process gets its own rows of every
+    global batch.
 
     Args:
-      num_records: of the split, the labelled ones first.
-      batch_size: global, divisible by `process_count`.
-      seed: of the order.
-      num_labelled: of the records; None: all.
-      labelled_rows: first rows of every batch, of labelled records; None: all.
-      num_members: of an ensemble; above 1 the rows have a leading axis of them, the
-        k-th being those of seed + k.
-      process_index, process_count: of this host.
+      num_records: Size of the split, labelled records first.
+      batch_size: Global batch size, divisible by `process_count`.
+      seed: Seed of the order.
+      num_labelled: Number of labelled records; None means all.
+      labelled_rows: Number of leading rows of each batch that are labelled; None means all.
+      num_members: Number of ensemble members. Above 1 the arrays have a leading member axis, and
+        member k uses seed + k.
+      process_index, process_count: Index of this process and number of processes.
     """
-    share = batch_size // process_count
-    local = slice(process_index * share, (process_index + 1) * share)
-    row = np.arange(batch_size, dtype=np.int32)[local]
+    local_size = batch_size // process_count
+    local_slice = slice(process_index * local_size, (process_index + 1) * local_size)
+    row = np.arange(batch_size, dtype=np.int32)[local_slice]
     labelled_rows = batch_size if labelled_rows is None else labelled_rows
     counts = (num_records if num_labelled is None else num_labelled, labelled_rows)
 
     def member(step: int, seed: int) -> dict[str, np.ndarray]:
-        index = sampler.training_rows(step, batch_size, num_records, seed, *counts)[local]
+        index = sampler.training_rows(step, batch_size, num_records, seed, *counts)[local_slice]
         return {"index": index.astype(np.int32), "row": row, "labelled": row < labelled_rows}
 
     def rows(step: int) -> dict[str, np.ndarray]:
@@ -216,29 +221,34 @@ def train_batches(
     rows: Callable[[int], dict[str, np.ndarray]],
     start: int = 0,
 ) -> Iterator[Batch]:
-    """An endless iterator of `Batch`es, read ahead.
+    """Returns an endless iterator of `Batch`es, prefetched if grain is installed.
 
     Args:
-      records: of the split.
-      texts: `text_fields` of the same rows.
-      rows: what `training_order` returned.
-      start: the first step.
+      records: Records of the split.
+      texts: `text_fields` of the same records.
+      rows: Result of `training_order`.
+      start: First step.
     """
+
+    def load_batch(selection: Mapping[str, np.ndarray]) -> Batch:
+        batch = _stack(records, texts, selection["index"], selection["row"])
+        return {**batch, "labelled": selection["labelled"]}
+
+    def batch_at(step: int) -> Any:
+        selection = rows(step)
+        if selection["index"].ndim == 1:
+            return load_batch(selection)
+        members = range(len(selection["index"]))
+        return _stack_members(
+            [load_batch({name: x[k] for name, x in selection.items()}) for k in members]
+        )
+
+    if importlib.util.find_spec("grain") is None:
+        return map(batch_at, itertools.count(start))
     import grain
 
-    def read(picked: Mapping[str, np.ndarray]) -> Batch:
-        batch = _stack(records, texts, picked["index"], picked["row"])
-        return {**batch, "labelled": picked["labelled"]}
-
-    def batch_of(step: int) -> Any:
-        picked = rows(step)
-        if picked["index"].ndim == 1:
-            return read(picked)
-        members = range(len(picked["index"]))
-        return _stack_members([read({name: x[k] for name, x in picked.items()}) for k in members])
-
     steps = grain.MapDataset.range(1).repeat()
-    batches = steps.map_with_index(lambda i, _: batch_of(start + i))
+    batches = steps.map_with_index(lambda i, _: batch_at(start + i))
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     return iter(batches.to_iter_dataset(options))
 
@@ -246,7 +256,7 @@ def train_batches(
 def stack_split(
     records: Sequence[Record], texts: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """All pictures and masks of a split at the model's size, and its sentences, by record."""
+    """Stacks a split's images and masks at the model's size, with its text fields."""
     return {
         "image": np.stack([record["image"] for record in records]),
         "mask": np.stack([record["mask"] for record in records]),
@@ -255,7 +265,7 @@ def stack_split(
 
 
 def _stack_members(batches: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """What an ensemble's members have each, stacked."""
+    """Stacks the batches of an ensemble's members."""
     fields = [dict(batch) for batch in batches]
     return {name: np.stack([batch[name] for batch in fields]) for name in fields[0]}
 
@@ -268,14 +278,15 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Every row once, in order, in equal batches; rows that only fill have `valid` false.
+    """Yields every record once, in order, in batches of equal size; padding has `valid` false.
 
-    Each process gets its share of every global batch, and all of them the same
-    number of batches.
+    Each process gets its part of every global batch; all processes get the same number of batches.
     """
-    share = batch_size // process_count
+    local_size = batch_size // process_count
     for start in range(0, len(records), batch_size):
-        row = np.arange(process_index * share, (process_index + 1) * share, dtype=np.int32)
+        row = np.arange(
+            process_index * local_size, (process_index + 1) * local_size, dtype=np.int32
+        )
         index = start + row
         valid = index < len(records)
         batch = _stack(records, texts, np.where(valid, index, 0), row)

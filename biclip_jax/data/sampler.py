@@ -1,4 +1,4 @@
-"""The order of training: which records make which batch, a pure function of the seed."""
+"""Training order: the records of each batch, as a pure function of seed and step."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ import numpy as np
 
 
 def batch_rows(step: int, size: int, num_records: int, seed: int) -> np.ndarray:
-    """Records of one batch out of an endless stream of epochs, each in another order.
+    """Returns the records of one batch from an endless sequence of differently shuffled epochs.
 
-    Batches run across the edges of epochs, so that every record is met once an epoch.
+    Batches may span two epochs, so that each record occurs exactly once per epoch.
 
     Args:
-      step: from 0.
-      size: records a batch.
-      num_records: of an epoch.
-      seed: of the order.
+      step: Step, from 0.
+      size: Batch size.
+      num_records: Number of records per epoch.
+      seed: Seed of the order.
 
     Returns:
       (size,) int64 in [0, num_records).
     """
-    epochs, places = np.divmod(np.arange(step * size, (step + 1) * size), num_records)
-    rows = [_epoch(int(e), num_records, seed)[places[epochs == e]] for e in np.unique(epochs)]
+    epochs, positions = np.divmod(np.arange(step * size, (step + 1) * size), num_records)
+    rows = [_epoch(int(e), num_records, seed)[positions[epochs == e]] for e in np.unique(epochs)]
     return np.concatenate(rows)
 
 
 def training_rows(
     step: int, size: int, num_records: int, seed: int, num_labelled: int, labelled_rows: int
 ) -> np.ndarray:
-    """Records of one batch, first those with masks, then those without.
+    """Returns the records of one batch, labelled ones first.
 
     Args:
-      step, size, num_records, seed: as for `batch_rows`.
-      num_labelled: of the records, the first ones.
-      labelled_rows: of the batch; `size` where no record is without a mask.
+      step, size, num_records, seed: See `batch_rows`.
+      num_labelled: Number of labelled records, which are the first ones.
+      labelled_rows: Number of labelled rows in the batch; `size` if all records are labelled.
 
     Returns:
       (size,) int64.
@@ -42,12 +42,12 @@ def training_rows(
     rows = batch_rows(step, labelled_rows, num_labelled, seed)
     if labelled_rows == size:
         return rows
-    others = batch_rows(step, size - labelled_rows, num_records - num_labelled, seed)
-    return np.concatenate([rows, num_labelled + others])
+    unlabelled = batch_rows(step, size - labelled_rows, num_records - num_labelled, seed)
+    return np.concatenate([rows, num_labelled + unlabelled])
 
 
-@functools.lru_cache(maxsize=16)  # of several members, and of two epochs at the edge of one
+@functools.lru_cache(maxsize=16)  # several ensemble members, and two epochs at a boundary
 def _epoch(epoch: int, num_records: int, seed: int) -> np.ndarray:
-    # RandomState's streams are frozen: the same order from any version of NumPy.
+    # RandomState's streams are frozen: every version of NumPy gives the same order.
     bits = np.random.MT19937(np.random.SeedSequence([seed % 2**32, epoch]))
     return np.random.RandomState(bits).permutation(num_records)

@@ -1,4 +1,4 @@
-"""What travels through the data code: examples on disk, records, batches."""
+"""Types of the input pipeline: examples on disk, prepared records, batches."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 class Example(NamedTuple):
-    """One line of a data set as it lies on disk; nothing is read yet.
+    """One annotated image on disk; its files are not read yet.
 
     Attributes:
-      id: unique within the data set: the picture's file name without suffix.
+      id: Unique within the dataset: the image's file name without suffix.
       split: "train", "val" or "test".
-      image_path: the picture.
-      mask_path: its mask; empty where it has none and needs none.
-      text: the sentence, stripped; may be empty.
+      image_path: Path of the image.
+      mask_path: Path of its mask; "" if the image has none and needs none.
+      text: Text prompt, stripped; may be empty.
     """
 
     id: str
@@ -32,11 +32,11 @@ class Record(TypedDict):
     """One prepared example on the host.
 
     Attributes:
-      id: the example's id.
-      image: (S, S, C) uint8, C = 1 (grey) or 3 (RGB).
+      id: Id of the example.
+      image: (S, S, C) uint8, C = 1 (greyscale) or 3 (RGB).
       mask: (S, S, 1) uint8 in {0, 1}.
-      full_mask: (H, W, 1) uint8 in {0, 1}, the mask at its own size.
-      text: the sentence.
+      full_mask: (H, W, 1) uint8 in {0, 1}, the mask at its original size.
+      text: Text prompt.
     """
 
     id: str
@@ -47,22 +47,22 @@ class Record(TypedDict):
 
 
 class Batch(TypedDict, total=False):
-    """B examples stacked; B is this host's share of the global batch.
+    """A stack of B examples, where B is this host's share of the global batch.
 
     Attributes:
       image: (B, S, S, C) uint8.
       mask: (B, S, S, 1) uint8 in {0, 1}.
       text_ids: (B, L) int32, padded.
-      text_mask: (B, L) bool, true where a token is.
-      text_features: (B, D) float32, a frozen tower's vector, in place of ids and mask.
-      has_text: (B,) bool, false where the sentence is empty.
-      mirrored_text_ids, mirrored_text_mask, mirrored_text_features, mirrored_has_text:
-        the mirrored sentence, likewise.
-      labelled: (B,) bool, false where the mask is not known: empty, or the teachers'.
-      row: (B,) int32, the row in the global batch; random keys fold it in.
-      index: (B,) int32, the row in the split.
-      image_hash: (B,) uint32, of the picture's id; damage and samples are drawn from it.
-      valid: (B,) bool, false where the row only fills the batch.
+      text_mask: (B, L) bool, true at tokens.
+      text_features: (B, D) float32, embeddings of a frozen text encoder, instead of ids and mask.
+      has_text: (B,) bool, false for an empty prompt.
+      swapped_text_ids, swapped_text_mask, swapped_text_features, swapped_has_text:
+        The same for the left-right swapped prompt.
+      labelled: (B,) bool, false if the mask is not ground truth: empty, or a pseudo-label.
+      row: (B,) int32, row in the global batch; random keys fold it in.
+      index: (B,) int32, row in the split.
+      image_hash: (B,) uint32, hash of the image's id; seeds its corruptions and samples.
+      valid: (B,) bool, false for padding rows.
     """
 
     image: np.ndarray

@@ -1,4 +1,4 @@
-"""The tables that come with data sets, workbooks, CSV and JSON, as lists of lines."""
+"""Reads the annotation tables of datasets (workbooks, CSV and JSON) into lists of lines."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from xml.etree.ElementTree import ParseError
 
 from biclip_jax.core.errors import DataError
 
-Line = tuple[str, dict[str, str]]  # (which line of which file, column -> stripped text)
+Line = tuple[str, dict[str, str]]  # (file name and row number, {column: stripped text})
 
 
 def read_table(path: Path, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> list[Line]:
-    """Reads the named columns of an .xlsx workbook's first sheet or of a .csv file.
+    """Reads the named columns of a .csv file or of the first sheet of an .xlsx workbook.
 
-    Headers are matched stripped and in any case; rows that are blank throughout are left out.
+    Headers are stripped and compared case-insensitively. Blank rows are skipped.
 
     Args:
-      path: the table.
-      required: columns that must be there.
-      optional: columns to read where they are there.
+      path: Path of the table.
+      required: Columns that must exist.
+      optional: Columns to read if they exist.
 
     Returns:
-      The lines in file order, by the columns as asked for; an empty cell is "".
+      The lines in file order, by column name as requested; an empty cell is "".
 
     Raises:
-      DataError: the file is missing or unreadable, or lacks a column.
+      DataError: The file is missing or unreadable, or lacks a column.
     """
     if not path.is_file():
         raise DataError(f"{path}: found no such file; expected {_listed(required)}; add it.")
@@ -38,20 +38,20 @@ def read_table(path: Path, required: tuple[str, ...], optional: tuple[str, ...] 
     for column in required:
         if column.lower() not in header:
             raise _missing_column(path, column, lines[0] if lines else [])
-    places = {c: header.index(c.lower()) for c in required + optional if c.lower() in header}
+    positions = {c: header.index(c.lower()) for c in required + optional if c.lower() in header}
     rows = []
     for number, cells in enumerate(lines[1:], start=2):
         if any(cells):
-            values = {c: cells[i] if i < len(cells) else "" for c, i in places.items()}
+            values = {c: cells[i] if i < len(cells) else "" for c, i in positions.items()}
             rows.append((f"{path.name} row {number}", values))
     return rows
 
 
 def has_column(path: Path, column: str) -> bool:
-    """Whether the header of a table that is there names a column, in any case.
+    """Returns whether the header of an existing table has a column, case-insensitively.
 
     Raises:
-      DataError: the file is unreadable.
+      DataError: The file is unreadable.
     """
     lines = _lines(path)
     return bool(lines) and column.lower() in [cell.lower() for cell in lines[0]]
@@ -65,19 +65,19 @@ def read_prompts(path: Path, prompt: str | None = None) -> tuple[list[Line], lis
     """Reads MedVLSM's JSON list of {"img_name", "mask_name", "prompts": {"p0": ...}}.
 
     Args:
-      path: the .json file.
-      prompt: the prompt to take, or None for the highest-numbered that is not empty. Of several
-        wordings of one prompt the first is taken.
+      path: Path of the .json file.
+      prompt: Prompt to use; None uses the highest-numbered prompt that is not empty. If a prompt
+        has several wordings, the first is used.
 
     Returns:
-      The lines, with the columns img_name, mask_name and text, and the problems found.
+      The lines, with the columns img_name, mask_name and text, and the problems.
     """
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        return [], [f"{path}: cannot be read ({error}); expected a JSON list; add or mend it."]
+        return [], [f"{path}: cannot be read ({error}); expected a JSON list; add or fix it."]
     if not isinstance(entries, list):
-        return [], [f"{path}: found a {type(entries).__name__}; expected a JSON list; mend it."]
+        return [], [f"{path}: found a {type(entries).__name__}; expected a JSON list; fix it."]
     lines, problems = [], []
     for number, entry in enumerate(entries):
         where = f"{path.name} entry {number}"
@@ -85,8 +85,8 @@ def read_prompts(path: Path, prompt: str | None = None) -> tuple[list[Line], lis
         names = {key: _cell(fields.get(key)) for key in ("img_name", "mask_name")}
         text = _prompt_text(fields.get("prompts"), prompt)
         if text is None:
-            wanted = f"prompts with {prompt!r}" if prompt else "prompts named p0, p1, ..."
-            problems.append(f"{where}: found none; expected {wanted}; add it or choose another.")
+            expected = f"prompts with {prompt!r}" if prompt else "prompts named p0, p1, ..."
+            problems.append(f"{where}: found none; expected {expected}; add it or choose another.")
             continue
         lines.append((where, names | {"text": text}))
     return lines, problems
@@ -95,27 +95,27 @@ def read_prompts(path: Path, prompt: str | None = None) -> tuple[list[Line], lis
 def refuse_unsafe(
     lines: list[Line], required: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> tuple[list[Line], list[str]]:
-    """Parts lines whose file names are fit to use from problems with the others.
+    """Separates lines with safe file names from problems with the others.
 
     Args:
-      lines: as `read_table` returns them.
-      required: columns holding file names that may not be empty.
-      optional: columns holding file names that may be empty or lacking.
+      lines: Lines as returned by `read_table`.
+      required: Columns with file names that may not be empty.
+      optional: Columns with file names that may be empty or absent.
 
     Returns:
-      The lines whose names stay below the data set's root, and one problem per refused name.
+      The lines whose files are below the dataset's root, and one problem per refused name.
     """
     safe, problems = [], []
     for where, line in lines:
-        bad = [c for c in required if not line[c]]
-        problems += [f"{where}: found no {c}; expected a file name; fill it in." for c in bad]
+        missing = [c for c in required if not line[c]]
+        problems += [f"{where}: found no {c}; expected a file name; fill it in." for c in missing]
         outside = [c for c in required + optional if _leaves_root(line.get(c, ""))]
         problems += [
-            f"{where}: found unsafe {c} {line[c]!r}; expected a name inside the data set, neither "
-            "absolute nor with '..'; move the file there and name it so."
+            f"{where}: found unsafe {c} {line[c]!r}; expected a name inside the dataset, neither "
+            "absolute nor with '..'; move the file there and change the name."
             for c in outside
         ]
-        if not bad and not outside:
+        if not missing and not outside:
             safe.append((where, line))
     return safe, problems
 
@@ -126,7 +126,7 @@ def _leaves_root(name: str) -> bool:
 
 
 def _prompt_text(prompts: object, prompt: str | None) -> str | None:
-    """The chosen prompt's first wording, stripped; None where there is no such prompt."""
+    """Returns the chosen prompt's first wording, stripped; None if there is no such prompt."""
     if not isinstance(prompts, dict):
         return None
     texts = {key: _cell(_first(value)) for key, value in prompts.items()}
@@ -164,7 +164,7 @@ def _workbook_lines(path: Path) -> list[list[str]]:
     try:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
         sheet = book.worksheets[0]
-        # Some writers state a wrong extent, which would cut rows off.
+        # Some writers store wrong dimensions, which would cut off rows.
         sheet.reset_dimensions()
         return [[_cell(value) for value in line] for line in sheet.iter_rows(values_only=True)]
     except (OSError, zipfile.BadZipFile, ParseError, LookupError, ValueError, TypeError) as error:
@@ -185,7 +185,7 @@ def _missing_column(path: Path, column: str, header: list[str]) -> DataError:
     by_lower = {name.lower(): name for name in header if name}
     near = difflib.get_close_matches(column.lower(), by_lower, n=1, cutoff=0.3)
     fix = f"rename {by_lower[near[0]]!r}, the nearest found" if near else "add it"
-    if len(by_lower) == 1 and any(mark in header[0] for mark in ";\t"):
+    if len(by_lower) == 1 and any(separator in header[0] for separator in ";\t"):
         fix = "separate columns by commas"
     found = _listed(tuple(by_lower.values())) if by_lower else "no columns"
     return DataError(f"{path}: found {found}; expected a column {column!r}; {fix}.")

@@ -1,4 +1,4 @@
-"""Sentences: word vocabularies, token ids, mirrored and shuffled sentences."""
+"""Text prompts: word-level tokenizers, token ids, left-right swapped and shuffled prompts."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ if TYPE_CHECKING:
 PAD, UNKNOWN, CLS = "[PAD]", "[UNK]", "[CLS]"
 
 _SIDES = {"left": "right", "right": "left"}
-_PLACE = r"(?:the )?(?:(?:all|upper|middle|lower|top|bottom|center|centre),? )*"
-_RIGHT_FIRST = re.compile(rf"({_PLACE})(right)( lung)? and ({_PLACE})(left)( lung)?", re.IGNORECASE)
+_LOCATION = r"(?:the )?(?:(?:all|upper|middle|lower|top|bottom|center|centre),? )*"
+_RIGHT_FIRST = re.compile(
+    rf"({_LOCATION})(right)( lung)? and ({_LOCATION})(left)( lung)?", re.IGNORECASE
+)
 
 
 def build_tokenizer(prompts: Sequence[str]) -> Tokenizer:
-    """A word-level tokenizer over the words of the training sentences, lower case.
+    """Builds a lower-case, word-level tokenizer from the words of the training prompts.
 
-    Ids: 0 padding, 1 unknown, 2 [CLS] (put before each sentence), then the
-    words in alphabetical order, so that the same sentences give the same ids.
+    Ids: 0 padding, 1 unknown, 2 [CLS] (prepended to each prompt), then the words in alphabetical
+    order, so that the same prompts give the same ids.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -48,18 +50,21 @@ def build_tokenizer(prompts: Sequence[str]) -> Tokenizer:
 def encode(
     tokenizer: Tokenizer, prompts: Sequence[str], max_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids (N, max_length) int32, padded with 0, and the mask (N, max_length) bool.
+    """Returns token ids (N, max_length) int32, padded with 0, and their mask (N, max_length) bool.
 
-    Each distinct sentence is tokenized once; longer ones are cut and keep the special tokens
-    around them. Raises UserError where max_length leaves no room for those.
+    Each distinct prompt is tokenized once; longer prompts are truncated but keep their special
+    tokens.
+
+    Raises:
+      UserError: max_length leaves no space for the special tokens.
     """
-    module = _room(tokenizer, max_length)
+    max_tokens = _max_prompt_tokens(tokenizer, max_length)
     distinct = sorted(set(prompts))
     ids = np.zeros((len(distinct), max_length), np.int32)
     mask = np.zeros((len(distinct), max_length), bool)
     encodings = tokenizer.encode_batch(distinct, add_special_tokens=False)
     for row, encoding in enumerate(encodings):
-        encoding.truncate(module)
+        encoding.truncate(max_tokens)
         tokens = tokenizer.post_process(encoding).ids
         ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
     rows = np.searchsorted(np.array(distinct), np.array(prompts))
@@ -67,19 +72,19 @@ def encode(
 
 
 def unknown_words(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[str]:
-    """The distinct words that are not in the vocabulary, in alphabetical order."""
-    found = set()
+    """Returns the distinct words that are not in the vocabulary, in alphabetical order."""
+    words = set()
     for prompt, encoding in zip(prompts, tokenizer.encode_batch(list(prompts)), strict=True):
         spans = zip(encoding.tokens, encoding.offsets, strict=True)
-        found |= {prompt[start:end] for token, (start, end) in spans if token == UNKNOWN}
-    return sorted(found)
+        words |= {prompt[start:end] for token, (start, end) in spans if token == UNKNOWN}
+    return sorted(words)
 
 
 def swap_sides(prompt: str) -> str:
-    """The sentence of the horizontally flipped picture.
+    """Returns the prompt for the horizontally flipped image.
 
-    Left and right change places, each keeping its capitals; then the field's
-    order is kept: the left lung is named before the right one.
+    Swaps left and right, preserving capitalisation. Then restores the usual order of such reports:
+    the left lung is named before the right lung.
     """
 
     def swap(match: re.Match[str]) -> str:
@@ -92,14 +97,14 @@ def swap_sides(prompt: str) -> str:
 
 
 def shuffle(prompts: Sequence[str], seed: int) -> list[str] | None:
-    """For each row another row's sentence, a different string; None where all are the same."""
+    """Returns another row's, different prompt for each row; None if all prompts are the same."""
     if len(set(prompts)) < 2:
         return None
     rng = np.random.default_rng(seed)
-    return [_other(prompts, prompt, rng) for prompt in prompts]
+    return [_different_prompt(prompts, prompt, rng) for prompt in prompts]
 
 
-def _other(prompts: Sequence[str], prompt: str, rng: np.random.Generator) -> str:
+def _different_prompt(prompts: Sequence[str], prompt: str, rng: np.random.Generator) -> str:
     while True:
         candidate = prompts[int(rng.integers(len(prompts)))]
         if candidate != prompt:
@@ -107,24 +112,24 @@ def _other(prompts: Sequence[str], prompt: str, rng: np.random.Generator) -> str
 
 
 def warn_truncated(tokenizer: Tokenizer, prompts: Sequence[str], max_length: int) -> None:
-    """Warns, with their number, of distinct sentences that `encode` will cut."""
-    module, distinct = _room(tokenizer, max_length), sorted(set(prompts))
+    """Warns if `encode` will truncate prompts, with their number."""
+    max_tokens, distinct = _max_prompt_tokens(tokenizer, max_length), sorted(set(prompts))
     encodings = tokenizer.encode_batch(distinct, add_special_tokens=False)
-    too_long = sum(len(encoding.ids) > module for encoding in encodings)
+    too_long = sum(len(encoding.ids) > max_tokens for encoding in encodings)
     if too_long:
         warnings.warn(
-            f"{too_long} of {len(distinct)} sentences are longer than {max_length} tokens and are "
-            "cut (the model's max_length, at most the positions of the text encoder)",
+            f"{too_long} of {len(distinct)} prompts are longer than {max_length} tokens and are "
+            "truncated (max_length of the model, at most the positions of the text encoder)",
             stacklevel=2,
         )
 
 
-def _room(tokenizer: Tokenizer, max_length: int) -> int:
+def _max_prompt_tokens(tokenizer: Tokenizer, max_length: int) -> int:
     special = tokenizer.num_special_tokens_to_add(False)
     if max_length < special:
         raise UserError(
             f"the model's max_length: found {max_length}; expected at least {special}, the "
-            "special tokens around each sentence; raise it"
+            "special tokens around each prompt; raise it"
         )
     return max_length - special
 
@@ -132,7 +137,7 @@ def _room(tokenizer: Tokenizer, max_length: int) -> int:
 def encode_fields(
     tokenizer: Tokenizer, prompts: Sequence[str], max_length: int
 ) -> dict[str, np.ndarray]:
-    """`encode` as the fields text_ids, text_mask and has_text of a `Batch`."""
+    """Runs `encode`; returns the fields text_ids, text_mask and has_text of a `Batch`."""
     ids, mask = encode(tokenizer, prompts, max_length)
     return {"text_ids": ids, "text_mask": mask, "has_text": _has_text(prompts)}
 
@@ -140,7 +145,7 @@ def encode_fields(
 def feature_fields(
     features: Mapping[str, np.ndarray], prompts: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """A frozen tower's vectors {sentence: (D,)} as text_features and has_text of a `Batch`."""
+    """Returns text_features and has_text of a `Batch`, from embeddings {prompt: (D,)}."""
     vectors = np.stack([features[prompt] for prompt in prompts])
     return {"text_features": vectors, "has_text": _has_text(prompts)}
 

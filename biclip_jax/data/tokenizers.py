@@ -1,4 +1,4 @@
-"""Tokenizers to and from files, distrusting every file."""
+"""Reads and loads tokenizers; their files are not trusted."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ CLIP_MERGES = 49152 - 256 - 2
 
 CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-ENDS = {"clip": CLIP_SPECIAL, "bert": ("[CLS]", "[SEP]")}
+BOUNDARY_TOKENS = {"clip": CLIP_SPECIAL, "bert": ("[CLS]", "[SEP]")}
 
-# Options of tokenizer_config.json -> what BertWordPieceTokenizer calls them, values it may have.
+# Options of tokenizer_config.json -> name in BertWordPieceTokenizer, allowed values.
 _BERT_OPTIONS: dict[str, tuple[str, tuple[bool | None, ...]]] = {
     "do_lower_case": ("lowercase", (True, False)),
     "strip_accents": ("strip_accents", (True, False, None)),
@@ -33,63 +33,63 @@ _BERT_OPTIONS: dict[str, tuple[str, tuple[bool | None, ...]]] = {
 
 
 def read_tokenizer(kind: str, path: str | os.PathLike[str]) -> Tokenizer:
-    """Reads the tokenizer of a pretrained text tower; nothing is downloaded, no code is run.
+    """Reads the tokenizer of a pretrained text encoder; downloads nothing and runs no code.
 
-    It puts <|startoftext|> and <|endoftext|> (clip) or [CLS] and [SEP] (bert) around each
-    sentence, and neither pads nor cuts: `text.encode` does. Of a folder the first of these is
-    read; the files themselves may be given, too, whatever their names begin with:
+    The tokenizer puts <|startoftext|> and <|endoftext|> (clip) or [CLS] and [SEP] (bert) around
+    each prompt. It neither pads nor truncates; `text.encode` does. In a folder, the first of these
+    files is read; `path` may also be one of them, with any prefix to its name:
 
-    - tokenizer.json, taken as it stands;
+    - tokenizer.json, used as is;
     - clip: vocab.json and merges.txt; else bpe_simple_vocab_16e6.txt.gz, OpenAI's file;
-    - bert: vocab.txt. A tokenizer_config.json beside it is asked for do_lower_case,
-      strip_accents and tokenize_chinese_chars, and for nothing else: remote code that it
-      names is not loaded.
+    - bert: vocab.txt, with do_lower_case, strip_accents and tokenize_chinese_chars from a
+      tokenizer_config.json next to it, of which nothing else is used: remote code that it names
+      is not loaded.
 
-    CLIP's text is normalized (NFC), put in lower case and its white space collapsed, as
-    transformers does it; OpenAI's mending of broken Unicode (ftfy) and of HTML entities is left
-    out. The literal text of a special token in a sentence, such as [SEP] or <|endoftext|>,
-    becomes that token, as it does in transformers: it is not escaped.
+    CLIP's text is normalised (NFC), lower-cased and its whitespace collapsed, as in transformers;
+    OpenAI's repair of broken Unicode (ftfy) and HTML entities is left out. The literal text of a
+    special token in a prompt, such as [SEP] or <|endoftext|>, becomes that token, as in
+    transformers: it is not escaped.
 
     Args:
       kind: "clip" or "bert".
-      path: a folder in the layout of Hugging Face, or one of the files above.
+      path: Folder in Hugging Face's layout, or one of the files above.
 
     Raises:
-      UserError: a file is missing, damaged, too large, or of another kind of tower.
-      ValueError: another kind.
+      UserError: A file is missing, damaged, too large, or belongs to another kind of encoder.
+      ValueError: Unknown kind.
     """
-    if kind not in ENDS:
+    if kind not in BOUNDARY_TOKENS:
         raise ValueError(f"kind: found {kind!r}, expected 'clip' or 'bert'")
     path = Path(path)
-    tokenizer, ends = _guarded(
-        path, f"the tokenizer files of a {kind} text tower", partial(_read, kind)
+    tokenizer, boundary_tokens = _read_guarded(
+        path, f"the tokenizer files of a {kind} text encoder", partial(_read, kind)
     )
-    if ends != ENDS[kind]:
+    if boundary_tokens != BOUNDARY_TOKENS[kind]:
         raise _bad(
             path,
-            f"a tokenizer that puts {' '.join(ends) or 'nothing'} around a sentence",
-            f"{' '.join(ENDS[kind])}, as {kind} has it",
-            "give the files of that tower, or the other kind",
+            f"a tokenizer that puts {' '.join(boundary_tokens) or 'nothing'} around a prompt",
+            f"{' '.join(BOUNDARY_TOKENS[kind])}, as in {kind}",
+            "give the files of that encoder, or the other kind",
         )
     return tokenizer
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Reads tokenizer.json; raises UserError where it is missing or damaged."""
+    """Reads tokenizer.json; raises UserError if it is missing or damaged."""
     path = folder / TOKENIZER_FILE
-    return _guarded(path, "a tokenizer.json of this package", _load)[0]
+    return _read_guarded(path, "a tokenizer.json of this package", _load)[0]
 
 
-def _guarded(
+def _read_guarded(
     path: Path, expected: str, read: Callable[[Path], Tokenizer]
 ) -> tuple[Tokenizer, tuple[str, ...]]:
-    """What `read` gives, and the tokens that it puts around a sentence."""
+    """Returns the result of `read` and the tokens that it puts around a prompt."""
     try:
         tokenizer = read(path)
         return tokenizer, tuple(tokenizer.encode("").tokens)
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library raises bare Exception, and panics are not even one
+    except BaseException as error:  # bare Exception or panics, which are not subclasses of it
         found = f"no usable tokenizer ({type(error).__name__}: {error})"
         raise _bad(path, found, expected, "download or write it again") from error
 
@@ -103,43 +103,43 @@ def _load(path: Path) -> Tokenizer:
 def _read(kind: str, path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    file, read = _find(kind, path)
-    # By way of JSON, so that what is stored later is what has been checked here.
+    file, read = _find_file(kind, path)
+    # Through JSON, so that the tokenizer stored later is the one validated here.
     tokenizer = Tokenizer.from_str(read(file))
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
 
 
-def _find(kind: str, path: Path) -> tuple[Path, Callable[[Path], str]]:
-    """The file to read, and what turns it into the text of a tokenizer.json."""
-    for ending, read in _READERS[kind].items():
+def _find_file(kind: str, path: Path) -> tuple[Path, Callable[[Path], str]]:
+    """Returns the file to read, and the function that converts it to tokenizer.json text."""
+    for suffix, read in _READERS[kind].items():
         if path.is_dir():
-            # Only OpenAI's file is known under other names, such as clip_bpe_simple_vocab...
-            found = sorted(path.glob(f"*{ending}" if ending.endswith(".gz") else ending))
+            # Only OpenAI's file exists under other names, such as clip_bpe_simple_vocab...
+            matches = sorted(path.glob(f"*{suffix}" if suffix.endswith(".gz") else suffix))
         else:
-            found = [path] if path.name.endswith(ending) else []
-        if found:
-            return found[0], read
+            matches = [path] if path.name.endswith(suffix) else []
+        if matches:
+            return matches[0], read
     if not path.exists():
         raise _bad(path, "no such file or folder", "a tokenizer", "check the name")
     raise _bad(
         path,
         "none of its files" if path.is_dir() else "a file of another name",
         f"one of {', '.join(_READERS[kind])}".replace("vocab.json", "vocab.json + merges.txt"),
-        f"download the tokenizer files of the {kind} text tower",
+        f"download the tokenizer files of the {kind} text encoder",
     )
 
 
 def _from_tokenizer_json(path: Path) -> str:
     tokenizer = _json_object(path)
     model = tokenizer.get("model")
-    # The library cuts the prefix off by bytes, and where it cuts a character the process dies.
+    # The library cuts off the prefix by bytes; cutting within a character aborts the process.
     if isinstance(model, dict) and model.get("merges") and model.get("continuing_subword_prefix"):
         raise _bad(
             path,
             "merges with a continuing_subword_prefix",
-            "none, as CLIP and BERT have it",
+            "none, as in CLIP and BERT",
             "download the file again",
         )
     return json.dumps(tokenizer)
@@ -154,10 +154,10 @@ def _from_clip_archive(path: Path) -> str:
     from tokenizers import pre_tokenizers
 
     merges = _merges(path)[:CLIP_MERGES]
-    # Ids follow the order of the bytes' stand-in characters, which is that of their code points.
+    # Ids are ordered by the code points of the characters that stand for the bytes.
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    ended = [f"{symbol}</w>" for symbol in symbols]
-    words = [*symbols, *ended, *(left + right for left, right in merges), *CLIP_SPECIAL]
+    word_ends = [f"{symbol}</w>" for symbol in symbols]
+    words = [*symbols, *word_ends, *(left + right for left, right in merges), *CLIP_SPECIAL]
     return _clip_json(path, {word: i for i, word in enumerate(words)}, merges)
 
 
@@ -197,13 +197,13 @@ def _bert_options(path: Path) -> dict[str, Any]:
                 path,
                 f"{name} = {value!r}",
                 f"one of {', '.join(json.dumps(choice) for choice in allowed)}",
-                "mend that line",
+                "fix that line",
             )
     return {option: config[name] for name, (option, _) in _BERT_OPTIONS.items() if name in config}
 
 
 def _merges(path: Path) -> list[tuple[str, str]]:
-    """The pairs of a file of merges, one a line, after a header with its version."""
+    """Reads the pairs of a merges file, one per line, after a version header."""
     lines = _lines(path)
     if lines and "#version" in lines[0]:
         lines = lines[1:]
@@ -217,13 +217,13 @@ def _merges(path: Path) -> list[tuple[str, str]]:
 
 
 def _require(path: Path, vocabulary: dict[str, int], tokens: tuple[str, ...]) -> None:
-    # A tokenizer adds what is missing at the end, past the rows of the tower's embedding.
+    # A tokenizer appends missing tokens, with ids beyond the rows of the encoder's embedding.
     missing = [token for token in tokens if token not in vocabulary]
     if missing:
         raise _bad(
             path,
             f"a vocabulary of {len(vocabulary)} entries without {', '.join(missing)}",
-            "the special tokens among them",
+            "a vocabulary with its special tokens",
             "download the file again",
         )
 
@@ -239,22 +239,22 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[str]:
-    # Not splitlines: vocabularies hold characters that it takes for the end of a line.
+    # Not splitlines: vocabularies contain characters that it treats as line breaks.
     return _text(path).replace("\r\n", "\n").removesuffix("\n").split("\n")
 
 
 def _text(path: Path) -> str:
-    """The whole file, unpacked where it is gzip, as text."""
+    """Reads the file as text, decompressed if it is gzip."""
     if not path.is_file():
         raise _bad(path, "no such file", "a file of the tokenizer", "download it, too")
-    opened = gzip.open if path.suffix == ".gz" else open
+    open_fn = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rb") as file:
+        with open_fn(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise _bad(path, f"{error}", "a whole, readable file", "download it again") from error
+        raise _bad(path, f"{error}", "a complete, readable file", "download it again") from error
     if len(data) > MAX_BYTES:
-        raise _bad(path, f"more than {MAX_BYTES} bytes", "at most that", "download it again")
+        raise _bad(path, f"more than {MAX_BYTES} bytes", "fewer", "download it again")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

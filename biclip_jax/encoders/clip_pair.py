@@ -1,4 +1,4 @@
-"""The pretrained towers of MedCLIPSeg: both parts of a converted CLIP."""
+"""Both pretrained encoders of MedCLIPSeg: the two parts of a converted CLIP."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from biclip_jax.weights import architectures, model_folder
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-ENCODERS_FOLDER = "encoders"  # their own folder, inside a model folder
+ENCODERS_FOLDER = "encoders"  # folder of the encoders inside a model folder
 
 
 class ClipPair(NamedTuple):
-    """Both towers: a converted CLIP, or random ones without a folder.
+    """Image and text encoder of a converted CLIP, or random ones without a folder.
 
     Attributes:
-      image, text: their own fields, see `models.clip`; a random text tower has no vocabulary yet.
-      folder: of the converted CLIP.
-      identity: SHA-256 over its weights and tokenizer; empty for random ones.
-      params: of the converted CLIP, host arrays; empty for random ones.
-      tokenizer: of the converted CLIP.
+      image, text: Fields of the encoders, see `models.clip`; random ones have no vocabulary yet.
+      folder: Folder of the converted CLIP.
+      identity: SHA-256 over weights and tokenizer; "" for random encoders.
+      params: Parameters of the converted CLIP, host arrays; empty for random encoders.
+      tokenizer: Tokenizer of the converted CLIP.
     """
 
     image: dict[str, Any]
@@ -40,25 +40,25 @@ class ClipPair(NamedTuple):
 
     @property
     def identities(self) -> dict[str, str]:
-        """{section of `model`: SHA-256 of its towers}."""
+        """Returns {section of `model`: SHA-256 of its encoders}."""
         return {"encoders": self.identity}
 
 
 def open_folder(path: str | Path, variant: str) -> ClipPair:
-    """A folder that `python -m biclip_jax.convert clip` wrote; errors as `open_towers`."""
+    """Opens a folder that `biclip convert clip` wrote; raises like `open_encoders`."""
     folder = Path(path)
     if not (folder / model_folder.CONFIG).is_file():
         raise UserError(
-            f"--config.model.encoders.weights: no converted CLIP in {str(path)!r}; make one: "
-            f"python -m biclip_jax.convert clip SOURCE {path}"
+            f"--config.model.encoders.weights: no converted CLIP in {str(path)!r}; create one with "
+            f"biclip convert clip SOURCE {path}"
         )
-    described, variables = model_folder.read(folder)
+    model_config, variables = model_folder.read(folder)
     with model_folder.config_errors(folder):
-        kind, fields = described["kind"], described["model"]
+        kind, fields = model_config["kind"], model_config["model"]
         parts = {name: fields[name] for name in ("image", "text")} if kind == "clip" else {}
-    problem = _mismatch(parts, variant) if parts else f"holds a {kind}, not a CLIP"
+    problem = _mismatch(parts, variant) if parts else f"found a {kind}, expected a CLIP"
     if problem:
-        raise UserError(f"{folder}: {problem}; give other weights or another model.variant")
+        raise UserError(f"{folder}: {problem}; change the weights or model.variant")
     tokenizer = tokenizers.load_tokenizer(folder / "tokenizer")
     ids = jnp.zeros((1, parts["text"]["max_length"]), jnp.int32)
     size = parts["image"]["image_size"]
@@ -66,7 +66,7 @@ def open_folder(path: str | Path, variant: str) -> ClipPair:
         expected = architectures.shapes_of(clip.build(parts), jnp.zeros((1, size, size, 3)), ids)
     model_folder.check_shapes(folder, variables, expected)
     text_encoders.check_vocabulary(folder / "tokenizer", tokenizer, parts["text"]["vocab_size"])
-    identity = model_folder.identity(described)
+    identity = model_folder.identity(model_config)
     return ClipPair(
         **parts,
         folder=folder,
@@ -77,37 +77,39 @@ def open_folder(path: str | Path, variant: str) -> ClipPair:
 
 
 def _mismatch(parts: Mapping[str, Mapping[str, Any]], variant: str) -> str:
-    """What is not as in the towers of a variant, in words; empty where all is."""
-    defaults = {"kind": "clip", "stem_norm": True}  # what towers are that do not say so
-    for part, wanted in medclipseg.ENCODERS[variant].items():
+    """Describes how the encoders differ from those of a variant; "" if they match."""
+    defaults = {"kind": "clip", "stem_norm": True}
+    for part, fields in medclipseg.ENCODERS[variant].items():
         for name in ("kind", "patch_size", "width", "num_layers", "stem_norm"):
             default = defaults.get(name)
-            found, expected = parts[part].get(name, default), wanted.get(name, default)
-            if (name in wanted or name in defaults) and found != expected:
-                return f"the {part} tower has {name} {found}, that of {variant} has {expected}"
+            found, expected = parts[part].get(name, default), fields.get(name, default)
+            if (name in fields or name in defaults) and found != expected:
+                return (
+                    f"found {name} {found} in the {part} encoder, expected {expected} for {variant}"
+                )
     return ""
 
 
 def load_linked(path: Path, identity: str) -> dict[str, Any]:
-    """The parameters of the towers that lie inside a model folder, under MedCLIPSeg's names.
+    """Reads the encoders inside a model folder; returns their parameters by MedCLIPSeg's names.
 
     Args:
-      path: of the model folder.
-      identity: of the towers that the model was trained with.
+      path: Model folder.
+      identity: Identity of the encoders that the model was trained with.
 
     Raises:
-      UserError: they are missing, damaged, or others.
+      UserError: The encoders are missing, damaged or not those of the model.
     """
-    described, variables = model_folder.read(path / ENCODERS_FOLDER)
-    if model_folder.identity(described) != identity:
+    model_config, variables = model_folder.read(path / ENCODERS_FOLDER)
+    if model_folder.identity(model_config) != identity:
         raise UserError(
-            f"{path / ENCODERS_FOLDER}: not the towers that this model was trained with; "
+            f"{path / ENCODERS_FOLDER}: not the encoders that this model was trained with; "
             "copy the folder again"
         )
     return rename_params(variables["params"])
 
 
 def rename_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """A converted CLIP's parameters under MedCLIPSeg's names."""
+    """Renames the parameters of a converted CLIP to MedCLIPSeg's names."""
     names = {"image_encoder": medclipseg.IMAGE_PARAMS, "text_encoder": medclipseg.TEXT_PARAMS}
     return {names.get(name, name): part for name, part in params.items()}

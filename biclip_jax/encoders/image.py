@@ -1,4 +1,4 @@
-"""Pretrained image towers for the embedding that refines the sentence."""
+"""Pretrained image encoders, whose embedding refines the prompt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from biclip_jax.core.errors import UserError
 from biclip_jax.models import clip
 from biclip_jax.weights import architectures, model_folder
 
-# model.image.encoder -> what the tower's own configuration must say
+# model.image.encoder -> fields that the encoder's config must have
 EXPECTED_FIELDS: dict[str, dict[str, Any]] = {
     "clip_vit_b16": {
         name: clip.VIT_B16[name] for name in ("kind", "patch_size", "width", "num_layers")
@@ -26,9 +26,9 @@ class PretrainedImageEncoder(NamedTuple):
 
     Attributes:
       identity: SHA-256 over its files.
-      fields: of `models.clip.build_image_encoder`.
-      module: maps pictures in [0, 1] to embeddings.
-      params, batch_stats: of the module, host arrays.
+      fields: Fields of `models.clip.build_image_encoder`.
+      module: Maps images in [0, 1] to embeddings.
+      params, batch_stats: Variables of the module, host arrays.
     """
 
     identity: str
@@ -39,34 +39,34 @@ class PretrainedImageEncoder(NamedTuple):
 
 
 def open_configured(config: Mapping[str, Any], dtype: str) -> PretrainedImageEncoder | None:
-    """The tower that the fields of `model.image` name; None for the CNN of our own.
+    """Opens the encoder that the fields of `model.image` name; None for the CNN.
 
     Raises:
-      UserError: no such folder (with the command that makes one), another tower, a damaged
-        file; weights for the CNN.
+      UserError: No such folder (the message gives the command that creates one), another encoder, a
+        damaged file, or weights for the CNN.
     """
     path, encoder = config["weights"], config["encoder"]
     if encoder == "cnn":
         if path:
             raise UserError(
                 f"--config.model.image.weights: {path!r}, but model.image.encoder is 'cnn', which "
-                "takes none; set model.image.encoder to clip_vit_b16 or clip_rn50"
+                "has no weights; set model.image.encoder to clip_vit_b16 or clip_rn50"
             )
         return None
     folder = Path(path)
     if not path or not (folder / model_folder.CONFIG).is_file():
         raise UserError(
-            f"--config.model.image.weights: no converted CLIP in {path!r}; make one: "
-            f"python -m biclip_jax.convert clip SOURCE {path or 'FOLDER'}"
+            f"--config.model.image.weights: no converted CLIP in {path!r}; create one with "
+            f"biclip convert clip SOURCE {path or 'FOLDER'}"
         )
-    described, variables = model_folder.read(folder)
+    model_config, variables = model_folder.read(folder)
     with model_folder.config_errors(folder):
-        fields = described["model"]["image"] if described["kind"] == "clip" else {}
+        fields = model_config["model"]["image"] if model_config["kind"] == "clip" else {}
         found = {name: fields.get(name) for name in EXPECTED_FIELDS[encoder]}
     if found != EXPECTED_FIELDS[encoder]:
         raise UserError(
-            f"{folder}: holds {described['kind']} with {found}, model.image.encoder "
-            f"{encoder!r} is {EXPECTED_FIELDS[encoder]}; give another folder or another encoder"
+            f"{folder}: found {model_config['kind']} with {found}; expected "
+            f"{EXPECTED_FIELDS[encoder]} for model.image.encoder={encoder!r}; change one of them"
         )
     with model_folder.config_errors(folder):
         parts = {
@@ -80,7 +80,7 @@ def open_configured(config: Mapping[str, Any], dtype: str) -> PretrainedImageEnc
     model_folder.check_shapes(folder, parts, expected)
     wrapped = {name: {"pretrained": part} for name, part in parts.items()}
     return PretrainedImageEncoder(
-        model_folder.identity(described),
+        model_folder.identity(model_config),
         fields,
         module,
         wrapped["params"],
@@ -89,5 +89,5 @@ def open_configured(config: Mapping[str, Any], dtype: str) -> PretrainedImageEnc
 
 
 def build(fields: Mapping[str, Any], dtype: str = "float32") -> clip.ResizedImageEncoder:
-    """The module of a tower's own fields."""
+    """Builds the module from the fields of the encoder."""
     return clip.ResizedImageEncoder(clip.build_image_encoder(fields, dtype))

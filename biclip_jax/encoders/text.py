@@ -1,4 +1,4 @@
-"""Sentences for training and inference: token ids, or the vectors of a frozen text tower."""
+"""Encodes prompts for training and inference: token ids, or features of a frozen encoder."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from biclip_jax.weights import architectures, model_folder
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-TEXT_ENCODER = "text_encoder"  # the frozen tower's own folder, inside a model folder
+TEXT_ENCODER = "text_encoder"  # folder of the frozen encoder inside a model folder
 
-# sentences -> the sentence fields of a batch, (N, ...) each
+# Prompts -> text fields of a `Batch`, (N, ...) each.
 Encode = Callable[[Sequence[str]], dict[str, np.ndarray]]
-# sentences -> ids (N, L) and mask (N, L)
+# Prompts -> ids (N, L) and mask (N, L).
 Tokenize = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 
 
 class PretrainedTextEncoder(NamedTuple):
-    """The text part of a converted folder.
+    """The text encoder of a converted folder.
 
     Attributes:
-      folder: where it lies.
-      identity: SHA-256 over its weights and tokenizer.
-      module: the tower.
-      params: of the tower, host arrays.
-      tokenizer: of the tower.
+      folder: Converted folder.
+      identity: SHA-256 over weights and tokenizer.
+      module: Network.
+      params: Parameters of the network, host arrays.
+      tokenizer: Tokenizer of the encoder.
     """
 
     folder: Path
@@ -50,12 +50,12 @@ class PretrainedTextEncoder(NamedTuple):
 
 
 class EncodedText(NamedTuple):
-    """The sentences of a run.
+    """The encoded prompts of a run.
 
     Attributes:
-      tokenizer: of the text encoder.
-      fields: {split: {field of a `Batch`: (N, ...) of the whole split}}.
-      encoder_sha256: identity of the pretrained encoder; empty for none.
+      tokenizer: Tokenizer of the text encoder.
+      fields: {split: {field of a `Batch`: array (N, ...) of all records}}.
+      encoder_sha256: Identity of the pretrained encoder; "" for the scratch encoder.
     """
 
     tokenizer: Tokenizer
@@ -64,28 +64,29 @@ class EncodedText(NamedTuple):
 
 
 def open_text_encoder(path: str | Path, kind: str, dtype: str = "float32") -> PretrainedTextEncoder:
-    """The text tower of a folder that `python -m biclip_jax.convert` wrote.
+    """Opens the text encoder of a folder that `biclip convert` wrote.
 
     Args:
-      path: of the folder.
+      path: Converted folder.
       kind: "bert" or "clip".
-      dtype: of the computation.
+      dtype: Dtype of the computation.
 
     Raises:
-      UserError: no such folder (with the command that makes one), another kind, a damaged file.
+      UserError: No such folder (the message gives the command that creates one), another kind, or a
+        damaged file.
     """
     folder = Path(path)
     if not path or not (folder / model_folder.CONFIG).is_file():
         raise UserError(
-            f"--config.model.text.weights: no converted {kind} tower in {str(path)!r}; make one: "
-            f"python -m biclip_jax.convert {kind} SOURCE {path or 'FOLDER'}"
+            f"--config.model.text.weights: no converted {kind} in {str(path)!r}; create one with "
+            f"biclip convert {kind} SOURCE {path or 'FOLDER'}"
         )
     config, variables = model_folder.read(folder)
     found = config.get("kind", "biclip")
     if found != kind:
         raise UserError(
-            f"{folder}: holds a {found}, model.text.encoder is {kind!r}; "
-            "give another folder or another encoder"
+            f"{folder}: found a {found}; expected a {kind}, as in model.text.encoder; change one "
+            "of them"
         )
     tokenizer = tokenizers.load_tokenizer(folder / "tokenizer")
     with model_folder.config_errors(folder):
@@ -102,16 +103,17 @@ def open_text_encoder(path: str | Path, kind: str, dtype: str = "float32") -> Pr
 
 
 def open_configured(config: Mapping[str, Any], dtype: str) -> PretrainedTextEncoder | None:
-    """The tower that the fields of `model.text` name; None for the scratch encoder.
+    """Opens the encoder that the fields of `model.text` name; None for the scratch encoder.
 
     Raises:
-      UserError: as `open_text_encoder` and `check_text_encoder`; weights for the scratch encoder.
+      UserError: See `open_text_encoder` and `check_text_encoder`; or weights for the scratch
+        encoder.
     """
     if config["encoder"] == "scratch":
         if config["weights"]:
             raise UserError(
                 f"--config.model.text.weights: {config['weights']!r}, but model.text.encoder is "
-                "'scratch', which takes none; set model.text.encoder to bert or clip"
+                "'scratch', which has no weights; set model.text.encoder to bert or clip"
             )
         return None
     encoder = open_text_encoder(config["weights"], config["encoder"], dtype)
@@ -120,27 +122,27 @@ def open_configured(config: Mapping[str, Any], dtype: str) -> PretrainedTextEnco
 
 
 def check_vocabulary(path: Path, tokenizer: Tokenizer, rows: int) -> None:
-    """Raises UserError where an id lies past the tower's embedding, which jax would not say."""
+    """Raises UserError if an id exceeds the embedding table; jax would clamp it silently."""
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= rows:
         raise UserError(
-            f"{path}: the tokenizer's largest id is {largest}, the weights have {rows} words; "
+            f"{path}: the tokenizer's largest id is {largest}, but the weights have {rows} words; "
             "give the tokenizer of these weights"
         )
 
 
 def check_text_encoder(encoder: PretrainedTextEncoder, config: Mapping[str, Any]) -> None:
-    """Raises UserError where a tower cannot do what the fields of `model.text` ask."""
-    longest, layers = encoder.module.max_length, encoder.module.num_layers
-    if config["max_length"] > longest:
+    """Raises UserError if an encoder does not support the fields of `model.text`."""
+    max_positions, layers = encoder.module.max_length, encoder.module.num_layers
+    if config["max_length"] > max_positions:
         raise UserError(
-            f"--config.model.text.max_length: {config['max_length']}; the tower in {encoder.folder} "
-            f"has {longest} positions; set at most that"
+            f"--config.model.text.max_length: {config['max_length']}; the encoder in "
+            f"{encoder.folder} has {max_positions} positions; expected at most {max_positions}"
         )
     if config["pooling"] != "embedding" and layers < 2:
         raise UserError(
-            f"--config.model.text.pooling: {config['pooling']!r} needs hidden state 2; the tower "
-            f"in {encoder.folder} has {layers} layers; set embedding"
+            f"--config.model.text.pooling: {config['pooling']!r} needs hidden state 2, but the "
+            f"encoder in {encoder.folder} has {layers} layers; set embedding"
         )
 
 
@@ -151,15 +153,15 @@ def encode_splits(
     folder: Path | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> EncodedText:
-    """The sentences of a run and their mirror images, as its model takes them.
+    """Encodes the prompts of a run and their left-right swapped versions.
 
     Args:
-      config: the fields of `model.text` in `configs/common.py`.
-      texts: {split: sentences}; without a tower, the words are those of "train".
-      tower: pretrained; where it is not to be trained it sees each distinct
-        sentence once, and its vectors take the place of the ids.
-      folder: where those vectors are kept, see `weights.text_features`.
-      log: takes a line on what the tower is given.
+      config: Fields of `model.text` in `configs/common.py`.
+      texts: {split: prompts}; the scratch encoder uses the words of "train" as vocabulary.
+      encoder: Pretrained encoder, or None. A frozen encoder encodes each distinct prompt once, and
+        its features replace the ids.
+      folder: Cache folder of the features, see `text_features.encode_prompts`.
+      log: Called with a line about the number of distinct prompts.
     """
     max_length = config["max_length"]
     if encoder is None:
@@ -168,7 +170,7 @@ def encode_splits(
     if config["trainable"]:
         return tokenize_splits(texts, max_length, encoder.tokenizer, encoder.identity)
     distinct = _distinct_prompts(encoder.tokenizer, texts, max_length)
-    log(f"{encoder.folder}: {len(distinct)} distinct sentences, mirrored ones included")
+    log(f"{encoder.folder}: {len(distinct)} distinct prompts, including left-right swapped ones")
     features = frozen_text_features(encoder, config, distinct, folder)
     encode: Encode = partial(text_lib.feature_fields, features)
     fields = {split: pipeline.text_fields(encode, texts[split]) for split in texts}
@@ -181,17 +183,17 @@ def tokenize_splits(
     tokenizer: Tokenizer | None = None,
     encoder_sha256: str = "",
 ) -> EncodedText:
-    """Token ids of a run's sentences and of their mirror images, padded to one length.
+    """Tokenizes the prompts of a run and their left-right swapped versions, padded to one length.
 
     Args:
-      texts: {split: sentences}.
-      max_length: tokens of each, padding included.
-      tokenizer: of a tower; None: a word for each word of "train".
-      tower: its identity.
+      texts: {split: prompts}.
+      max_length: Number of tokens per prompt, including padding.
+      tokenizer: Tokenizer of a pretrained encoder; None builds one from the words of "train".
+      encoder_sha256: Identity of the pretrained encoder.
     """
     if tokenizer is None:
         train = texts["train"]
-        # Mirrored ones, too: few sentences may name one side alone, and a flip names the other.
+        # Swapped prompts too: a few prompts may name only one side, and a flip needs the other one.
         swapped = (text_lib.swap_sides(prompt) for prompt in train)
         tokenizer = text_lib.build_tokenizer([*train, *swapped])
     _distinct_prompts(tokenizer, texts, max_length)
@@ -201,7 +203,7 @@ def tokenize_splits(
 
 
 def _distinct_prompts(tokenizer, texts, max_length):
-    """The distinct sentences, mirrored ones included; warns of those that are cut."""
+    """Returns the distinct prompts, including swapped ones; warns about truncated prompts."""
     distinct = {prompt for split in texts.values() for prompt in split}
     distinct |= {text_lib.swap_sides(prompt) for prompt in distinct}
     text_lib.warn_truncated(tokenizer, sorted(distinct), max_length)
@@ -214,13 +216,13 @@ def frozen_text_features(
     texts: Sequence[str],
     folder: Path | None = None,
 ) -> dict[str, np.ndarray]:
-    """The frozen tower's vector of every distinct sentence, {sentence: (D,)}.
+    """Encodes every distinct prompt with a frozen encoder; returns {prompt: features (D,)}.
 
     Args:
-      tower: see `open_text_encoder`.
-      config: the fields pooling and max_length of `model.text`.
-      texts: any number.
-      folder: where vectors are kept from run to run; None: nowhere.
+      encoder: See `open_text_encoder`.
+      config: Fields pooling and max_length of `model.text`.
+      texts: Prompts.
+      folder: Cache folder; None disables the cache.
     """
     identity = {
         "encoder": encoder.identity,
@@ -236,13 +238,13 @@ def frozen_text_features(
 
 
 def make_encode(model: nn.Module, variables: Mapping[str, Any], processor: Any) -> Encode:
-    """Sentences to what the model takes of them, for inference.
+    """Returns a function from prompts to the text fields of a batch, for inference.
 
-    A pretrained tower sees each distinct sentence once, as long as the encoder
-    lives; the scratch encoder is part of every pass and gets ids.
+    A pretrained encoder encodes each distinct prompt once during the lifetime of the function. The
+    scratch encoder is part of every forward pass and gets ids.
 
     Args:
-      model, variables, processor: what `inference.load_model` gives.
+      model, variables, processor: See `inference.load_model`.
     """
     if not _has_pooled_encoder(model):
         return processor.encode
@@ -261,7 +263,7 @@ def make_encode(model: nn.Module, variables: Mapping[str, Any], processor: Any) 
 
 
 def without_text_encoder(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables that a pass over `make_encode`'s vectors needs."""
+    """Returns the variables without a pretrained text encoder; see `make_encode`."""
     if not _has_pooled_encoder(model):
         return dict(variables)
     params = {name: part for name, part in variables["params"].items() if name != "text_encoder"}
@@ -269,19 +271,19 @@ def without_text_encoder(model: nn.Module, variables: Mapping[str, Any]) -> dict
 
 
 def _has_pooled_encoder(model):
-    # Models whose towers work together have no encoder of sentences alone.
+    # MedCLIPSeg runs both encoders jointly and has no separate text encoder.
     return isinstance(getattr(model, "text_encoder", None), PooledTextEncoder)
 
 
 def _feature_function(
     pooled: PooledTextEncoder, params: Any, tokenize: Tokenize
 ) -> text_features.Encode:
-    # Placed at the first call: where every vector is known there is none.
+    # Placed in the first call: with cached features there is none.
     placed = cache(lambda: jax.device_put({"params": {"pretrained": params}}))
     apply = jax.jit(pooled.apply)
 
     def encode(texts: list[str]) -> np.ndarray:
-        # Every size would compile again: powers of two are few.
+        # Pad to a power of two: every size compiles anew.
         size = 1 << (len(texts) - 1).bit_length()
         filled = texts + texts[-1:] * (size - len(texts))
         return np.asarray(apply(placed(), *tokenize(filled)))[: len(texts)]

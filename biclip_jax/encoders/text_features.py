@@ -1,4 +1,4 @@
-"""Frozen text towers over distinct sentences: each is encoded once, and kept on disk."""
+"""Cached text features: a frozen text encoder encodes each distinct prompt once."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import numpy as np
 from biclip_jax.core.errors import UserError
 from biclip_jax.weights import model_folder, readers
 
-# Part of every name: raise it whenever the same tower would give other features.
+# Part of the file name. Increment it whenever the same encoder would give other features.
 FORMAT = 1
-BATCH_SIZE = 32  # sentences at a time
+BATCH_SIZE = 32  # prompts
 
-# Sentences to their vectors (N, D), float32; N is at most BATCH_SIZE.
+# Prompts -> features (N, D) float32; N is at most BATCH_SIZE.
 Encode = Callable[[list[str]], np.ndarray]
 
 
@@ -29,15 +29,18 @@ def encode_prompts(
     identity: Any = None,
     folder: Path | None = None,
 ) -> dict[str, np.ndarray]:
-    """The vector of every distinct sentence, {sentence: (D,) float32}; {} for none.
+    """Encodes every distinct prompt once.
 
     Args:
-      sentences: each distinct one is encoded once, whatever its number.
-      encode: the tower; sees batches of BATCH_SIZE, the last one smaller.
-      identity: JSON of what the vectors depend on: hashes of weights and
-        tokenizer, pooling, length.
-      folder: where the vectors are kept, under a name that holds a hash of
-        `identity` and the sentences; None: nowhere.
+      prompts: Prompts, possibly repeated.
+      encode: Text encoder; called with batches of up to BATCH_SIZE prompts.
+      identity: JSON value of everything the features depend on: hashes of weights and tokenizer,
+        pooling, maximum length.
+      folder: Cache folder; the file name contains a hash of `identity` and the prompts. None
+        disables the cache.
+
+    Returns:
+      {prompt: features (D,) float32}.
     """
     distinct = sorted(set(prompts))
     if not distinct:
@@ -57,19 +60,19 @@ def encode_prompts(
 
 
 def _name(identity: Any, prompts: list[str]) -> str:
-    described = json.dumps([FORMAT, identity, prompts], sort_keys=True)
-    return f"text_features-{hashlib.sha256(described.encode()).hexdigest()[:16]}.safetensors"
+    identifiers = json.dumps([FORMAT, identity, prompts], sort_keys=True)
+    return f"text_features-{hashlib.sha256(identifiers.encode()).hexdigest()[:16]}.safetensors"
 
 
 def _store(path: Path, features: np.ndarray, digest: str) -> None:
     try:
         model_folder.write_tensors(path, {"features": features}, {"sha256": digest})
     except (OSError, UserError) as error:  # the next run encodes again
-        warnings.warn(f"the sentences' vectors are not kept ({error})", stacklevel=3)
+        warnings.warn(f"text features are not cached ({error})", stacklevel=3)
 
 
 def _stored(path: Path, num_prompts: int) -> np.ndarray | None:
-    """What an earlier run left; None where there is nothing, or it is damaged."""
+    """Reads cached features; None if there are none or the file is damaged."""
     from safetensors import safe_open
 
     if not path.is_file():

@@ -1,1 +1,1 @@
-"""What only looks: metrics, the evaluation of a split, pictures and tables."""
+"""Evaluation: metrics, robustness, reports and the runner; never imports training."""

@@ -1,4 +1,4 @@
-"""What an evaluation can be asked for: the arguments of `biclip_jax.evaluate`."""
+"""Arguments of `biclip evaluate`; also checked by `biclip ablate --evaluate`."""
 
 from __future__ import annotations
 
@@ -10,23 +10,29 @@ from biclip_jax.evaluation.robustness import corruptions, text_conditions
 
 
 def parse(argv: list[str], description: str = "") -> argparse.Namespace:
-    """The arguments of a command line, its lists taken apart.
+    """Parses and validates the arguments of an evaluation.
 
     Args:
-      argv: without the program's name; kept as `argv`.
-      description: for --help.
+      argv: Arguments without the program's name; kept as `argv`.
+      description: Description for --help.
+
+    Returns:
+      The arguments, with lists as tuples. `workdir` is the work directory or the model folder, and
+      `is_model` tells which.
 
     Raises:
-      UserError: a value that no code stands for.
-      SystemExit: 2 for an option that there is not, 0 for --help.
+      UserError: An invalid value.
+      SystemExit: 2 for an unknown option, 0 for --help.
     """
     args = _parser(description).parse_args(argv)
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: expected at least 1 picture at a time")
-    if args.num_samples is not None and args.num_samples < 1:
-        raise UserError(f"--num-samples {args.num_samples}: expected at least 1 pass")
-    if args.subset is not None and args.subset < 1:
-        raise UserError(f"--subset {args.subset}: expected at least 1 picture")
+    for name in ("batch_size", "num_samples", "subset"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    args.is_model = args.model is not None
+    if args.is_model:
+        _check_model(args)
+        args.workdir = args.model
     args.ensemble_with = _ensemble_folders(args)
     args.text_conditions, args.argv = _text_conditions(args.text_conditions), argv
     args.corruptions = _names("--corruptions", args.corruptions, corruptions.NAMES)
@@ -36,67 +42,90 @@ def parse(argv: list[str], description: str = "") -> argparse.Namespace:
 
 def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        prog="biclip evaluate",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--workdir", required=True, help="of a training run")
+    trained = parser.add_mutually_exclusive_group(required=True)
+    trained.add_argument("--workdir", help="work directory of a training run")
+    trained.add_argument("--model", help="model folder; needs --source and --output")
     parser.add_argument(
         "--ensemble-with",
         default="",
         metavar="RUN,RUN",
-        help="the mean of this model and these; with --output, as it is no one run's",
+        help="evaluate the mean of this model and these; needs --output",
     )
     parser.add_argument("--split", default="test", choices=SPLITS)
-    parser.add_argument("--source", default="", help="another data set on disk, in any layout")
-    parser.add_argument("--layout", default="", help="of --source (default: look and see)")
-    parser.add_argument("--subset", type=int, metavar="N", help="fixed N pictures of it")
+    parser.add_argument("--source", default="", help="another dataset on disk, in any layout")
+    parser.add_argument("--layout", default="", help="layout of --source (default: detected)")
+    parser.add_argument("--subset", type=int, metavar="N", help="evaluate N fixed images")
     parser.add_argument(
         "--text-conditions",
         default="all",
         metavar="A,B",
-        help=f"all, or right and some of {', '.join(text_conditions.CONDITIONS[1:])} (default: all)",
+        help="all, or original and some of "
+        f"{', '.join(text_conditions.CONDITIONS[1:])} (default: all)",
     )
     parser.add_argument(
-        "--tta", action="store_true", help="also the mean over flips, rotations, contrast"
+        "--tta", action="store_true", help="also the mean over a flip, rotations and contrast"
     )
     parser.add_argument(
         "--flip-consistency",
         action="store_true",
-        help="Dice of the mirrored pass and the mirrored mask",
+        help="Dice between the prediction of the flipped image and the flipped prediction",
     )
     parser.add_argument(
         "--surface-metrics",
         action="store_true",
-        help="DSC and NSD as MedCLIPSeg takes them, NSD in 2-D",
+        help="DSC and NSD as in MedCLIPSeg, and NSD of the 2-D boundary",
     )
     parser.add_argument(
-        "--uncertainty", action="store_true", help="of MedCLIPSeg's samples: entropy, its parts"
+        "--uncertainty", action="store_true", help="entropy of MedCLIPSeg's samples and its parts"
     )
     parser.add_argument(
-        "--num-samples", type=int, metavar="S", help="of MedCLIPSeg (default: its own)"
+        "--num-samples", type=int, metavar="S", help="samples of MedCLIPSeg (default: as trained)"
     )
-    parser.add_argument("--calibration", action="store_true", help="of the pixels' probabilities")
+    parser.add_argument(
+        "--calibration", action="store_true", help="pixel-wise calibration and temperature scaling"
+    )
     parser.add_argument(
         "--corruptions",
         default="",
         metavar="A,B",
         help=f"all, or some of {', '.join(corruptions.NAMES)}",
     )
-    parser.add_argument("--severities", default="1,2,3,4,5", metavar="1,2", help="of --corruptions")
-    parser.add_argument("--no-baselines", dest="baselines", action="store_false")
+    parser.add_argument(
+        "--severities", default="1,2,3,4,5", metavar="1,2", help="severities of --corruptions"
+    )
+    parser.add_argument(
+        "--no-baselines",
+        dest="baselines",
+        action="store_false",
+        help="skip the image-free baselines",
+    )
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--output", help="folder (default: WORKDIR/evaluation/SPLIT[-N])")
+    parser.add_argument("--output", help="output folder (default: WORKDIR/evaluation/SPLIT[-N])")
     return parser
 
 
+def _check_model(args: argparse.Namespace) -> None:
+    """Raises UserError if a model folder comes without data or output folder."""
+    missing = [name for name in ("source", "output") if not getattr(args, name)]
+    if missing:
+        options = " and ".join(f"--{name}" for name in missing)
+        raise UserError(
+            f"--model {args.model}: a model folder has no dataset and no work directory; add "
+            f"{options}, or give the --workdir of a run"
+        )
+
+
 def _text_conditions(text: str) -> tuple[str, ...]:
-    known = text_conditions.CONDITIONS
-    names = _names("--text-conditions", text, known)
+    names = _names("--text-conditions", text, text_conditions.CONDITIONS)
     if "original" not in names:
         raise UserError(
             f"--text-conditions {text}: expected all, or a list with original, out of "
-            f"{', '.join(known)}"
+            f"{', '.join(text_conditions.CONDITIONS)}"
         )
     return names
 
@@ -112,22 +141,19 @@ def _names(flag: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _ensemble_folders(args: argparse.Namespace) -> list[str]:
-    """The folders of other models."""
-    folders = (
-        [folder.strip() for folder in args.ensemble_with.split(",")] if args.ensemble_with else []
-    )
+    """Returns the work directories or model folders of --ensemble-with."""
+    text = args.ensemble_with
+    folders = [folder.strip() for folder in text.split(",")] if text else []
     if not all(folders) or len({args.workdir, *folders}) <= len(folders):
         raise UserError(
-            f"--ensemble-with {args.ensemble_with}: expected work directories with commas between them, each "
-            "once, and --workdir not among them"
+            f"--ensemble-with {text}: expected comma-separated work directories, without "
+            "repetitions and without --workdir"
         )
     if folders and not args.output:
-        raise UserError(
-            f"--ensemble-with {args.ensemble_with}: expected --output, a folder of its own"
-        )
+        raise UserError(f"--ensemble-with {text}: expected --output, as it is not one run's result")
     if folders and args.uncertainty:
         raise UserError(
-            "--ensemble-with: found --uncertainty beside it, of one model's samples; ask for one of them"
+            "--ensemble-with: --uncertainty evaluates the samples of one model; remove one of them"
         )
     return folders
 

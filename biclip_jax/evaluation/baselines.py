@@ -1,4 +1,4 @@
-"""What can be had without looking at the picture: mean masks of the training set."""
+"""Image-free baselines: mean masks of the training set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ THRESHOLDS = np.linspace(0.05, 0.95, 19)
 
 
 def mean_masks(records: Sequence[Record]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The mean mask (S, S) of all records, and of the records of each sentence."""
+    """Returns the mean mask (S, S) of all records, and of the records with the same prompt."""
     total = np.zeros(records[0]["mask"].shape[:2])
     sums: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}
@@ -29,20 +29,19 @@ def mean_masks(records: Sequence[Record]) -> tuple[np.ndarray, dict[str, np.ndar
 def image_free(
     train: Sequence[Record], val: Sequence[Record], test: Sequence[Record]
 ) -> dict[str, overlap.Overlap]:
-    """Both image-free predictions on `test`.
+    """Evaluates both image-free baselines on `test`.
 
-    `mean_mask` predicts the mean training mask for every picture;
-    `mean_mask_per_sentence` the mean over the training pictures with the same
-    sentence, or over all where the sentence is new. The threshold of each is
-    the one of `THRESHOLDS` with the best global Dice on `val`.
+    `mean_mask` predicts the mean training mask for every image. `mean_mask_per_prompt` predicts the
+    mean over the training images with the same prompt, or over all of them for a new prompt. The
+    threshold of each is the one of `THRESHOLDS` with the best global Dice on `val`.
     """
     prior, per_prompt = mean_masks(train)
-    found = {}
+    counts = {}
     for name, table in (("mean_mask", {}), ("mean_mask_per_prompt", per_prompt)):
         scores = [_dice_global(prior, table, val, threshold) for threshold in THRESHOLDS]
         best = THRESHOLDS[int(np.argmax(scores))]
-        found[name] = _overlap(prior, table, test, best)
-    return found
+        counts[name] = _overlap(prior, table, test, best)
+    return counts
 
 
 def _dice_global(prior, table, records, threshold) -> float:
@@ -52,14 +51,14 @@ def _dice_global(prior, table, records, threshold) -> float:
 def _overlap(
     prior: np.ndarray, table: Mapping[str, np.ndarray], records: Sequence[Record], threshold: float
 ) -> overlap.Overlap:
-    """Counts at each mask's own size; a sentence's prediction is made once a size."""
-    made: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}
+    """Counts pixels at each mask's own size; resizes the prediction of a prompt once per size."""
+    predictions: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}
     rows = []
     for record in records:
         full = record["full_mask"]
         key = (record["text"] if record["text"] in table else "", full.shape)
-        if key not in made:
+        if key not in predictions:
             probs = table.get(key[0], prior)
-            made[key] = resize_probability(probs, full.shape[0], full.shape[1]) >= threshold
-        rows.append(overlap.count_pixels(made[key][..., None], full, axis=(0, 1, 2)))
+            predictions[key] = resize_probability(probs, full.shape[0], full.shape[1]) >= threshold
+        rows.append(overlap.count_pixels(predictions[key][..., None], full, axis=(0, 1, 2)))
     return overlap.stack(rows)

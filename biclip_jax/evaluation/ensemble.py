@@ -1,4 +1,4 @@
-"""Models that were trained apart as one: each reads its own words, the mean of them answers."""
+"""Ensembles independently trained models, each with its own tokenizer."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ Make = Callable[..., runner.Predict]
 
 
 def joint_encode(encoders: Sequence[runner.Encode]) -> runner.Encode:
-    """Sentences as every model takes them: model k's fields are named "k.text_ids" and so on."""
+    """Returns prompts -> text fields of all models; those of model k are named "k.text_ids" etc."""
 
     def encode(prompts: Sequence[str]) -> dict[str, np.ndarray]:
         return {
             f"{k}.{name}": values
-            for k, own in enumerate(encoders)
-            for name, values in own(prompts).items()
+            for k, encode_one in enumerate(encoders)
+            for name, values in encode_one(prompts).items()
         }
 
     return encode
 
 
 def mean_predict_maker(makes: Sequence[Make]) -> Make:
-    """Damage -> the mean of all models' probabilities, as a function of a batch.
+    """Returns corruption -> predict, which averages the probabilities of all models.
 
     Args:
-      makes: of each model, in the order of `joint_encode`; see `runner.make_predict`.
+      makes: corruption -> predict of each model, in the order of `joint_encode`.
     """
     return lambda corruption=None: mean_predict(
         member_predicts([make(corruption) for make in makes])
     )
 
 
-def member_predicts(own: Sequence[runner.Predict]) -> list[runner.Predict]:
-    """Each model by itself on a batch with the fields of all."""
-    return [partial(_predict, k, predict) for k, predict in enumerate(own)]
+def member_predicts(predicts: Sequence[runner.Predict]) -> list[runner.Predict]:
+    """Returns the prediction function of each model, for a batch with the fields of all models."""
+    return [partial(_predict, k, predict) for k, predict in enumerate(predicts)]
 
 
 def mean_predict(member_predicts: Sequence[runner.Predict]) -> runner.Predict:
-    """Batch -> the mean probability (B, S, S, 1) float32."""
+    """Returns batch -> mean probability (B, S, S, 1) float32."""
 
     def predict(batch: Any) -> np.ndarray:
-        return np.stack([one(batch) for one in member_predicts]).mean(0)
+        return np.stack([member(batch) for member in member_predicts]).mean(0)
 
     return predict
 
@@ -54,5 +54,5 @@ def mean_predict(member_predicts: Sequence[runner.Predict]) -> runner.Predict:
 def _predict(k: int, predict: runner.Predict, batch: Any) -> np.ndarray:
     shared = {name: values for name, values in batch.items() if "." not in name}
     prefix = f"{k}."
-    own = {n.removeprefix(prefix): v for n, v in batch.items() if n.startswith(prefix)}
-    return predict({**shared, **own})
+    fields = {n.removeprefix(prefix): v for n, v in batch.items() if n.startswith(prefix)}
+    return predict({**shared, **fields})

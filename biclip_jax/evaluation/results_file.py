@@ -1,6 +1,6 @@
-"""What an earlier evaluation of the same model on the same pictures left, and what of it stays.
+"""Merges new results into an existing results.json of the same model on the same images.
 
-A call makes some sections of results.json: those that it does not make are as true as they were.
+One call of `biclip evaluate` computes some sections of results.json; the others stay valid.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from biclip_jax.core.errors import UserError
 from biclip_jax.evaluation.report import tables
 from biclip_jax.evaluation.robustness import corruptions
 
-# Two evaluations that agree in these are of one model on one list of pictures.
+# Two evaluations with equal values here are of one model on one list of images.
 IDENTITY = (
     "split",
     "subset",
@@ -39,43 +39,43 @@ SECTIONS = (
     "surface_metrics",
     "sampling",
 )
-# What names of per_image.csv's scores begin with.
+# Prefixes of the score columns of per_image.csv.
 COLUMNS = ("dice_", "iou_", "dsc", "nsd_")
 SEVERITIES = tuple(map(str, corruptions.SEVERITIES))
 SCORES = ("dice_global", "dice_mean", "iou_global", "iou_mean", "num_images")
 
 
 def digest(prompt_records: Sequence[Mapping[str, Any]]) -> str:
-    """The SHA-256 of ids and sentences, in order; see `conditions.spoken`."""
+    """Returns the SHA-256 of ids and prompts, in order; see `text_conditions.prompt_fields`."""
     return hashlib.sha256(json.dumps(prompt_records, default=str).encode()).hexdigest()
 
 
 def read(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """results.json of an evaluation with the same `IDENTITY`; {} for any other, or a damaged one.
+    """Reads results.json if its `IDENTITY` is the same; otherwise, or if damaged, returns {}.
 
     Args:
-      folder: of the evaluation.
-      facts: with all names of `IDENTITY`.
+      folder: Folder of the evaluation.
+      facts: Values for all names of `IDENTITY`.
     """
-    found = _read_results(folder)
-    return found if all(found.get(name) == facts[name] for name in IDENTITY) else {}
+    results = _read_results(folder)
+    return results if all(results.get(name) == facts[name] for name in IDENTITY) else {}
 
 
 def check_same_images(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Two data sets may have folders of one name: the second does not take the first one's place.
+    """Prevents overwriting the results of another dataset whose folder has the same name.
 
     Raises:
-      UserError: the folder holds an evaluation of other pictures.
+      UserError: The folder holds an evaluation of other images or prompts.
     """
     if _read_results(folder).get("images_sha256", facts["images_sha256"]) != facts["images_sha256"]:
         raise UserError(
-            f"{folder}: holds an evaluation of other pictures or sentences, whose data set had a "
-            "folder of the same name; give another --output, or remove it"
+            f"{folder}: found an evaluation of other images or prompts, from a dataset folder of "
+            "the same name; give another --output, or delete the folder"
         )
 
 
 def _read_results(folder: Path) -> dict[str, Any]:
-    """What results.json holds; {} where there is none that can be read."""
+    """Reads results.json; {} if there is none or it is damaged."""
     try:
         found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -84,15 +84,15 @@ def _read_results(folder: Path) -> dict[str, Any]:
 
 
 def merge_results(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """`now`, and the sections and conditions of `before` that it has not.
+    """Adds the sections and conditions of `before` that `now` does not have.
 
     Args:
-      before: what `read` found.
-      now: with "conditions", "unavailable" and "command".
+      before: Existing results, see `read`.
+      now: New results, with "conditions", "unavailable" and "command".
     """
     kept = {name: before[name] for name in SECTIONS if isinstance(before.get(name), Mapping)}
     kept |= {"baselines": _cells(kept["baselines"])} if "baselines" in kept else {}
-    earlier = [*_names(before.get("previous_commands")), *_names([before.get("command")])]
+    commands = [*_names(before.get("previous_commands")), *_names([before.get("command")])]
     return {
         **kept,
         **now,
@@ -100,16 +100,16 @@ def merge_results(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str
         "unavailable": list(
             dict.fromkeys([*_names(before.get("unavailable")), *now["unavailable"]])
         ),
-        "previous_commands": [c for c in dict.fromkeys(earlier) if c != now.get("command")],
+        "previous_commands": [c for c in dict.fromkeys(commands) if c != now.get("command")],
     }
 
 
 def merge_columns(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """`rows` of per_image.csv, and the scores of the file at `path` that they have not.
+    """Adds the score columns of an existing per_image.csv that `rows` do not have.
 
     Args:
-      path: of an earlier evaluation's; may be missing.
-      rows: at least one; see `runner.per_image_rows`.
+      path: per_image.csv of a previous evaluation; may be missing.
+      rows: At least one row; see `runner.per_image_rows`.
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -120,24 +120,24 @@ def merge_columns(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[st
     ids = [tables.read_csv_cell(line.get("id") or "") for line in lines]
     if ids != [row["id"] for row in rows]:
         return [dict(row) for row in rows]
-    more = [n for n in names if n.startswith(COLUMNS) and n not in rows[0]]
+    kept = [n for n in names if n.startswith(COLUMNS) and n not in rows[0]]
     return [
-        {**row, **{name: line[name] for name in more}}
+        {**row, **{name: line[name] for name in kept}}
         for row, line in zip(rows, lines, strict=True)
     ]
 
 
 def corruption_cells(section: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The cells of a degradations section, {name: {severity: scores}}, without their mean."""
-    found = {
+    """Returns the corruptions of results.json, {name: {severity: scores}}, without the mean."""
+    corruptions_by_name = {
         name: {severity: cell for severity, cell in _cells(rows).items() if severity in SEVERITIES}
         for name, rows in section.items()
     }
-    return {name: rows for name, rows in found.items() if rows}
+    return {name: rows for name, rows in corruptions_by_name.items() if rows}
 
 
 def _cells(section: Any) -> dict[str, Any]:
-    """Those that are scores, of {name: scores}."""
+    """Returns the entries of {name: scores} that are valid scores."""
     cells = section.items() if isinstance(section, Mapping) else ()
     return {name: cell for name, cell in cells if _are_scores(cell)}
 

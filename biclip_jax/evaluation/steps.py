@@ -1,4 +1,4 @@
-"""The prediction and evaluation steps: pure; they know an axis name and nothing of devices."""
+"""Prediction and evaluation steps: pure functions that know an axis name but no devices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from biclip_jax.evaluation.metrics import overlap
 from biclip_jax.models import medclipseg
 from biclip_jax.models.biclip import text_inputs, to_unit_rgb
 
-IMAGES_AT_ONCE = 32  # passes of samples that run as one batch, for the sake of memory
+IMAGES_PER_CHUNK = 32  # limits the memory of sampling passes that run as one batch
 
 
 def predict_step(
@@ -24,17 +24,17 @@ def predict_step(
     model: nn.Module,
     corruption: Callable[[Array, Array], Array] | None = None,
 ) -> Float[Array, "b h w 1"]:
-    """Probabilities in [0, 1] for the pictures and sentences of a `Batch`.
+    """Predicts probabilities in [0, 1] for the images and prompts of a `Batch`.
 
     Args:
-      variables: of the model.
-      batch: with image_hash (B,) uint32 where there is damage.
-      model: bound with `functools.partial`, like what follows.
-      damage: (pictures in [0, 1], image_hash) -> pictures; see `degrade.on_device`.
+      variables: Variables of the model.
+      batch: Batch with image_hash (B,) uint32 if there is a corruption.
+      model: Model; bind it and the following arguments with `functools.partial`.
+      corruption: (images in [0, 1], image_hash) -> images; see `corruptions.on_device`.
     """
     image = batch["image"]
     if corruption is not None:
-        # Before a grey picture becomes RGB: its noise is one noise.
+        # Before a grayscale image becomes RGB, so that all channels get the same noise.
         image = 255 * corruption(image.astype(jnp.float32) / 255, batch["image_hash"])
     image, text = to_unit_rgb(image), text_inputs(batch)
     if isinstance(model, medclipseg.MedCLIPSeg):
@@ -50,17 +50,17 @@ def sampled(
     *,
     model: medclipseg.MedCLIPSeg,
 ) -> medclipseg.Samples:
-    """MedCLIPSeg's `num_samples` passes; a picture's noise follows its id alone.
+    """Runs MedCLIPSeg's `num_samples` passes; the noise depends only on the image id.
 
     Args:
-      variables: of the model.
-      batch: sentences; and image_hash (B,), where pictures have ids.
-      image: RGB in [0, 1].
-      model: bound with `functools.partial`.
+      variables: Variables of the model.
+      batch: Batch with text fields, and image_hash (B,) if images have ids.
+      image: RGB images in [0, 1].
+      model: Model; bind it with `functools.partial`.
     """
     numbers = batch.get("image_hash", jnp.zeros(len(image), jnp.uint32))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), numbers)
-    chunk = min(10, max(1, IMAGES_AT_ONCE // len(image)))
+    chunk = min(10, max(1, IMAGES_PER_CHUNK // len(image)))
     ids, mask, num_samples = batch["text_ids"], batch["text_mask"], model.num_samples
     return medclipseg.sample_statistics(
         model, variables, image, ids, mask, keys, num_samples, chunk
@@ -70,9 +70,9 @@ def sampled(
 def sample_step(
     variables: Mapping[str, Any], batch: Mapping[str, Array], *, model: medclipseg.MedCLIPSeg
 ) -> Float[Array, "b h w 3"]:
-    """The samples' mean, its entropy, and the epistemic part of that; see `medclipseg.Samples`."""
-    found = sampled(variables, batch, to_unit_rgb(batch["image"]), model=model)
-    return jnp.concatenate([found.mean, found.total, found.epistemic], axis=-1)
+    """Returns mean, entropy of the mean, and epistemic part; see `medclipseg.Samples`."""
+    samples = sampled(variables, batch, to_unit_rgb(batch["image"]), model=model)
+    return jnp.concatenate([samples.mean, samples.total, samples.epistemic], axis=-1)
 
 
 def eval_step(
@@ -82,9 +82,9 @@ def eval_step(
     model: nn.Module,
     axis_name: str | None = None,
 ) -> dict[str, Array]:
-    """`metrics.overlap_sums` at the model's own size, over the devices; padding is not counted.
+    """Returns `overlap.overlap_sums` at the model's image size, summed over devices.
 
-    One sample of MedCLIPSeg, as its authors validate.
+    Padded rows are not counted. MedCLIPSeg uses one sample, as its authors do for validation.
     """
     if isinstance(model, medclipseg.MedCLIPSeg):
         model = model.clone(num_samples=1)

@@ -1,4 +1,4 @@
-"""BiCLIP out of a configuration: its towers, sentences, variables and loss."""
+"""Builds BiCLIP from a config: encoders, encoded prompts, variables and loss."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from biclip_jax.weights import model_folder
 
 
 class Encoders(NamedTuple):
-    """Pretrained towers, where configured."""
+    """Pretrained encoders; None where the config names none."""
 
     text: text_encoders.PretrainedTextEncoder | None = None
     image: image_encoders.PretrainedImageEncoder | None = None
 
     @property
     def identities(self) -> dict[str, str]:
-        """{section of `model`: SHA-256 of its tower, empty for none}."""
-        return {name: t.identity if t else "" for name, t in self._asdict().items()}
+        """Returns {section of `model`: SHA-256 of its encoder, "" for none}."""
+        return {name: e.identity if e else "" for name, e in self._asdict().items()}
 
 
 def open_encoders(config: ConfigDict) -> Encoders:
-    """The towers that the fields of `model.text` and `model.image` name.
+    """Opens the encoders that `model.text` and `model.image` name.
 
     Raises:
-      UserError: a tower that does not open; pictures of a size that the U-Net does not take, which
-        is better known before they are prepared.
+      UserError: An encoder cannot be opened, or the U-Net does not support the image size (checked
+        here, before the images are prepared).
     """
     fields, dtype = config.model, config.model.dtype
     try:
@@ -53,7 +53,7 @@ def open_encoders(config: ConfigDict) -> Encoders:
 
 
 def link_encoders(encoders: Encoders, folder: Path) -> None:
-    """Puts the text tower inside a model folder."""
+    """Links the text encoder into a model folder."""
     if encoders.text:
         model_folder.link_folder(encoders.text.folder, folder / text_encoders.TEXT_ENCODER)
 
@@ -65,30 +65,33 @@ def encode_texts(
     folder: Path | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> text_encoders.EncodedText:
-    """The sentences of a run; see `sentences.read`."""
+    """Encodes the prompts of a run; see `encoders.text.encode_splits`."""
     return text_encoders.encode_splits(
         config.model.text.to_dict(), texts, encoders.text, folder, log
     )
 
 
 def make_spec(
-    config: ConfigDict, encoded_text: text_encoders.EncodedText, encoders: Encoders, labelled: float
+    config: ConfigDict,
+    encoded_text: text_encoders.EncodedText,
+    encoders: Encoders,
+    label_fraction: float,
 ) -> ModelSpec:
-    """The model, its first variables and its loss.
+    """Builds the model, its initial variables and its loss.
 
     Args:
-      config: resolved.
-      spoken: the sentences.
-      towers: pretrained, where configured.
-      labelled: share of a batch that has masks.
+      config: Resolved config.
+      encoded_text: Encoded prompts of the run.
+      encoders: Pretrained encoders of the config.
+      label_fraction: Fraction of the rows of a batch that have masks.
 
     Raises:
-      ValueError: fields or sizes that do not go together.
+      ValueError: Incompatible config fields or sizes.
     """
     if config.ensemble > 1 and config.model.text.trainable:
-        raise ValueError("an ensemble shares its text tower; set model.text.trainable to false")
+        raise ValueError("an ensemble shares its text encoder; set model.text.trainable to false")
     model, members = build_model(config, encoded_text, encoders.text, encoders.image)
-    recipe = objective.make_recipe(config.to_dict(), labelled)
+    recipe = objective.make_recipe(config.to_dict(), label_fraction)
     is_frozen = encoders.image is not None and not config.model.image.trainable
     frozen = {"pretrained_image_encoder"} & members[0]["params"].keys() if is_frozen else ()
     return ModelSpec(
@@ -97,24 +100,26 @@ def make_spec(
         objective=partial(objective.objective, model=model, recipe=recipe),
         frozen=frozen,
         linked=(),
-        described=model_description(config, encoded_text, encoders.image),
+        model_config=describe_model(config, encoded_text, encoders.image),
         average_statistics=not recipe.has_statistics_of_average,
     )
 
 
 def model_fields(config: ConfigDict) -> dict[str, Any]:
-    """What `models.biclip.build` is given: `model`, and the heads that the losses need."""
+    """Returns the fields of `models.biclip.build`: `model`, and the heads that the losses need."""
     blocks = biclip.named_blocks(config.loss.iac_blocks, config.model.num_levels)
     if not blocks or not all(block.startswith("decoder") for block in blocks):
         raise ValueError(f"loss.iac_blocks is {config.loss.iac_blocks!r}; expected decoder blocks")
     fields = config.model.to_dict()
     refines = config.model.bmf.vision_to_text
     if config.model.image.encoder != "cnn" and not refines:
-        raise ValueError("model.image.encoder is a tower, but bmf.vision_to_text is off; set cnn")
+        raise ValueError(
+            "model.image.encoder is pretrained, but model.bmf.vision_to_text is off; set cnn"
+        )
     if config.model.pseudo_contrast and not config.model.pseudo_image:
         raise ValueError(
-            "model.pseudo_contrast is of the pseudo-image, and model.pseudo_image is false; "
-            "leave it false"
+            "model.pseudo_contrast initializes the generator, but model.pseudo_image is false; "
+            "set model.pseudo_contrast to false"
         )
     heads = [head for head in biclip.HEADS if config.loss[head] > 0]
     return fields | {"heads": heads, "iac_blocks": list(blocks)}
@@ -126,10 +131,12 @@ def build_model(
     text_encoder: text_encoders.PretrainedTextEncoder | None,
     image_encoder: image_encoders.PretrainedImageEncoder | None,
 ) -> tuple[biclip.BiCLIP, list[dict[str, Any]]]:
-    """The model as it is trained, and each member's first variables; towers begin as converted.
+    """Builds the network and the initial variables of every member.
+
+    Pretrained encoders start from their converted weights.
 
     Raises:
-      ValueError: sizes that do not go together.
+      ValueError: Incompatible sizes.
     """
     make = partial(
         biclip.build,
@@ -142,15 +149,15 @@ def build_model(
     trained = text_encoder if text_encoder and config.model.text.trainable else None
     if trained:
         num_features = PooledTextEncoder(trained.module, config.model.text.pooling).num_features
-        one = {"text_features": jnp.zeros((1, num_features))}
+        example = {"text_features": jnp.zeros((1, num_features))}
     else:
-        one = {k: jnp.asarray(v[:1]) for k, v in encoded_text.fields["train"].items()}
-    text = biclip.text_inputs(one)
+        example = {k: jnp.asarray(v[:1]) for k, v in encoded_text.fields["train"].items()}
+    text = biclip.text_inputs(example)
     members = [biclip.init(model, key, text) for key in member_keys(config, "params")]
     for variables in members:
         if trained and model.uses_text:
             variables["params"]["text_encoder"] = {"pretrained": trained.params}
-        # Named after the model's field; absent where nothing refines the sentence.
+        # Absent if no image embedding refines the prompt.
         if image_encoder and "pretrained_image_encoder" in variables["params"]:
             variables["params"]["pretrained_image_encoder"] = image_encoder.params
             if image_encoder.batch_stats:
@@ -158,15 +165,18 @@ def build_model(
     return make(pretrained_text_encoder=trained.module) if trained else model, members
 
 
-def model_description(
+def describe_model(
     config: ConfigDict,
     encoded_text: text_encoders.EncodedText,
     image_encoder: image_encoders.PretrainedImageEncoder | None,
 ) -> dict[str, Any]:
-    """What a model folder must say for `inference.load_model` to build this model again."""
+    """Returns what `inference.load_model` needs to rebuild the model from a model folder."""
     fields = model_fields(config)
     for part in ("text", "image"):
-        fields[part] = {**fields[part], "weights": ""}  # a path here; the tower lies inside
+        fields[part] = {
+            **fields[part],
+            "weights": "",
+        }  # a local path; the encoder is inside the folder
     return {
         "kind": "biclip",
         "model": fields,

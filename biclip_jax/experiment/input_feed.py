@@ -1,6 +1,6 @@
-"""How training gets its batches: streamed from the host, or out of a split on the device.
+"""Feeds batches to the train step, streamed from the host or gathered from a split on the device.
 
-Both take the same records in the same order, and so the same steps.
+Both read the same records in the same order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from biclip_jax.core.errors import UserError
 from biclip_jax.data import pipeline
 from biclip_jax.experiment.program import Program
 
-# (state, key, step, limit) -> (state after at least one and at most `limit` steps, their metrics)
+# (state, key, step, limit) -> (state after 1 to `limit` steps, metrics of these steps)
 Advance = Callable[[Any, Any, int, int], tuple[Any, list[Any]]]
 
 
@@ -27,17 +27,17 @@ def open_feed(
     texts: Mapping[str, np.ndarray],
     step: int,
 ) -> Advance:
-    """What the loop calls for its next steps.
+    """Returns the function that the training loop calls for its next steps.
 
     Args:
-      config: of the run, as nested mappings.
-      program: of the run.
-      records: of the training split, the labelled ones first.
-      texts: `sentence_fields` of the same rows.
-      step: the first one.
+      config: Config of the run, as nested mappings.
+      program: Compiled steps of the run.
+      records: Training records, labelled ones first.
+      texts: Text fields of the same records, see `pipeline.text_fields`.
+      step: First step.
 
     Raises:
-      UserError: `data.on_device` with a split that the device cannot hold.
+      UserError: `data.on_device` is set, but the split does not fit on the device.
     """
     rows = pipeline.training_order(
         len(records),
@@ -55,7 +55,7 @@ def open_feed(
 
 
 def _streamed(program: Program, batches: Any, members: int) -> Advance:
-    """One step a call; the next batch is read and sent while the device is at work."""
+    """Takes one step per call; the next batch is read and sent while the device computes."""
 
     def advance(state: Any, key: Any, step: int, limit: int) -> tuple[Any, list[Any]]:
         batch = program.shard(next(batches), axis=members)
@@ -68,15 +68,15 @@ def _streamed(program: Program, batches: Any, members: int) -> Advance:
 def _on_device(
     program: Program, data: Mapping[str, np.ndarray], rows: Callable[[int], Any], members: int
 ) -> Advance:
-    """Up to `program.steps_at_once` steps a call; only the numbers of records are sent."""
+    """Takes up to `program.steps_per_call` steps per call; only record indices are sent."""
     megabytes = sum(x.nbytes for x in data.values()) / 1e6
     free = distributed.free_bytes()
     if free is not None and megabytes * 1e6 > free:
         raise UserError(
-            f"--config.data.on_device: the training split takes {megabytes:.0f} MB, and the device "
-            f"has {free / 1e6:.0f} MB left; leave data.on_device away"
+            f"--config.data.on_device: the training split needs {megabytes:.0f} MB, but the device "
+            f"has {free / 1e6:.0f} MB free; set it to false"
         )
-    print(f"{len(data['image'])} training records stay on the device, {megabytes:.0f} MB")
+    print(f"{len(data['image'])} training records on the device, {megabytes:.0f} MB")
     placed, length = distributed.replicate(dict(data)), program.steps_per_call
 
     def advance(state: Any, key: Any, step: int, limit: int) -> tuple[Any, list[Any]]:

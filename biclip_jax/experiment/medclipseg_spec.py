@@ -1,4 +1,4 @@
-"""MedCLIPSeg out of a configuration: its towers, sentences, variables and loss."""
+"""Builds MedCLIPSeg from a config: encoders, encoded prompts, variables and loss."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from biclip_jax.weights import model_folder
 
 
 def open_encoders(config: ConfigDict) -> ClipPair:
-    """The towers of `model.variant`: converted, or random ones of the configured sizes.
+    """Opens the encoders of `model.variant`, or describes random ones of the configured sizes.
 
     Raises:
-      UserError: no such folder (with the command that makes one), other towers than the
-        variant's, a damaged file.
+      UserError: No such folder (the message gives the command that creates one), encoders of
+        another variant, or a damaged file.
     """
     model = config.model
     if not model.encoders.weights:
@@ -38,20 +38,20 @@ def _random_encoders(config: ConfigDict) -> ClipPair:
     if medclipseg.ENCODERS[model.variant]["text"].get("kind") != "bert":
         raise UserError(
             f"--config.model.variant: {model.variant!r} without model.encoders.weights; random "
-            "towers have a vocabulary of the captions' words, which needs a BERT: set unimedclip "
-            "or biomedclip, or give the weights"
+            "encoders use the vocabulary of the captions, which requires a BERT: set unimedclip "
+            "or biomedclip, or set the weights"
         )
-    both = {name: sizes[name] for name in ("width", "num_layers", "num_heads")}
-    both |= {"mlp_width": 4 * sizes.width}
+    common = {name: sizes[name] for name in ("width", "num_layers", "num_heads")}
+    common |= {"mlp_width": 4 * sizes.width}
     variant = medclipseg.ENCODERS[model.variant]
-    image = {**variant["image"], **both, "image_size": model.image_size}
+    image = {**variant["image"], **common, "image_size": model.image_size}
     image |= {"patch_size": sizes.patch_size, "embedding_size": sizes.embedding_size}
-    text = {**variant["text"], **both, "projection_size": sizes.embedding_size}
+    text = {**variant["text"], **common, "projection_size": sizes.embedding_size}
     return ClipPair(image, {**text, "max_length": model.max_length})
 
 
 def link_encoders(encoders: ClipPair, folder: Path) -> None:
-    """Puts converted towers inside a model folder."""
+    """Links converted encoders into a model folder."""
     if encoders.folder:
         model_folder.link_folder(encoders.folder, folder / ENCODERS_FOLDER)
 
@@ -63,13 +63,13 @@ def encode_texts(
     folder: Path | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> text_encoders.EncodedText:
-    """The ids of a run's sentences and of their mirror images, padded to one length.
+    """Tokenizes the prompts of a run and their left-right swapped versions, padded to one length.
 
     Args:
-      config: resolved.
-      texts: {split: sentences}; with random towers the words are those of "train".
-      towers: for the tokenizer.
-      folder, log: not needed: nothing is computed ahead where both towers work together.
+      config: Resolved config.
+      texts: {split: prompts}; random encoders use the words of "train" as vocabulary.
+      encoders: Provide the tokenizer.
+      folder, log: Unused: both encoders run jointly, so no features are computed in advance.
     """
     return text_encoders.tokenize_splits(
         texts, text_length(config, encoders), encoders.tokenizer, encoders.identity
@@ -77,45 +77,50 @@ def encode_texts(
 
 
 def text_length(config: ConfigDict, encoders: ClipPair) -> int:
-    """Tokens of every sentence, padding included: `model.max_length`, at most the tower's.
+    """Returns the number of tokens of every prompt, including padding: `model.max_length`.
 
     Raises:
-      UserError: the tower has fewer positions.
+      UserError: The text encoder has fewer positions.
     """
-    wanted, longest = config.model.max_length, encoders.text.get("max_length", 512)
-    if wanted > longest:
+    max_length, limit = config.model.max_length, encoders.text.get("max_length", 512)
+    if max_length > limit:
         raise UserError(
-            f"--config.model.max_length: {wanted}; the text tower has {longest} positions; "
-            "set at most that"
+            f"--config.model.max_length: {max_length}; the text encoder has {limit} positions; "
+            f"expected at most {limit}"
         )
-    return wanted
+    return max_length
 
 
 def make_spec(
-    config: ConfigDict, encoded_text: text_encoders.EncodedText, encoders: ClipPair, labelled: float
+    config: ConfigDict,
+    encoded_text: text_encoders.EncodedText,
+    encoders: ClipPair,
+    label_fraction: float,
 ) -> ModelSpec:
-    """The model, its first variables and its loss.
+    """Builds the model, its initial variables and its loss; see `biclip_spec.make_spec`.
 
     Raises:
-      ValueError: fields or sizes that do not go together.
+      ValueError: Incompatible config fields or sizes.
     """
-    if labelled < 1:
-        raise ValueError("data.unlabelled is for BiCLIP; MedCLIPSeg has no loss without masks")
+    if label_fraction < 1:
+        raise ValueError("data.unlabelled: MedCLIPSeg has no loss without masks; leave it empty")
     if config.ensemble > 1:
-        raise ValueError("ensemble is for BiCLIP; MedCLIPSeg's samples are its ensemble")
+        raise ValueError("ensemble: MedCLIPSeg samples instead of an ensemble; set it to 1")
     if config.optim.encoder_learning_rate > 0:
-        raise ValueError("optim.encoder_learning_rate: MedCLIPSeg's towers are not trained; set 0")
+        raise ValueError(
+            "optim.encoder_learning_rate: MedCLIPSeg freezes its encoders; set it to 0"
+        )
     if config.optim.accumulate > 1 and config.loss.contrastive > 0:
         raise ValueError(
-            "loss.contrastive compares the pictures of a step, and optim.accumulate takes them in "
-            "parts; set one of them to 1 or 0"
+            "loss.contrastive compares all images of a step, but optim.accumulate splits them; "
+            "set optim.accumulate to 1 or loss.contrastive to 0"
         )
     fields = model_fields(config, encoded_text, encoders)
     model = medclipseg.build(fields)
     key = member_keys(config, "params")[0]
-    given = rename_params(encoders.params)
-    variables = medclipseg.init(model, key, config.model.max_length, without=tuple(given))
-    variables["params"] |= given
+    pretrained = rename_params(encoders.params)
+    variables = medclipseg.init(model, key, config.model.max_length, without=tuple(pretrained))
+    variables["params"] |= pretrained
     recipe = objective.make_recipe(config.to_dict())
     axis_name = distributed.axis_name_of(config.parallel.mode)
     loss = partial(objective.objective, model=model, recipe=recipe, axis_name=axis_name)
@@ -125,7 +130,7 @@ def make_spec(
         objective=loss,
         frozen=medclipseg.FROZEN,
         linked=medclipseg.FROZEN if encoders.params else (),
-        described={
+        model_config={
             "kind": "medclipseg",
             "model": fields,
             "vocab_size": encoded_text.tokenizer.get_vocab_size(),
@@ -139,7 +144,7 @@ def make_spec(
 def model_fields(
     config: ConfigDict, encoded_text: text_encoders.EncodedText, encoders: ClipPair
 ) -> dict[str, Any]:
-    """What `models.medclipseg.build` is given, and how pictures and sentences are prepared."""
+    """Returns the fields of `models.medclipseg.build` and of the preprocessing."""
     text = dict(encoders.text)
     if not encoders.params:
         text["vocab_size"] = encoded_text.tokenizer.get_vocab_size()
@@ -148,7 +153,10 @@ def model_fields(
     names = ("adapter_width", "beta", "gate_init", "num_layers", "num_upscales", "num_samples")
     image_size = encoders.image["image_size"]
     if config.model.image_size != image_size:
-        raise ValueError(f"model.image_size is {config.model.image_size}; the towers' {image_size}")
+        raise ValueError(
+            f"model.image_size is {config.model.image_size}; expected {image_size}, the size of "
+            "the image encoder"
+        )
     return {
         "image": dict(encoders.image),
         "text": text,

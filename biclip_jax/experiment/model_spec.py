@@ -1,4 +1,4 @@
-"""What a family of models hands to `program`: networks, first variables, the loss."""
+"""Interface between a model family and `program`: network, initial variables, loss."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import flax.linen as nn
 
 
 class ModelSpec(NamedTuple):
-    """A model before its optimiser.
+    """A model without its optimizer.
 
     Attributes:
-      model: as it is trained.
-      members: first variables, of each member of an ensemble.
-      objective: see `training.steps.Objective`.
-      frozen: names at the top of the parameters' tree that are never trained.
-      linked: those of them that a model folder holds in a folder of their own.
-      described: the model folder's config.json, but for the step.
-      average_statistics: see `training.steps.train_step`.
+      model: Network as it is trained.
+      members: Initial variables of every ensemble member.
+      objective: Loss function, see `training.steps.Objective`.
+      frozen: Top-level names of the parameter tree that are never trained.
+      linked: Subset of `frozen` that a model folder stores in a folder of its own.
+      model_config: config.json of the model folder, without the step.
+      average_statistics: See `training.steps.train_step`.
     """
 
     model: nn.Module
@@ -26,5 +26,5 @@ class ModelSpec(NamedTuple):
     objective: Callable[..., Any]
     frozen: Collection[str]
     linked: Collection[str]
-    described: dict[str, Any]
+    model_config: dict[str, Any]
     average_statistics: bool = True

@@ -1,4 +1,4 @@
-"""What a configuration compiles to: the state a run begins with, and the steps."""
+"""Builds the initial train state and the compiled steps from a config."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from biclip_jax.models.ensemble import Ensemble
 from biclip_jax.training import optim, steps
 from biclip_jax.training import state as train_state
 
-MIN_EVAL_EVERY = 50  # between two evaluations, where `eval_every` leaves it open
-# model.kind -> the module that knows its towers, sentences, variables and loss
+MIN_EVAL_EVERY = 50  # steps between two evaluations, if `eval_every` is 0
+# model.kind -> the module that opens its encoders, encodes its prompts and builds model and loss.
 FAMILIES: dict[str, Any] = {"biclip": biclip_spec, "medclipseg": medclipseg_spec}
 
 
 class Program(NamedTuple):
-    """What a configuration compiles to.
+    """The initial state and the compiled steps of a run.
 
-    With several members, state, batch and key have a leading axis of them.
+    For an ensemble, state, batch and key have a leading axis of members.
 
     Attributes:
-      initial: the state before the first step.
-      place: whole state -> state on the devices.
-      shard: (this process's rows, their axis) -> sharded batch.
+      initial: State before the first step.
+      place: Maps a full state on the host to the state on the devices.
+      shard: Maps (rows of this process, axis of the rows) to a sharded batch.
       train_step: (state, sharded batch, key) -> (state, metrics), on all devices.
-      train_steps: several of them over a split on the device, see `steps.multi_step`.
+      train_steps: Several train steps over a split on the device, see `steps.multi_step`.
       eval_step: (variables, sharded batch) -> sums for Dice and IoU.
-      schedule: step -> learning rate.
-      num_steps: of the whole run.
-      steps_at_once: at most, of `train_steps`.
-      eval_every: steps between two evaluations.
-      num_members: of the ensemble; 1 for a single model.
-      num_labelled: pictures with masks, of the training split.
-      num_labelled_rows: of a batch, the first ones.
-      linked: parameters that a model folder holds in a folder of their own.
-      described: the model folder's config.json, but for the step.
+      schedule: Maps a step to its learning rate.
+      num_steps: Length of the run.
+      steps_per_call: Maximum number of steps per call of `train_steps`.
+      eval_every: Steps between two evaluations.
+      num_members: Number of ensemble members; 1 for a single model.
+      num_labelled: Number of training images with masks.
+      num_labelled_rows: Number of labelled rows of a batch; they come first.
+      linked: Top-level parameters that a model folder stores in a folder of their own.
+      model_config: config.json of the model folder, without the step.
     """
 
     initial: train_state.TrainState
@@ -61,7 +61,7 @@ class Program(NamedTuple):
     num_labelled: int
     num_labelled_rows: int
     linked: Collection[str]
-    described: dict[str, Any]
+    model_config: dict[str, Any]
 
 
 def build(
@@ -71,25 +71,26 @@ def build(
     encoders: Any = None,
     num_val: int = 0,
 ) -> Program:
-    """Model, optimiser and steps, and the state they begin with.
+    """Builds model, optimizer, compiled steps and the initial state.
 
     Args:
-      config: resolved.
-      num_labelled: pictures with masks; they make an epoch.
-      spoken: the sentences.
-      towers: pretrained, what the family's `open_towers` gave; None: those of the configuration.
-      num_val: pictures of the validation split, for which `eval_every` makes room where it is 0:
-        few labels make short epochs, and most of the time would go to validation, and with few
-        pictures in all to saving, which `MIN_EVAL_EVERY` keeps apart.
+      config: Resolved config.
+      num_labelled: Number of training images with masks; they define an epoch.
+      encoded_text: Encoded prompts of the run.
+      encoders: Pretrained encoders from the family's `open_encoders`; None opens those of the
+        config.
+      num_val: Number of validation images. If `eval_every` is 0, validation runs at most as often
+        as its batches take steps: with few labels an epoch is short, and validation would take
+        most of the time. `MIN_EVAL_EVERY` limits the time for checkpoints in the same way.
 
     Raises:
-      UserError: fields that do not go together.
+      UserError: Incompatible config fields.
     """
     rows = num_labelled_rows(config)
-    steps_per_epoch = -(-num_labelled // rows)  # the last batch is filled from the next epoch
+    steps_per_epoch = -(-num_labelled // rows)  # the last batch takes rows of the next epoch
     num_steps = config.num_steps or config.num_epochs * steps_per_epoch
-    # A CPU runs a loop's convolutions on one core.
-    num_at_once = 1 if jax.default_backend() == "cpu" else config.data.steps_per_call
+    # On CPU, XLA runs the convolutions inside a loop on one core.
+    steps_per_call = 1 if jax.default_backend() == "cpu" else config.data.steps_per_call
     family = FAMILIES[config.model.kind]
     encoders = family.open_encoders(config) if encoders is None else encoders
     try:
@@ -122,18 +123,18 @@ def build(
     return Program(
         initial=initial,
         **compile_steps(
-            config, initial, train_step, steps.multi_step(train_step, num_at_once), eval_step
+            config, initial, train_step, steps.multi_step(train_step, steps_per_call), eval_step
         ),
         schedule=schedule,
         num_steps=num_steps,
-        steps_per_call=num_at_once,
+        steps_per_call=steps_per_call,
         eval_every=config.eval_every
         or max(steps_per_epoch, num_val // config.batch_size, MIN_EVAL_EVERY),
         num_members=config.ensemble,
         num_labelled=num_labelled,
         num_labelled_rows=rows,
         linked=built.linked,
-        described=built.described,
+        model_config=built.model_config,
     )
 
 
@@ -144,7 +145,7 @@ def compile_steps(
     train_steps: Callable[..., Any],
     eval_step: Callable[..., Any],
 ) -> dict[str, Callable[..., Any]]:
-    """The steps on all devices, and how state and batches come to them; see `Program`."""
+    """Compiles the steps for all devices; returns them with `place` and `shard`, see `Program`."""
     if config.parallel.mode == "pmap":
         return {
             "place": distributed.replicate,
@@ -153,48 +154,48 @@ def compile_steps(
             "train_steps": distributed.pmap_train_steps(train_steps),
             "eval_step": distributed.pmap_eval_step(eval_step),
         }
-    layout, members = state_shardings(initial, config.parallel.shard), int(config.ensemble > 1)
+    shardings, members = state_shardings(initial, config.parallel.shard), int(config.ensemble > 1)
     return {
-        "place": partial(distributed.put, layout=layout),
+        "place": partial(distributed.put, shardings=shardings),
         "shard": distributed.global_batch,
-        "train_step": distributed.mesh_train_step(train_step, layout, members),
-        "train_steps": distributed.mesh_train_steps(train_steps, layout, 1 + members),
+        "train_step": distributed.mesh_train_step(train_step, shardings, members),
+        "train_steps": distributed.mesh_train_steps(train_steps, shardings, 1 + members),
         "eval_step": distributed.mesh_eval_step(eval_step),
     }
 
 
 def state_shardings(state: train_state.TrainState, shard: str) -> train_state.TrainState:
-    """How a state lies on a mesh: whole, or with what `parallel.shard` names cut."""
+    """Returns the shardings of a state on a mesh: replicated, or split as `parallel.shard` says."""
     if shard == "all":
         return distributed.sharded(state)
-    layout = distributed.replicated(state)
+    shardings = distributed.replicated(state)
     if shard == "optimizer":
-        layout = dataclasses.replace(layout, opt_state=distributed.sharded(state.opt_state))
-    return layout
+        shardings = dataclasses.replace(shardings, opt_state=distributed.sharded(state.opt_state))
+    return shardings
 
 
 def num_labelled_rows(config: ConfigDict) -> int:
-    """Rows of a batch that have masks: all, or an even number by `data.unlabelled_ratio`."""
+    """Returns the number of labelled rows of a batch, even if there are unlabelled rows."""
     if not config.data.unlabelled:
         return config.batch_size
     rows = 2 * round(config.batch_size / (1 + config.data.unlabelled_ratio) / 2)
     if not 2 <= rows <= config.batch_size - 2:
         raise UserError(
-            f"--config.data.unlabelled_ratio: {config.data.unlabelled_ratio} makes {rows} labelled "
-            f"pictures of a batch of {config.batch_size}; expected 2 to {config.batch_size - 2}"
+            f"--config.data.unlabelled_ratio: {config.data.unlabelled_ratio} gives {rows} labelled "
+            f"images in a batch of {config.batch_size}; expected 2 to {config.batch_size - 2}"
         )
     return rows
 
 
-def check_batch(config: ConfigDict, labelled: int) -> None:
-    """Raises ValueError where a batch cannot be cut as the devices and the views need it."""
+def check_batch(config: ConfigDict, num_labelled_rows: int) -> None:
+    """Raises ValueError if a batch cannot be split for the devices, the parts and the views."""
     parts = config.optim.accumulate
     distributed.check_batch_size(config.batch_size, parts)
-    if parts > 1 and labelled < config.batch_size:
-        raise ValueError(f"optim.accumulate is {parts}; unlabelled pictures need 1")
-    share = config.batch_size // (distributed.num_devices() * parts)
-    if config.views.get("strong", {}).get("cutmix") and share % 2:
+    if parts > 1 and num_labelled_rows < config.batch_size:
+        raise ValueError(f"optim.accumulate is {parts}; expected 1 with unlabelled images")
+    rows = config.batch_size // (distributed.num_devices() * parts)
+    if config.views.get("strong", {}).get("cutmix") and rows % 2:
         raise ValueError(
-            f"views.strong.cutmix pairs the rows of a batch, and {config.batch_size} pictures "
-            f"leave {share} to a device and part; expected an even number"
+            f"views.strong.cutmix pairs the rows of a batch, but batch_size {config.batch_size} "
+            f"gives {rows} rows per device and part; expected an even number"
         )

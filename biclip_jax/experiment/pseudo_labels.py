@@ -1,7 +1,7 @@
-"""Masks for pictures that have none: what trained models answer together, before a run begins.
+"""Offline pseudo-labels from an ensemble of teachers, computed before training.
 
-The pictures are then those of a noisy student (arXiv 1911.04252): it learns the teachers' masks of
-the pictures as they are, on views that the teachers never saw.
+This is noisy student training (arXiv 1911.04252): the teachers predict masks of the original
+images, and the student learns them on augmented views.
 """
 
 from __future__ import annotations
@@ -31,35 +31,36 @@ Teacher = Callable[[Sequence[Record]], np.ndarray]
 def add_pseudo_labels(
     records: Sequence[Record], config: ConfigDict, workdir: Path
 ) -> Sequence[Record]:
-    """The unlabelled records with the masks of `data.teachers`; as they are where none is named.
+    """Adds pseudo-labels from `data.teachers` to unlabelled records, if there are teachers.
 
-    A pixel is foreground where the mean of the teachers' probabilities is at least one half. The
-    masks are kept in the work directory: a run that goes on asks no teacher again.
+    A pixel is foreground if the mean of the teachers' probabilities is at least 0.5. The masks are
+    stored in the work directory, so that a resumed run does not load the teachers again.
 
     Args:
-      records: unlabelled, at the model's size.
-      config: resolved.
-      workdir: of the run.
+      records: Unlabelled records, at the model's image size.
+      config: Resolved config.
+      workdir: Work directory of the run.
 
     Raises:
-      UserError: nothing would look at the masks, nobody would answer, a teacher does not fit, or
-        the kept masks are damaged or of other pictures.
+      UserError: The config has no loss for pseudo-labels or no unlabelled images, a teacher does
+        not fit, or the stored masks are damaged or belong to other images.
     """
     if not config.data.teachers:
         if config.data.teacher_flip_tta:
             raise UserError(
-                "--config.data.teacher_flip_tta: there are no teachers to answer mirror images; "
-                "name them in data.teachers, or leave it false"
+                "--config.data.teacher_flip_tta: there are no teachers to average over; set "
+                "data.teachers, or set it to false"
             )
         return records
     if not records or not config.loss.get("pseudo_labels"):
         raise UserError(
-            "--config.data.teachers: they give masks to unlabelled pictures, for "
-            "loss.pseudo_labels; set data.unlabelled and loss.pseudo_labels, or leave it empty"
+            "--config.data.teachers: pseudo-labels need unlabelled images and a loss; set "
+            "data.unlabelled and loss.pseudo_labels, or leave it empty"
         )
     size = config.model.image_size
     masks = np.zeros((len(records), size, size, 1), np.uint8)
-    distributed.barrier()  # others wait long for the first, but not for its first message
+    # Process 0 predicts for a long time: without a barrier before it, the connection times out.
+    distributed.barrier()
     if distributed.is_main_process():
         masks = _load_or_predict(records, config, workdir / MASKS_FILE)
     masks, _ = distributed.broadcast_from_main(masks, {})
@@ -72,7 +73,7 @@ def _load_or_predict(records: Sequence[Record], config: ConfigDict, path: Path) 
     teachers = {folder: open_teacher(folder, records, config) for folder in teacher_folders(config)}
     total = np.zeros((), np.float32)
     for folder, teacher in teachers.items():
-        print(f"{folder}: answers {len(records)} unlabelled pictures", flush=True)
+        print(f"{folder}: predicts {len(records)} unlabelled images", flush=True)
         total = total + teacher(records)
     masks = np.asarray(total / len(teachers) >= overlap.THRESHOLD, np.uint8)
     _write(path, records, masks)
@@ -80,75 +81,75 @@ def _load_or_predict(records: Sequence[Record], config: ConfigDict, path: Path) 
 
 
 def teacher_folders(config: ConfigDict) -> list[str]:
-    """The teachers' folders.
+    """Returns the folders of `data.teachers`.
 
     Raises:
-      UserError: an empty name, or one twice.
+      UserError: An empty or repeated name.
     """
     folders = [folder.strip() for folder in config.data.teachers.split(",")]
     if not all(folders) or len(set(folders)) < len(folders):
         raise UserError(
-            f"--config.data.teachers={config.data.teachers}: expected work directories with commas "
-            "between them, each once"
+            f"--config.data.teachers={config.data.teachers}: expected comma-separated work "
+            "directories without repetitions"
         )
     return folders
 
 
 def open_teacher(folder: str, records: Sequence[Record], config: ConfigDict) -> Teacher:
-    """One trained model as a function: records -> probabilities (N, S, S, 1) float32.
+    """Loads a trained model as a function: records -> probabilities (N, S, S, 1) float32.
 
-    With `data.teacher_flip_tta` they are the mean over the picture and its mirror image, which is read
-    with the mirrored sentence.
+    With `data.teacher_flip_tta` the probabilities are the mean over the image and its horizontal
+    flip, which gets the left-right swapped prompt.
 
     Args:
-      folder: a run's work directory or a model folder.
-      records: unlabelled, at S pixels.
-      config: of the run that learns from it.
+      folder: Work directory of a run, or a model folder.
+      records: Unlabelled records, S x S pixels.
+      config: Config of the student.
 
     Raises:
-      UserError: no model that segments pictures, one of another size or resizing, or one that has
-        learned the masks of these pictures.
+      UserError: The folder holds no segmentation model, the model has another image size or resize
+        method, or it was trained on masks of these images.
     """
     if not Path(folder).is_dir():
-        raise UserError(f"--config.data.teachers: {folder}: no such folder; give work directories")
+        raise UserError(f"--config.data.teachers: {folder}: no such folder; give a work directory")
     model, variables, processor = inference.load_segmentation_model(folder)
     teacher = (processor.image_size, processor.resize_method)
     student = (config.model.image_size, config.data.resize)
     if teacher != student:
         raise UserError(
-            f"--config.data.teachers: {folder} takes pictures of {teacher[0]} px, resized "
-            f"{teacher[1]}, and this run has {student[0]} px, {student[1]}; give teachers of the "
-            "same size"
+            f"--config.data.teachers: {folder} takes images of {teacher[0]} px, resize "
+            f"{teacher[1]!r}; expected {student[0]} px, resize {student[1]!r}, as in this run"
         )
     if config.data.unlabelled == "rest":
         _check_labels(Path(folder) / "labels.json", records)
     predict = runner.make_predict(model, text_encoders.without_text_encoder(model, variables))
     encode = text_encoders.make_encode(model, variables, processor)
-    names, read = ["identity"], encode
+    views, encode_fields = ["identity"], encode
     if config.data.teacher_flip_tta:
-        names, read = [*names, "horizontal_flip"], partial(pipeline.text_fields, encode)
-    look: runner.Predict = partial(
-        tta.predict_views, predict, views=[tta.VIEWS[name] for name in names]
+        views = [*views, "horizontal_flip"]
+        encode_fields = partial(pipeline.text_fields, encode)
+    predict_views: runner.Predict = partial(
+        tta.predict_views, predict, views=[tta.VIEWS[name] for name in views]
     )
 
-    def answer(records: Sequence[Record]) -> np.ndarray:
-        texts = read([record["text"] for record in records])
+    def predict_records(records: Sequence[Record]) -> np.ndarray:
+        texts = encode_fields([record["text"] for record in records])
         batches = pipeline.eval_batches(records, texts, batch_size=config.batch_size)
-        return np.concatenate([look(batch)[batch["valid"], ..., :1] for batch in batches])
+        return np.concatenate([predict_views(batch)[batch["valid"], ..., :1] for batch in batches])
 
-    return answer
+    return predict_records
 
 
 def _check_labels(path: Path, records: Sequence[Record]) -> None:
-    """Raises UserError where a run's labelled pictures are among these."""
-    if not path.exists():  # a model folder, which does not say
+    """Raises UserError if a teacher was trained on masks of these records."""
+    if not path.exists():  # a model folder, which does not list its training images
         return
-    learned = set(label_subset.read_ids(path)) & {record["id"] for record in records}
-    if learned:
+    trained_on = set(label_subset.read_ids(path)) & {record["id"] for record in records}
+    if trained_on:
         raise UserError(
-            f"--config.data.teachers: {path.parent} has learned the masks of {len(learned)} of the "
-            f"{len(records)} pictures that are unlabelled here; give teachers that were trained "
-            "with the same data.label_fraction and data.label_seed"
+            f"--config.data.teachers: {path.parent} was trained on the masks of {len(trained_on)} "
+            f"of the {len(records)} images that are unlabelled here; expected teachers with the "
+            "same data.label_fraction and data.label_seed"
         )
 
 
@@ -160,16 +161,16 @@ def _write(path: Path, records: Sequence[Record], masks: np.ndarray) -> None:
 
 def _read(path: Path, records: Sequence[Record], size: int) -> np.ndarray:
     try:
-        with np.load(path) as kept:
-            ids, masks = kept["ids"].tolist(), kept["masks"]
-    except Exception as error:  # of zip, zlib or NumPy's header
+        with np.load(path) as archive:
+            ids, masks = archive["ids"].tolist(), archive["masks"]
+    except Exception as error:  # zipfile, zlib and NumPy raise different errors
         raise UserError(
             f"{path}: missing or damaged ({error!r}); give another --workdir"
         ) from error
     same = ids == [record["id"] for record in records]
     if not same or masks.shape != (len(ids), size, size, 1):
         raise UserError(
-            f"{path}: masks of {len(ids)} pictures that are not the {len(records)} unlabelled ones "
-            "of this run; give another --workdir, or the same data"
+            f"{path}: holds masks of {len(ids)} images, but not of the {len(records)} unlabelled "
+            "images of this run; give another --workdir, or the same data"
         )
     return masks

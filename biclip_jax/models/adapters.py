@@ -12,18 +12,18 @@ from jaxtyping import Array, Float
 
 from biclip_jax.models.layers import Dense, LayerNorm, fan_in_uniform, full_precision
 
-# Full width at half maximum of a Gaussian, in standard deviations, as the authors round it.
+# Full width at half maximum of a Gaussian, in standard deviations, rounded as by the authors.
 BETA = 2.35
-LEAST_VARIANCE = 1e-6
+MIN_VARIANCE = 1e-6
 
 
 class Attended(NamedTuple):
-    """A probabilistic attention up to its noise.
+    """State of a probabilistic attention before its noise is drawn.
 
     Attributes:
-      query: (B, Q, C) the stream that asks.
-      weights: (B, Q, K) the softmax.
-      value_mean, value_std: (B, K, C).
+      query: (B, Q, C) query stream.
+      weights: (B, Q, K) attention weights (softmax).
+      value_mean, value_std: (B, K, C) Gaussian of the values.
     """
 
     query: Float[Array, "b q c"]
@@ -33,13 +33,13 @@ class Attended(NamedTuple):
 
 
 class ProbabilisticAttention(nn.Module):
-    """Single-head cross-attention with Gaussian keys and values, gated; section 3 of the paper.
+    """Gated single-head cross-attention with Gaussian keys and values; section 3 of the paper.
 
     Attributes:
-      width: C, of both streams.
-      beta: how much a key's standard deviation lowers its score.
-      gate_init: of the gate's logit.
-      dtype: of the computation; the softmax is float32 or wider.
+      width: C, width of both streams.
+      beta: Weight by which a key's standard deviation lowers its score.
+      gate_init: Initial logit of the gate.
+      dtype: Dtype of the computation; the softmax uses float32 or wider.
     """
 
     width: int
@@ -57,7 +57,10 @@ class ProbabilisticAttention(nn.Module):
         self.gate = self.param("gate", nn.initializers.constant(self.gate_init), ())
 
     def attend(self, x: Float[Array, "b q c"], context: Float[Array, "b k c"]) -> Attended:
-        """Scores Q K^T / sqrt(C) - beta sqrt(Q^2 Var(K)^T / C), and the values' distribution."""
+        """Computes the attention weights and the distribution of the values.
+
+        The scores are Q K^T / sqrt(C) - beta sqrt(Q^2 Var(K)^T / C).
+        """
         query = full_precision(self.query(x))
         key_mean, key_variance = self._gaussian(self.key, self.norm_key, context)
         value_mean, value_variance = self._gaussian(self.value, self.norm_value, context)
@@ -67,7 +70,7 @@ class ProbabilisticAttention(nn.Module):
         return Attended(x, weights, value_mean, jnp.sqrt(value_variance))
 
     def mix(self, attended: Attended, noise: Float[Array, "b k c"] | None) -> Float[Array, "b q c"]:
-        """The gated answer for values mean + std * noise; None: for their means."""
+        """Returns the gated output for values mean + std * noise; None uses the means."""
         value = attended.value_mean
         if noise is not None:
             value = value + attended.value_std * noise
@@ -76,17 +79,23 @@ class ProbabilisticAttention(nn.Module):
         return gate * self.out(mixed) + (1 - gate) * attended.query
 
     def __call__(self, x, context, noise=None) -> Float[Array, "b q c"]:
-        """`attend`, then `mix`."""
+        """Runs `attend`, then `mix`."""
         return self.mix(self.attend(x, context), noise)
 
     def _gaussian(self, project, norm, context):
         mean, raw = jnp.split(project(context), 2, axis=-1)
-        variance = jax.nn.softplus(full_precision(raw)) + LEAST_VARIANCE
+        variance = jax.nn.softplus(full_precision(raw)) + MIN_VARIANCE
         return full_precision(norm(mean)), variance
 
 
 class Prepared(NamedTuple):
-    """An adapter up to its noise: both streams at its width, and the picture's first question."""
+    """State of an adapter before its noise is drawn.
+
+    Attributes:
+      image: (B, N, C) image stream at the adapter's width.
+      text: (B, L, C) text stream at the adapter's width.
+      attended: Attention of the image to the text.
+    """
 
     image: Float[Array, "b n c"]
     text: Float[Array, "b l c"]
@@ -94,11 +103,11 @@ class Prepared(NamedTuple):
 
 
 class Adapter(nn.Module):
-    """PVL adapter: the picture asks the sentence, then the sentence asks the picture.
+    """PVL adapter: the image attends to the text, then the text attends to the image.
 
     Attributes:
-      image_width, text_width: of the towers.
-      width, beta, gate_init, dtype: see `ProbabilisticAttention`.
+      image_width, text_width: Widths of the encoders.
+      width, beta, gate_init, dtype: See `ProbabilisticAttention`.
     """
 
     image_width: int
@@ -118,31 +127,31 @@ class Adapter(nn.Module):
         self.text_up = linear(self.text_width, self.width, self.dtype, use_bias=False)
 
     def prepare(self, x: Float[Array, "b n d"], u: Float[Array, "b l e"]) -> Prepared:
-        """What does not depend on this adapter's noise."""
+        """Computes the part that does not depend on the noise of this adapter."""
         image, text = self.image_down(x), self.text_down(u)
         return Prepared(image, text, self.image_from_text.attend(image, text))
 
     def finish(
         self, prepared: Prepared, noise: Sequence[Array] | None
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b l e"]]:
-        """What is added to both streams.
+        """Computes the updates to be added to both streams.
 
         Args:
-          prepared: see there.
-          noise: of the sentence's values (B, L, C) and of the picture's (B, N, C).
+          prepared: Output of `prepare`.
+          noise: Noise of the text values (B, L, C) and of the image values (B, N, C).
         """
-        of_text, of_image = (None, None) if noise is None else noise
-        image = self.image_from_text.mix(prepared.attended, of_text)
-        text = self.text_from_image(prepared.text, image, of_image)
+        text_noise, image_noise = (None, None) if noise is None else noise
+        image = self.image_from_text.mix(prepared.attended, text_noise)
+        text = self.text_from_image(prepared.text, image, image_noise)
         return self.image_up(image), self.text_up(text)
 
     def __call__(self, x, u, noise=None):
-        """`prepare`, then `finish`."""
+        """Runs `prepare`, then `finish`."""
         return self.finish(self.prepare(x, u), noise)
 
 
 def bounded_uniform(fan_in: int) -> nn.initializers.Initializer:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the published framework's default."""
+    """Returns the initialiser U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the published default."""
 
     def draw(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -1, 1) * fan_in**-0.5
@@ -153,7 +162,7 @@ def bounded_uniform(fan_in: int) -> nn.initializers.Initializer:
 def linear(
     features: int, inputs: int, dtype: Any, use_bias: bool = True, name: str | None = None
 ) -> nn.Dense:
-    """A linear layer of `inputs` features with the published framework's first values."""
+    """Returns a linear layer with `inputs` input features and the published initialisation."""
     return Dense(
         features,
         use_bias=use_bias,

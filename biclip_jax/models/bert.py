@@ -1,4 +1,4 @@
-"""BERT-base as text tower: CXR-BERT, PubMedBERT, BiomedBERT (Devlin et al., arXiv 1810.04805)."""
+"""BERT-base text encoder: CXR-BERT, PubMedBERT, BiomedBERT (Devlin et al., arXiv 1810.04805)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Bert(nn.Module):
     """Post-norm transformer over word, position and segment embeddings.
 
     Attributes:
-      vocab_size, max_length, num_segments: rows of the three embedding tables.
-      width, num_layers, num_heads, mlp_width: of the transformer.
-      projection_size: of the projection head; 0: no head.
-      projection_kind: "cxr_bert" (Boecking et al., arXiv 2204.09817), or "mlp", which
-        UniMedCLIP and BiomedCLIP have.
-      activation, epsilon: of the blocks.
-      dropout: of the embeddings and in the blocks, where there are keys for it.
-      dtype: of the computation.
+      vocab_size, max_length, num_segments: Rows of the three embedding tables.
+      width, num_layers, num_heads, mlp_width: Sizes of the transformer.
+      projection_size: Size of the projected embedding; 0: no projection head.
+      projection_kind: "cxr_bert" (Boecking et al., arXiv 2204.09817), or "mlp", as in UniMedCLIP
+        and BiomedCLIP.
+      activation, epsilon: Fields of the blocks.
+      dropout: Dropout rate of the embeddings and blocks; applied only if keys are passed.
+      dtype: Dtype of the computation.
     """
 
     vocab_size: int = 30522
@@ -43,7 +43,7 @@ class Bert(nn.Module):
 
     @property
     def embedding_size(self) -> int:
-        """Length of the sentence's embedding."""
+        """Size of the text embedding."""
         return self.projection_size or self.width
 
     def setup(self):
@@ -71,16 +71,16 @@ class Bert(nn.Module):
     def __call__(
         self, text_ids: Int[Array, "b l"], text_mask: Bool[Array, "b l"] | None = None
     ) -> tuple[Float[Array, "b e"], dict[str, Any]]:
-        """Sentences to embeddings.
+        """Computes text embeddings.
 
         Args:
-          text_ids: with [CLS] first; at most `max_length` of them.
-          text_mask: true at tokens, false at padding, which no token sees; None: [PAD] is id 0.
+          text_ids: Token ids, [CLS] first; at most `max_length` per example.
+          text_mask: True at tokens, false at padding, which no token attends to; None: [PAD] is id
+            0.
 
         Returns:
-          The projected state of [CLS] (B, projection_size), or without a head the
-          state itself (B, width); and hidden_states, num_layers + 1 of
-          (B, L, width), the embeddings first.
+          The projected state of [CLS] (B, projection_size), or without a head the state itself (B,
+          width); and hidden_states, num_layers + 1 arrays of (B, L, width), the embeddings first.
         """
         x = self.embed(text_ids)
         mask = self.attention_mask(text_ids, text_mask)
@@ -91,29 +91,37 @@ class Bert(nn.Module):
         return self.pool(x[:, 0]), {"hidden_states": tuple(hidden_states)}
 
     def pool(self, state: Float[Array, "b d"]) -> Float[Array, "b e"]:
-        """The last state of [CLS] to the sentence's embedding."""
+        """Maps the last state of [CLS] to the text embedding."""
         return self.projection(state) if self.projection_size else state
 
     def summary_row(self, text_ids: Int[Array, "b l"]) -> Int[Array, " b"]:
-        """The token that stands for the sentence: [CLS], the first."""
+        """Returns the index of the token that represents the text: [CLS], the first one."""
         return jnp.zeros(len(text_ids), jnp.int32)
 
     def attention_mask(
         self, text_ids: Int[Array, "b l"], text_mask: Bool[Array, "b l"] | None = None
     ) -> Bool[Array, "b 1 1 l"]:
-        """True where a key is seen: at every token, not at padding."""
+        """Returns the attention mask: true at every token, false at padding."""
         return (text_ids != 0 if text_mask is None else text_mask)[:, None, None, :]
 
     def embed(
         self, text_ids: Int[Array, "b l"], keys: Key[Array, " b"] | None = None
     ) -> Float[Array, "b l d"]:
-        """The normalised sum of the embeddings; every token is of the first segment.
+        """Computes the normalised sum of the embeddings; every token is in the first segment.
 
-        `keys` are of the dropout; None: without it.
+        Args:
+          text_ids: Token ids.
+          keys: Dropout keys, one per example; None disables dropout.
+
+        Returns:
+          Token states (B, L, D).
+
+        Raises:
+          ValueError: More than `max_length` tokens.
         """
         length = text_ids.shape[1]
         if length > self.max_length:
-            raise ValueError(f"{length} tokens; the tower has {self.max_length} positions")
+            raise ValueError(f"{length} tokens; the text encoder has {self.max_length} positions")
         x = self.norm(self.words(text_ids) + self.positions[:length] + self.segments[0])
         if keys is None or not self.dropout:
             return x
@@ -134,7 +142,7 @@ class ProjectionHead(nn.Module):
 
 
 class ProjectionMLP(nn.Module):
-    """The head of open_clip's BERT towers: linear, exact GELU, linear; no biases."""
+    """Head of open_clip's BERT text encoders: linear, exact GELU, linear; no biases."""
 
     features: int
     dtype: Any = jnp.float32
@@ -147,5 +155,5 @@ class ProjectionMLP(nn.Module):
 
 
 def build(config: Mapping[str, Any], dtype: str = "float32", name: str | None = None) -> Bert:
-    """The tower that a `config.json` of a converted folder describes: `Bert`'s attributes."""
+    """Builds the encoder from the `config.json` of a converted folder: the attributes of `Bert`."""
     return Bert(**config, dtype=jnp.dtype(dtype), name=name)

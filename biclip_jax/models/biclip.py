@@ -1,4 +1,4 @@
-"""BiCLIP (arXiv 2603.00156) assembled: fuse, then segment."""
+"""The BiCLIP model (arXiv 2603.00156): fuse, then segment."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 PSEUDO_MEAN, PSEUDO_STD = 0.5, 0.25
 HEADS = ("cycle", "iac")
 
-# What a configuration that says less than today's means: the model `published`.
+# Values of fields that an older config does not have: the model `published`.
 DEFAULTS: dict[str, Any] = {
     "norm": "batch",
     "remat": False,
@@ -40,15 +40,13 @@ DEFAULTS: dict[str, Any] = {
 
 
 class Fused(NamedTuple):
-    """What the fusion gives.
+    """Outputs of the fusion. Outputs that the model's fields disable are None.
 
     Attributes:
-      text: (B, 784) the projected sentence t.
-      refined_text: (B, 784) t' = t + g([t; i]).
-      pseudo_image: (B, H, W, 3) in [0, 1], the sentence as a picture.
-      cycle_text: (B, 784) the sentence read back from the pseudo-image; None outside training.
-
-    What the model's fields switch off is None.
+      text: (B, 784) projected text t.
+      refined_text: (B, 784) refined text t' = t + g([t; i]).
+      pseudo_image: (B, H, W, 3) in [0, 1], generated from the refined text.
+      cycle_text: (B, 784) text reconstructed from the pseudo-image; None outside training.
     """
 
     text: Float[Array, "b t"] | None
@@ -58,11 +56,12 @@ class Fused(NamedTuple):
 
 
 class View(NamedTuple):
-    """What the U-Net sees of a batch.
+    """Inputs of the U-Net.
 
     Attributes:
-      image, pseudo_image: (B, H, W, 3) in [0, 1]; no pseudo-image where the model makes none.
-      text: (B, 784) the sentence's embedding for the U-Net's levels; None without them.
+      image, pseudo_image: (B, H, W, 3) in [0, 1]; pseudo_image is None if the model has no
+        generator.
+      text: (B, 784) text embedding for the text-conditioned levels; None without them.
     """
 
     image: Float[Array, "b h w 3"]
@@ -78,34 +77,34 @@ class Segmented(NamedTuple):
 
 
 class BiCLIP(nn.Module):
-    """The network of this paper; its fields make `published`, `full` and their rivals.
+    """BiCLIP; its fields select `published`, `full` and the baselines.
 
-    Pictures are float32 in [0, 1], (B, H, W, 3), H = W = image_size; every
-    normalisation after that happens here. A sentence comes either as
-    `text_ids` and `text_mask` (B, L), or as `text_features` (B, D), the pooled
-    output of a frozen text tower. Without a pseudo-image and without modulated
-    levels the model is the image-only U-Net and looks at no sentence.
+    Images are float32 in [0, 1], (B, H, W, 3), H = W = image_size; the model normalises them
+    itself. The text input is either `text_ids` and `text_mask` (B, L), or `text_features` (B, D),
+    the pooled output of a frozen text encoder. Without a pseudo-image and without text-conditioned
+    levels the model is the image-only U-Net and ignores the text.
 
     Attributes:
-      image_size: 28 * 2^k, divisible by 2 to the number of poolings.
-      widths: channels of the U-Net's levels.
-      norm: of the U-Net's blocks, "batch" or "group".
-      remat: of the U-Net's blocks, see `unet.UNet`.
-      encoder_widths, cycle_widths: channels of the image encoder and of the cycle head.
-      pseudo_image: whether the sentence becomes a picture, the U-Net's second input.
-      pseudo_contrast: how the generator begins, see `fusion.Generator`.
-      vision_to_text: whether the picture refines the sentence, at the input and at the levels.
-      text_to_vision: whether the sentence modulates the levels.
-      levels: blocks of the U-Net where both meet again, see `unet.block_names`.
-      level_hidden: of the refiners there.
-      zero_start: whether all refiners begin at zero, and the sentence as its own projection.
-      no_text: whether an empty sentence has a learned vector of its own.
-      heads: those that only training uses: "cycle", "iac", both or none.
-      iac_blocks: decoder blocks with a consistency head.
-      text_encoder: maps (ids, mask) to (B, D); None where features are given.
-      pretrained_image_encoder: maps pictures to (B, Di); None: a small CNN of our own.
-      axis_name: device axis for BatchNorm's statistics in training.
-      dtype: of the computation; parameters, statistics, logits are float32.
+      image_size: Image side, 28 * 2^k and divisible by 2 to the number of poolings.
+      widths: Channels of the U-Net's levels.
+      norm: Norm of the U-Net's blocks, "batch" or "group".
+      remat: Whether to rematerialise the U-Net's blocks, see `unet.UNet`.
+      encoder_widths, cycle_widths: Channels of the image encoder and of the cycle head.
+      pseudo_image: Whether a pseudo-image generated from the text is the U-Net's second input.
+      pseudo_contrast: Initialisation of the generator, see `fusion.Generator`.
+      vision_to_text: Whether the image refines the text, at the input and at the levels.
+      text_to_vision: Whether the text modulates the levels.
+      levels: U-Net blocks with fusion, see `unet.block_names`.
+      level_hidden: Hidden features of the refiners at the levels.
+      zero_init: Whether all refiners are zero at initialisation, so that the refined text is the
+        projected text.
+      no_text: Whether an empty prompt is replaced by a learned vector.
+      heads: Training-only heads: "cycle", "iac", both or none.
+      iac_blocks: Decoder blocks with a consistency head.
+      text_encoder: Module that maps (ids, mask) to (B, D); None if the inputs are text_features.
+      pretrained_image_encoder: Module that maps images to (B, Di); None: `fusion.ImageEncoder`.
+      axis_name: Device axis of BatchNorm's statistics in training.
+      dtype: Dtype of the computation; parameters, statistics and logits are float32.
     """
 
     image_size: int = 224
@@ -131,7 +130,7 @@ class BiCLIP(nn.Module):
 
     @property
     def uses_text(self) -> bool:
-        """Whether the sentence has any way to the mask."""
+        """Whether the prediction depends on the text."""
         return self.pseudo_image or (self.text_to_vision and bool(self.levels))
 
     def setup(self):
@@ -139,7 +138,7 @@ class BiCLIP(nn.Module):
             self.widths,
             norm=self.norm,
             remat=self.remat,
-            # Without a way back to the picture, refining the sentence there would be for nothing.
+            # Without text to vision, refining the text at the levels has no effect on the mask.
             fused_blocks=self.levels if self.text_to_vision else (),
             vision_to_text=self.vision_to_text,
             text_to_vision=self.text_to_vision,
@@ -178,19 +177,19 @@ class BiCLIP(nn.Module):
         text_features: Float[Array, "b d"] | None = None,
         has_text: Bool[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "b h w 1"], dict[str, Array]]:
-        """Inference: one pass; returns logits and the named intermediates.
+        """Runs inference; returns logits and the named intermediates.
 
-        The intermediates are features (B, H, W, widths[0]), the decoder's last,
-        and, where the model has them, text, refined_text, pseudo_image (see `Fused`).
-        `has_text` is false for empty sentences; see `no_text`.
+        The intermediates are features (B, H, W, widths[0]) of the last decoder block and, where
+        the model has them, text, refined_text and pseudo_image (see `Fused`). `has_text` is false
+        for empty prompts, see `no_text`.
         """
         fused = self.fuse(image, text_ids, text_mask, text_features, has_text)
         view = View(image, fused.pseudo_image, fused.refined_text)
         logits, features = self.segment(view)
         if self.is_initializing():
             self._touch_training_heads(fused, features)
-        named = {"features": features["decoder_0"], **fused._asdict()}
-        return logits, {name: value for name, value in named.items() if value is not None}
+        intermediates = {"features": features["decoder_0"], **fused._asdict()}
+        return logits, {name: value for name, value in intermediates.items() if value is not None}
 
     def fuse(
         self,
@@ -201,12 +200,12 @@ class BiCLIP(nn.Module):
         has_text: Bool[Array, " b"] | None = None,
         train: bool = False,
     ) -> Fused:
-        """The picture refines the sentence, the sentence becomes a pseudo-image."""
+        """Refines the text with the image and generates the pseudo-image from the refined text."""
         if not self.uses_text:
             return Fused(None, None, None, None)
         if text_features is None:
             if self.text_encoder is None:
-                raise ValueError("this model has no text encoder; give text_features")
+                raise ValueError("the model has no text encoder; pass text_features")
             text_features = self.text_encoder(text_ids, text_mask)
         text = refined_text = full_precision(self.text_projection(text_features))
         if self.no_text and has_text is not None:
@@ -216,21 +215,21 @@ class BiCLIP(nn.Module):
         if not self.pseudo_image:
             return Fused(text, refined_text, None, None)
         pseudo_image = self.generator(refined_text)
-        read_back = train and "cycle" in self.heads
-        cycle_text = self.cycle_head(pseudo_image) if read_back else None
+        reconstruct = train and "cycle" in self.heads
+        cycle_text = self.cycle_head(pseudo_image) if reconstruct else None
         return Fused(text, refined_text, pseudo_image, cycle_text)
 
     def segment(
         self, view: View, train: bool = False
     ) -> tuple[Float[Array, "b h w 1"], dict[str, Array]]:
-        """A view to logits and {name: features of the decoder block}."""
+        """Computes logits and {name: features} of the decoder blocks for one view."""
         x = (view.image - jnp.asarray(IMAGENET_MEAN)) / jnp.asarray(IMAGENET_STD)
         if view.pseudo_image is not None:
             x = jnp.concatenate([x, (view.pseudo_image - PSEUDO_MEAN) / PSEUDO_STD], axis=-1)
         return self.unet(x, train, view.text)
 
     def training_pass(self, view: View) -> Segmented:
-        """`segment` by the batch's own statistics, and what the consistency heads make of it."""
+        """Runs `segment` with batch statistics, and the consistency heads."""
         return self._with_embeddings(*self.segment(view, train=True))
 
     def _with_embeddings(self, logits, features):
@@ -238,36 +237,36 @@ class BiCLIP(nn.Module):
         return Segmented(logits, {block: head(features[block]) for block, head in heads.items()})
 
     def _touch_training_heads(self, fused, features):
-        """Creates the parameters that only training uses, so that one init makes them all."""
+        """Creates the parameters that only training uses, so that one init creates all of them."""
         self._with_embeddings(None, features)
         if fused.pseudo_image is not None and "cycle" in self.heads:
             self.cycle_head(fused.pseudo_image)
 
 
 def _consistency_name(block: str) -> str:
-    """The published network has one head, on the last features."""
+    """Returns the parameter name of a head; the published network has only that of decoder_0."""
     return "consistency_head" if block == "decoder_0" else f"consistency_head_{block}"
 
 
 def to_unit_rgb(image: Array) -> Float[Array, "b h w 3"]:
-    """uint8 (B, H, W, 1 or 3) to float32 (B, H, W, 3) in [0, 1]."""
+    """Converts uint8 (B, H, W, 1 or 3) to float32 (B, H, W, 3) in [0, 1]."""
     image = image.astype(jnp.float32) / 255
     return jnp.broadcast_to(image, (*image.shape[:3], 3))
 
 
 def text_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The sentence as the model takes it: ids and mask, or a frozen tower's features."""
+    """Selects the model's text inputs: ids and mask, or the features of a frozen text encoder."""
     names = ("text_features",) if "text_features" in batch else ("text_ids", "text_mask")
     return {name: batch[name] for name in (*names, "has_text") if name in batch}
 
 
 def init(model: BiCLIP, key: Key[Array, ""], text: Mapping[str, Array]) -> dict[str, Any]:
-    """Fresh variables (params, batch_stats), training heads included; float32.
+    """Initialises the variables (params, batch_stats), training heads included; float32.
 
     Args:
-      model: with a text encoder where `text` holds ids.
-      key: of the parameters.
-      text: of one sentence, as the model takes it; see `text_inputs`.
+      model: Has a text encoder if `text` holds ids.
+      key: Key of the parameters.
+      text: Text inputs of one example, see `text_inputs`.
     """
     size = model.image_size
     variables = jax.jit(model.init)(key, jnp.zeros((1, size, size, 3)), **text)
@@ -282,20 +281,20 @@ def build(
     pretrained_image_encoder: nn.Module | None = None,
     axis_name: str | None = None,
 ) -> BiCLIP:
-    """The model that a resolved `model` configuration describes.
+    """Builds the model that a resolved `model` config describes.
 
     Args:
-      config: the fields of `model` in `configs/common.py`; what is missing is as in
-        `published`, see `DEFAULTS`.
-      vocab_size: of the tokenizer, for the scratch text encoder.
-      pretrained_text_encoder: for the other text encoders; None: the model takes
-        text_features alone.
-      pretrained_image_encoder: for the other image encoders.
-      axis_name: device axis of training; None for inference.
+      config: Fields of `model` in `configs/common.py`; missing ones default to `published`, see
+        `DEFAULTS`.
+      vocab_size: Vocabulary size of the tokenizer, for the scratch text encoder.
+      pretrained_text_encoder: For the other text encoders; None: the model takes text_features
+        only.
+      pretrained_image_encoder: For the image encoders other than "cnn".
+      axis_name: Device axis of training; None for inference.
 
     Raises:
-      ValueError: an image size that the generator or the poolings cannot make, a block
-        that the U-Net does not have.
+      ValueError: The image size does not fit the generator or the poolings, or the U-Net has no
+        such block.
     """
     config = {**DEFAULTS, **config}
     size, num_levels, width = config["image_size"], config["num_levels"], config["width"]
@@ -329,15 +328,15 @@ def build(
 
 
 def named_blocks(names: str, num_levels: int) -> tuple[str, ...]:
-    """Blocks of the U-Net, in the order of the data.
+    """Returns the selected blocks of the U-Net in data-flow order.
 
     Args:
-      names: comma-separated: names of `unet.block_names`, or all, encoder,
-        bottleneck, decoder for all of a kind; empty for none.
-      num_levels: of the U-Net.
+      names: Comma-separated names of `unet.block_names`, or all, encoder, bottleneck, decoder for
+        a group of blocks; empty for none.
+      num_levels: Number of levels of the U-Net.
 
     Raises:
-      ValueError: another name.
+      ValueError: Unknown block.
     """
     blocks = block_names(num_levels)
     groups = {
@@ -346,26 +345,26 @@ def named_blocks(names: str, num_levels: int) -> tuple[str, ...]:
         "bottleneck": blocks[num_levels - 1 : num_levels],
         "decoder": blocks[num_levels:],
     } | {block: (block,) for block in blocks}
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    unknown = [name for name in wanted if name not in groups]
+    requested = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in requested if name not in groups]
     if unknown:
-        raise ValueError(f"{unknown[0]!r} is no block of the U-Net; expected {', '.join(groups)}")
-    chosen = {block for name in wanted for block in groups[name]}
-    return tuple(block for block in blocks if block in chosen)
+        raise ValueError(f"unknown U-Net block {unknown[0]!r}; expected one of {', '.join(groups)}")
+    selected = {block for name in requested for block in groups[name]}
+    return tuple(block for block in blocks if block in selected)
 
 
 def check_size(size: int, num_levels: int, pseudo_image: bool) -> None:
-    """Raises ValueError for a picture's size that levels or generator cannot have."""
-    smallest = 2 ** (num_levels - 1)
+    """Raises ValueError if the levels or the generator cannot have this image size."""
+    divisor = 2 ** (num_levels - 1)
     if pseudo_image:
-        legal = [one for one in fusion.generator_sizes() if one % smallest == 0]
-        if size not in legal:
+        valid = [side for side in fusion.generator_sizes() if side % divisor == 0]
+        if size not in valid:
             raise ValueError(
-                f"image_size is {size}; expected one of {legal} with {num_levels} levels"
+                f"image_size is {size}; expected one of {valid} with {num_levels} levels"
             )
-    elif size % smallest:
+    elif size % divisor:
         raise ValueError(
-            f"image_size is {size}; expected a multiple of {smallest} with {num_levels} levels"
+            f"image_size is {size}; expected a multiple of {divisor} with {num_levels} levels"
         )
 
 

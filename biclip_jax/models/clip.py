@@ -1,4 +1,4 @@
-"""CLIP (Radford et al., arXiv 2103.00020): ViT image tower, text tower, and both together."""
+"""CLIP (Radford et al., arXiv 2103.00020): ViT image encoder, text encoder, and the full model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from biclip_jax.models.layers import Dense, LayerNorm, full_precision
 from biclip_jax.models.resnet import ModifiedResNet
 from biclip_jax.models.transformer import Block, interpolate_positions
 
-# Of the pictures CLIP was trained on; RGB in [0, 1].
+# Statistics of CLIP's training images; RGB in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -54,15 +54,15 @@ class VisionTransformer(nn.Module):
     """CLIP's ViT: patches and a class token, pre-norm blocks, a projection.
 
     Attributes:
-      image_size: side of the pictures of the position table; others are
-        possible, the table is interpolated.
-      patch_size: in pixels; the picture's sides are multiples of it.
-      width, num_layers, num_heads, mlp_width: of the transformer.
-      embedding_size: E, of the joint space.
-      activation, epsilon: of the blocks.
-      patch_bias, stem_norm: what the stem has; timm's ViT of BiomedCLIP has the first and not
-        the second.
-      dtype: of the computation.
+      image_size: Image side that the position table is for; the table is interpolated to other
+        sizes.
+      patch_size: Patch side in pixels; divides the image sides.
+      width, num_layers, num_heads, mlp_width: Sizes of the transformer.
+      embedding_size: E, size of the joint embedding space.
+      activation, epsilon: Fields of the blocks.
+      patch_bias, stem_norm: Whether the stem has a bias and a LayerNorm; timm's ViT of BiomedCLIP
+        has a bias and no LayerNorm.
+      dtype: Dtype of the computation.
     """
 
     image_size: int = 224
@@ -93,13 +93,12 @@ class VisionTransformer(nn.Module):
     def __call__(
         self, image: Float[Array, "b h w 3"]
     ) -> tuple[Float[Array, "b e"], dict[str, Any]]:
-        """Normalised pictures (see `MEAN`, `STD`) to embeddings.
+        """Computes embeddings of normalised images (see `MEAN`, `STD`).
 
         Returns:
-          The projected class token (B, E); and hidden_states, num_layers + 1 of
-          (B, 1 + patches, width), the stem's first; pooled (B, width), the class
-          token before the projection; tokens (B, 1 + patches, E), all of them
-          projected.
+          The projected class token (B, E); and hidden_states, num_layers + 1 arrays of (B, 1 +
+          patches, width), the stem's first; pooled (B, width), the class token before the
+          projection; tokens (B, 1 + patches, E), all tokens projected.
         """
         x = self.embed(image)
         hidden_states = [x]
@@ -114,31 +113,31 @@ class VisionTransformer(nn.Module):
         }
 
     def embed(self, image: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
-        """The stem: patches in rows after the class token, positions, LayerNorm."""
+        """Applies the stem: class token and patches in row-major order, positions, LayerNorm."""
         b, height, width, channels = image.shape
         size = self.patch_size
         if height % size or width % size:
-            raise ValueError(f"a picture of {height} x {width}; patches are {size} x {size}")
+            raise ValueError(f"the image is {height} x {width}; the patches are {size} x {size}")
         grid = (height // size, width // size)
-        # A convolution whose windows do not overlap is one matrix product.
+        # A convolution with non-overlapping windows is one matrix product.
         x = image.reshape(b, grid[0], size, grid[1], size, channels).transpose(0, 1, 3, 2, 4, 5)
         x = self.patches(x.reshape(b, grid[0] * grid[1], size * size * channels))
-        first = jnp.broadcast_to(self.class_token.astype(x.dtype), (b, 1, self.width))
-        x = jnp.concatenate([first, x], axis=1) + interpolate_positions(self.positions, grid)
+        token = jnp.broadcast_to(self.class_token.astype(x.dtype), (b, 1, self.width))
+        x = jnp.concatenate([token, x], axis=1) + interpolate_positions(self.positions, grid)
         return self.norm_pre(x) if self.stem_norm else x.astype(self.dtype)
 
     def project(self, x: Float[Array, "b n d"]) -> Float[Array, "b n e"]:
-        """States of the last block into the joint space, token by token."""
+        """Projects the states of the last block to the joint space, token by token."""
         return self.projection(self.norm_post(x))
 
 
 class TextTransformer(nn.Module):
-    """CLIP's text tower: causal, pre-norm, pooled at the end token.
+    """CLIP's text encoder: causal, pre-norm, pooled at the end token.
 
     Attributes:
-      vocab_size, max_length: rows of the embedding tables.
-      width, num_layers, num_heads, mlp_width, embedding_size, activation,
-        epsilon, dtype: as in `VisionTransformer`.
+      vocab_size, max_length: Rows of the embedding tables.
+      width, num_layers, num_heads, mlp_width, embedding_size, activation, epsilon, dtype: See
+        `VisionTransformer`.
     """
 
     vocab_size: int = 49408
@@ -163,17 +162,17 @@ class TextTransformer(nn.Module):
     def __call__(
         self, text_ids: Int[Array, "b l"], text_mask: Bool[Array, "b l"] | None = None
     ) -> tuple[Float[Array, "b e"], dict[str, Any]]:
-        """Sentences to embeddings.
+        """Computes text embeddings.
 
         Args:
-          text_ids: the end token has the largest id; at most `max_length` tokens.
-          text_mask: false at padding. It changes the states of the padding
-            alone, since no token sees a later one; None: padding sees all.
+          text_ids: Token ids, at most `max_length` per example; the end token has the largest id.
+          text_mask: False at padding. It changes only the states of the padding, because the
+            attention is causal; with None, padding attends to all earlier positions.
 
         Returns:
-          The projected state of the end token (B, E); and hidden_states,
-          num_layers + 1 of (B, L, width), the embeddings first; pooled (B,
-          width); tokens (B, L, E), all of them projected.
+          The projected state of the end token (B, E); and hidden_states, num_layers + 1 arrays of
+          (B, L, width), the embeddings first; pooled (B, width); tokens (B, L, E), all tokens
+          projected.
         """
         x = self.embed(text_ids)
         mask = self.attention_mask(text_ids)
@@ -191,22 +190,22 @@ class TextTransformer(nn.Module):
         }
 
     def embed(self, text_ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
-        """Words plus positions."""
+        """Computes the sum of word and position embeddings."""
         length = text_ids.shape[1]
         if length > self.max_length:
-            raise ValueError(f"{length} tokens; the tower has {self.max_length} positions")
+            raise ValueError(f"{length} tokens; the text encoder has {self.max_length} positions")
         return (self.words(text_ids) + self.positions[:length]).astype(self.dtype)
 
     def pool(self, state: Float[Array, "b d"]) -> Float[Array, "b e"]:
-        """The last state of the end token to the sentence's embedding."""
+        """Maps the last state of the end token to the text embedding."""
         return self.projection(self.norm_post(state))
 
     def summary_row(self, text_ids: Int[Array, "b l"]) -> Int[Array, " b"]:
-        """The token that stands for the sentence: the end token, which has the largest id."""
+        """Returns the index of the token that represents the text: the end token (largest id)."""
         return text_ids.argmax(axis=-1)
 
     def attention_mask(self, text_ids: Int[Array, "b l"]) -> Bool[Array, "1 1 l l"]:
-        """True where a key is not later than its query, padding or not."""
+        """Returns the causal mask: true at keys not later than the query, padding included."""
         return jnp.tril(jnp.ones((1, 1, *2 * text_ids.shape[1:]), bool))
 
 
@@ -224,11 +223,11 @@ def _blocks(encoder: VisionTransformer | TextTransformer) -> list[Block]:
 
 
 class CLIP(nn.Module):
-    """Both towers and the temperature between them.
+    """Both encoders and the temperature.
 
     Attributes:
-      image_encoder: a `VisionTransformer` or `ModifiedResNet`.
-      text_encoder: a `TextTransformer` or `Bert`.
+      image_encoder: A `VisionTransformer` or `ModifiedResNet`.
+      text_encoder: A `TextTransformer` or `Bert`.
     """
 
     image_encoder: nn.Module
@@ -241,16 +240,16 @@ class CLIP(nn.Module):
     def __call__(
         self, image: Float[Array, "i h w 3"], text_ids: Int[Array, "t l"]
     ) -> tuple[Float[Array, "i t"], dict[str, Any]]:
-        """Similarity logits of every picture with every sentence.
+        """Computes the similarity logits of every image with every text.
 
         Args:
-          image: normalised, see `MEAN` and `STD`.
-          text_ids: see `TextTransformer`.
+          image: Normalised images, see `MEAN` and `STD`.
+          text_ids: See `TextTransformer`.
 
         Returns:
-          exp(logit_scale) times the cosines (pictures, sentences); and
-          image_embedding (I, E), text_embedding (T, E), both of length 1, and
-          image and text, the towers' own intermediates.
+          exp(logit_scale) times the cosine similarities (I, T); and image_embedding (I, E),
+          text_embedding (T, E), both with unit norm, and image and text, the intermediates of the
+          encoders.
         """
         image_embedding, image_aux = self.encode_image(image)
         text_embedding, text_aux = self.encode_text(text_ids)
@@ -263,12 +262,12 @@ class CLIP(nn.Module):
         }
 
     def encode_image(self, image: Float[Array, "i h w 3"]):
-        """Embeddings of length 1 (I, E), and the tower's intermediates."""
+        """Returns unit-norm embeddings (I, E) and the intermediates of the image encoder."""
         embedding, aux = self.image_encoder(image)
         return _unit(embedding), aux
 
     def encode_text(self, text_ids: Int[Array, "t l"], text_mask=None):
-        """Embeddings of length 1 (T, E), and the tower's intermediates."""
+        """Returns unit-norm embeddings (T, E) and the intermediates of the text encoder."""
         embedding, aux = self.text_encoder(text_ids, text_mask)
         return _unit(embedding), aux
 
@@ -279,17 +278,17 @@ def _unit(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
 
 
 class ResizedImageEncoder(nn.Module):
-    """A pretrained image tower as the embedding of pictures that were not prepared for it.
+    """Pretrained image encoder for images that were not preprocessed for it.
 
     Attributes:
-      pretrained: a `VisionTransformer` or `ModifiedResNet`, used as at inference.
+      pretrained: A `VisionTransformer` or `ModifiedResNet`, used in inference mode.
     """
 
     pretrained: nn.Module
 
     @nn.compact
     def __call__(self, image: Float[Array, "b h w 3"]) -> Float[Array, "b e"]:
-        """Pictures in [0, 1] of any size, resized bilinearly to the tower's, to embeddings."""
+        """Resizes images in [0, 1] bilinearly to the encoder's size and computes embeddings."""
         size = self.pretrained.image_size
         image = jax.image.resize(image, (len(image), size, size, 3), "bilinear")
         embedding, _ = self.pretrained((image - jnp.asarray(MEAN)) / jnp.asarray(STD))
@@ -299,7 +298,7 @@ class ResizedImageEncoder(nn.Module):
 def build_image_encoder(
     config: Mapping[str, Any], dtype: str = "float32", name: str | None = None
 ) -> VisionTransformer | ModifiedResNet:
-    """The image tower that the `image` part of a converted folder's `config.json` describes."""
+    """Builds the image encoder from the `image` part of a converted folder's `config.json`."""
     fields = {name: value for name, value in config.items() if name != "kind"}
     if config["kind"] == "resnet":
         return ModifiedResNet(**fields, dtype=jnp.dtype(dtype), name=name)
@@ -309,7 +308,7 @@ def build_image_encoder(
 def build_text_encoder(
     config: Mapping[str, Any], dtype: str = "float32", name: str | None = None
 ) -> TextTransformer | bert.Bert:
-    """The text tower that the `text` part of a converted folder's `config.json` describes."""
+    """Builds the text encoder from the `text` part of a converted folder's `config.json`."""
     fields = {name: value for name, value in config.items() if name != "kind"}
     if config.get("kind") == "bert":
         return bert.build(fields, dtype, name)
@@ -317,7 +316,7 @@ def build_text_encoder(
 
 
 def build(config: Mapping[str, Any], dtype: str = "float32") -> CLIP:
-    """Both towers, from the fields image and text; see `VIT_B16`, `VIT_B32`, `RN50`, `TEXT`."""
+    """Builds CLIP from the fields image and text; see `VIT_B16`, `VIT_B32`, `RN50`, `TEXT`."""
     return CLIP(
         build_image_encoder(config["image"], dtype), build_text_encoder(config["text"], dtype)
     )

@@ -1,4 +1,4 @@
-"""Several members of one architecture as one model."""
+"""An ensemble of models with one architecture, as a single model."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-SMALLEST = 1e-7  # probability; its logit is finite in float32
+SMALLEST = 1e-7  # smallest probability; its logit is finite in float32
 
 
 class Ensemble(nn.Module):
-    """Members that answer in turn; the probability is the mean of theirs.
+    """Averages the probabilities of its members.
 
-    Their variables lie below "member" with a leading axis, see `stacked`. In turn
-    rather than at once, and written out: see `training.steps.ensemble_step`.
+    The variables of the members are below "member" with a leading member axis, see `stacked`. The
+    members run sequentially, in an unrolled loop; `training.steps.ensemble_step` says why.
 
     Attributes:
-      member: the architecture; takes a picture and named sentence fields.
-      num_members: K.
-      text_encoder: a frozen tower that all members share; None where each has its own.
+      member: The architecture; takes an image and named text inputs.
+      num_members: K, number of members.
+      text_encoder: Frozen text encoder shared by all members; None if each member has its own.
     """
 
     member: nn.Module
@@ -31,42 +31,42 @@ class Ensemble(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """The members', in pixels."""
+        """Image side of the members, in pixels."""
         return self.member.image_size
 
     @nn.compact
     def __call__(
         self, image: Float[Array, "b h w 3"], **text: Array
     ) -> tuple[Float[Array, "b h w 1"], dict[str, Array]]:
-        """The logit of the mean probability, and member_logits (K, B, H, W, 1)."""
+        """Returns the logit of the mean probability, and member_logits (K, B, H, W, 1)."""
         if self.text_encoder is not None and "text_features" not in text:
             ids, mask = text.pop("text_ids"), text.pop("text_mask")
             text["text_features"] = self.text_encoder(ids, mask)
 
-        def answer(member: nn.Module, carry: tuple[()], _: None):
+        def forward(member: nn.Module, carry: tuple[()], _: None):
             logits, _aux = member(image, **text)
             return carry, logits
 
-        in_turn = nn.scan(
-            answer,
+        scan_members = nn.scan(
+            forward,
             variable_axes={"params": 0, "batch_stats": 0},
             split_rngs={"params": True},
             length=self.num_members,
             unroll=self.num_members,
         )
-        _, member_logits = in_turn(self.member, (), None)
+        _, member_logits = scan_members(self.member, (), None)
         probs = jax.nn.sigmoid(member_logits).mean(0)
         probs = jnp.clip(probs, SMALLEST, 1 - SMALLEST)
         return jnp.log(probs) - jnp.log1p(-probs), {"member_logits": member_logits}
 
 
 def stacked(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables with a leading axis of members, as an `Ensemble` takes them."""
+    """Nests variables that have a leading member axis below "member", as `Ensemble` expects."""
     return {name: {"member": part} for name, part in variables.items()}
 
 
 def member_of(variables: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """The variables of one member alone, as its own model takes them."""
+    """Returns the variables of one member, as its own model expects them."""
     return {
         name: jax.tree.map(lambda x: x[index], part.get("member", {}))
         for name, part in variables.items()

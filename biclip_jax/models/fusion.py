@@ -1,4 +1,4 @@
-"""Bidirectional multimodal fusion (BMF): what passes between the picture and the sentence."""
+"""Bidirectional multimodal fusion (BMF) between the image and the text embedding."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from biclip_jax.models.layers import (
     gelu,
 )
 
-SEED_SIZE = 28  # the refined sentence is read as a SEED_SIZE x SEED_SIZE map
+SEED_SIZE = 28  # the generator reshapes the refined text to SEED_SIZE x SEED_SIZE
 TEXT_DIM = SEED_SIZE**2
 
 
 class TextMLP(nn.Module):
-    """Linear, LayerNorm, GELU, Linear: the text projection and the refiners are all this.
+    """Linear, LayerNorm, GELU, Linear; used for the text projection and the refiners.
 
     Attributes:
-      features: of the output.
-      hidden: between the two layers; None: as many as `features`.
-      zero_start: whether the output begins at zero.
+      features: Number of output features.
+      hidden: Number of hidden features; None: `features`.
+      zero_init: Whether the output is zero at initialisation.
+      dtype: Dtype of the computation.
     """
 
     features: int = TEXT_DIM
@@ -47,7 +48,7 @@ class TextMLP(nn.Module):
 
 
 class TextRefiner(nn.Module):
-    """Vision to text: t' = t + g([t; i]); the fields are those of `TextMLP`."""
+    """Vision to text: t' = t + g([t; i]). The attributes are those of `TextMLP`."""
 
     hidden: int | None = None
     zero_init: bool = False
@@ -57,21 +58,22 @@ class TextRefiner(nn.Module):
     def __call__(
         self, text: Float[Array, "b t"], image_embedding: Float[Array, "b i"]
     ) -> Float[Array, "b t"]:
-        both = jnp.concatenate([text, image_embedding], axis=-1)
+        concatenated = jnp.concatenate([text, image_embedding], axis=-1)
         mlp = TextMLP(text.shape[-1], self.hidden, self.zero_init, self.dtype, name="mlp")
-        return text + full_precision(mlp(both))
+        return text + full_precision(mlp(concatenated))
 
 
 class LevelFusion(nn.Module):
-    """BMF at one level of the U-Net: vision to text, then text to vision.
+    """BMF at one level of the U-Net: vision to text, then text to vision (FiLM).
 
-    t_l = t_{l-1} + g_l([t_{l-1}; mean(F_l)]);  F_l' = F_l (1 + gamma_l(t_l)) + beta_l(t_l).
-    gamma and beta begin at zero, so that training begins at the plain U-Net.
+    t_l = t_{l-1} + g_l([t_{l-1}; mean(F_l)]);  F_l' = F_l (1 + gamma_l(t_l)) + beta_l(t_l). gamma
+    and beta are zero at initialisation, so training starts from the plain U-Net.
 
     Attributes:
-      vision_to_text, text_to_vision: each direction can be off.
-      hidden: of g_l.
-      zero_start: whether g_l begins at zero, so that the sentence comes through unchanged.
+      vision_to_text, text_to_vision: Whether each direction is enabled.
+      hidden: Hidden features of g_l.
+      zero_init: Whether g_l is zero at initialisation, which passes the text through unchanged.
+      dtype: Dtype of the computation.
     """
 
     vision_to_text: bool = True
@@ -99,7 +101,7 @@ class LevelFusion(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Two 3x3 convolutions and a global mean: the picture's embedding i."""
+    """Two 3x3 convolutions and global average pooling; returns the image embedding i."""
 
     widths: Sequence[int] = (64, 256)
     dtype: Any = jnp.float32
@@ -113,12 +115,13 @@ class ImageEncoder(nn.Module):
 
 
 class Generator(nn.Module):
-    """Text to vision: the refined sentence becomes a pseudo-image in [0, 1].
+    """Text to vision: generates a pseudo-image in [0, 1] from the refined text.
 
     Attributes:
-      image_size: of the pseudo-image.
-      contrast: whether its kernels begin so that the sentence's variance comes through; the
-        published ones let so little of it through that the pseudo-image begins as an even grey.
+      image_size: Side of the pseudo-image, in pixels.
+      contrast: Whether the initial kernels preserve the variance of the text. The published
+        initialisation shrinks it so much that the initial pseudo-image is a uniform grey.
+      dtype: Dtype of the computation.
     """
 
     image_size: int = 224
@@ -137,24 +140,24 @@ class Generator(nn.Module):
 
 
 def generator_widths(image_size: int) -> tuple[int, ...]:
-    """Hidden channels of the generator: k doublings of 28 need the last k - 1 of (64, 32, 16, 8).
+    """Returns the hidden channels: k doublings of 28 use the last k - 1 of (64, 32, 16, 8).
 
     Raises:
-      ValueError: the size is not 28 * 2^k with k from 1 to 5.
+      ValueError: The size is not 28 * 2^k with k from 1 to 5.
     """
-    legal = generator_sizes()
-    if image_size not in legal:
-        raise ValueError(f"image_size is {image_size}; expected one of {legal}")
-    return (64, 32, 16, 8)[4 - legal.index(image_size) :]
+    valid = generator_sizes()
+    if image_size not in valid:
+        raise ValueError(f"image_size is {image_size}; expected one of {valid}")
+    return (64, 32, 16, 8)[4 - valid.index(image_size) :]
 
 
 def generator_sizes() -> list[int]:
-    """The sizes of a pseudo-image: 28 * 2^k with k from 1 to 5."""
+    """Returns the valid sizes of a pseudo-image: 28 * 2^k with k from 1 to 5."""
     return [SEED_SIZE * 2**k for k in range(1, 6)]
 
 
 class CycleHead(nn.Module):
-    """Reads the sentence back from the pseudo-image: t^ = h(x^). Training only."""
+    """Reconstructs the text embedding from the pseudo-image: t^ = h(x^). Training only."""
 
     features: int = TEXT_DIM
     widths: Sequence[int] = (32, 64)
@@ -167,7 +170,7 @@ class CycleHead(nn.Module):
 
 
 class ConsistencyHead(nn.Module):
-    """Image augmentation consistency (IAC): decoder features to a normalised embedding."""
+    """Image augmentation consistency (IAC): maps decoder features to a normalised embedding."""
 
     features: int = 256
 

@@ -1,4 +1,4 @@
-"""CLIP's ModifiedResNet image tower (Radford et al., arXiv 2103.00020, section 2.4)."""
+"""CLIP's ModifiedResNet image encoder (Radford et al., arXiv 2103.00020, section 2.4)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class ModifiedResNet(nn.Module):
     """CLIP's ResNet: three-layer stem, average pooling instead of strides, attention pooling.
 
     Attributes:
-      image_size: side of the pictures of the position table; sides are multiples of 32.
-      width: channels after the stem; the last stage has 32 times as many.
-      stages: blocks of the four stages.
-      num_heads: of the attention pooling.
-      embedding_size: E, of the joint space.
-      dtype: of the computation.
+      image_size: Image side that the position table is for; sides are multiples of 32.
+      width: Channels after the stem; the last stage has 32 times as many.
+      stages: Number of blocks in each of the four stages.
+      num_heads: Number of heads of the attention pooling.
+      embedding_size: E, size of the joint embedding space.
+      dtype: Dtype of the computation.
     """
 
     image_size: int = 224
@@ -37,12 +37,11 @@ class ModifiedResNet(nn.Module):
     def __call__(
         self, image: Float[Array, "b h w 3"], train: bool = False
     ) -> tuple[Float[Array, "b e"], dict[str, Any]]:
-        """Normalised pictures (`clip.MEAN`, `clip.STD`) to embeddings.
+        """Computes embeddings of normalised images (`clip.MEAN`, `clip.STD`).
 
         Returns:
-          The attention-pooled embedding (B, E); and hidden_states, the maps after
-          the stem and after each stage; tokens (B, H/32 W/32, 32 width), the last
-          map in rows.
+          The attention-pooled embedding (B, E); and hidden_states, the maps after the stem and
+          after each stage; tokens (B, H/32 W/32, 32 width), the last map flattened.
         """
         x = Stem(self.width, self.dtype, name="stem")(image, train)
         hidden_states = [x]
@@ -60,7 +59,7 @@ class ModifiedResNet(nn.Module):
 
 
 class Stem(nn.Module):
-    """Three 3x3 convolutions, the first of stride 2, and average pooling: a quarter of the size."""
+    """Three 3x3 convolutions, the first of stride 2, and average pooling; H/4 x W/4."""
 
     width: int
     dtype: Any = jnp.float32
@@ -79,7 +78,7 @@ class Stem(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, (average pooling), 1x1, and a residual that is pooled and projected alike."""
+    """1x1, 3x3, (average pooling) and 1x1 convolution, with a pooled and projected residual."""
 
     width: int
     stride: int = 1
@@ -103,7 +102,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """The mean of the map attends to the mean and to every place; the answer is projected."""
+    """Attention pooling: the mean of the map queries the mean and all positions."""
 
     side: int
     num_heads: int
@@ -144,6 +143,6 @@ def _conv(features: int, size: int, stride: int, dtype: Any, name: str) -> nn.Co
 
 
 def average_pool_2x2(x: Float[Array, "b h w c"]) -> Float[Array, "b h//2 w//2 c"]:
-    """Mean over 2x2 blocks; H and W must be even."""
+    """Computes the mean over 2x2 blocks; H and W must be even."""
     b, h, w, c = x.shape
     return x.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))

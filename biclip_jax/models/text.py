@@ -1,4 +1,4 @@
-"""Sentences as one vector: the scratch encoder, and a pretrained tower with its states pooled."""
+"""Text encoders with one vector per prompt: trained from scratch, or pretrained and pooled."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ POOLINGS = ("all_tokens", "masked", "embedding")
 
 
 class TextEncoder(nn.Module):
-    """A pre-norm transformer; gives the masked mean of its last layer, [CLS] included.
+    """Pre-norm transformer; returns the masked mean of its last layer, [CLS] included.
 
     Attributes:
-      vocab_size: number of token ids; 0 is padding.
-      max_length: longest legal sequence.
-      width, num_layers, num_heads: of the transformer; the MLP is 4 x width.
+      vocab_size: Number of token ids; 0 is padding.
+      max_length: Largest sequence length.
+      width: Width of the transformer; the MLP has 4 x width.
+      num_layers, num_heads: Depth and number of attention heads.
+      dtype: Dtype of the computation.
     """
 
     vocab_size: int
@@ -47,14 +49,14 @@ class TextEncoder(nn.Module):
 
 
 class PooledTextEncoder(nn.Module):
-    """A pretrained text tower as one vector a sentence.
+    """Pretrained text encoder reduced to one vector per prompt.
 
     Attributes:
-      pretrained: maps (ids, mask) to (embedding, {"hidden_states": ...}), see
+      pretrained: Module that maps (ids, mask) to (embedding, {"hidden_states": ...}), see
         `models.bert.Bert` and `models.clip.TextTransformer`.
-      pooling: all_tokens: the mean of the hidden states 1, 2 and last over ALL
-        positions, as published; masked: the same over the tokens alone;
-        embedding: the tower's own projected embedding.
+      pooling: "all_tokens" averages the hidden states 1, 2 and last over ALL positions, as
+        published; "masked" averages them over the tokens without padding; "embedding" is the
+        encoder's projected embedding.
     """
 
     pretrained: nn.Module
@@ -62,7 +64,7 @@ class PooledTextEncoder(nn.Module):
 
     @property
     def num_features(self) -> int:
-        """Length of the vector."""
+        """Length of the pooled vector."""
         return (
             self.pretrained.embedding_size if self.pooling == "embedding" else self.pretrained.width
         )
@@ -75,8 +77,8 @@ class PooledTextEncoder(nn.Module):
         if self.pooling == "embedding":
             return full_precision(embedding)
         states = aux["hidden_states"]
-        chosen = jnp.stack([full_precision(state) for state in (states[1], states[2], states[-1])])
-        mean = chosen.mean(axis=0)
+        layers = jnp.stack([full_precision(state) for state in (states[1], states[2], states[-1])])
+        mean = layers.mean(axis=0)
         if self.pooling == "all_tokens":
             return mean.mean(axis=1)
         weight = text_mask[..., None].astype(mean.dtype)

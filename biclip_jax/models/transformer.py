@@ -1,4 +1,4 @@
-"""Transformer blocks shared by the towers: attention, and the two orders of norm and residual."""
+"""Transformer blocks shared by the encoders: attention, and pre-norm or post-norm residuals."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ from biclip_jax.models.layers import Dense, LayerNorm, full_precision, gelu, pro
 
 
 def quick_gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """x sigmoid(1.702 x), the activation that OpenAI's CLIP was trained with."""
+    """Computes x sigmoid(1.702 x), the activation of OpenAI's CLIP."""
     return x * nn.sigmoid(1.702 * x)
 
 
-# Added to the score of a key that is not seen: float32 keeps nothing else of the sum.
+# Added to the score of a masked key; in float32 it absorbs the score.
 HIDDEN = -1e30
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": gelu, "quick_gelu": quick_gelu}
 
 
 def interpolate_positions(table: Float[Array, "n d"], grid: tuple[int, int]) -> Float[Array, "m d"]:
-    """A table of 1 + g^2 positions for another grid: bicubic, the first row kept.
+    """Interpolates a table of 1 + g^2 positions to another grid; bicubic, the first row is kept.
 
     Args:
-      table: the position of the class token (or of the mean), then g x g in rows.
-      grid: rows and columns that are wanted.
+      table: Position of the class token (or of the mean), then g x g positions in row-major order.
+      grid: Number of rows and columns of the new grid.
+
+    Returns:
+      The table (1 + rows * columns, D).
     """
     side = round((len(table) - 1) ** 0.5)
     if grid == (side, side):
@@ -47,26 +50,26 @@ def interpolate_positions(table: Float[Array, "n d"], grid: tuple[int, int]) -> 
 
 
 def drop(x: Float[Array, "b ..."], keys: Key[Array, " b"], rate: float) -> Float[Array, "b ..."]:
-    """Dropout by one key an example: a share `rate` of the values is 0, the others grow for it."""
-    kept = jax.vmap(partial(_kept, shape=x.shape[1:], rate=rate))(keys)
-    return jnp.where(kept, x / (1 - rate), 0)
+    """Applies dropout with one key per example; kept values are scaled by 1 / (1 - rate)."""
+    keep = jax.vmap(partial(_keep_mask, shape=x.shape[1:], rate=rate))(keys)
+    return jnp.where(keep, x / (1 - rate), 0)
 
 
-def _kept(key, shape, rate):
-    # Half a random word a value: on a CPU most of a dropout's time is spent on drawing them.
+def _keep_mask(key, shape, rate):
+    # 16 random bits per value: on CPU, dropout spends most of its time generating them.
     size = math.prod(shape)
     words = jax.random.bits(key, (-(-size // 2),))
-    halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:size]
-    return (halves >= round(rate * 2**16)).reshape(shape)
+    bits = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:size]
+    return (bits >= round(rate * 2**16)).reshape(shape)
 
 
 def fold_keys(keys: Key[Array, " b"], number: int) -> Key[Array, " b"]:
-    """Other keys, one an example, by a number."""
+    """Folds a number into every key of a batch."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
 class Projections(nn.Module):
-    """The queries, keys and values of an attention: one kernel, of which parts can be asked for."""
+    """Query, key and value projections with one kernel; a call can compute a subset of them."""
 
     dtype: Any = jnp.float32
 
@@ -74,7 +77,7 @@ class Projections(nn.Module):
     def __call__(
         self, x: Float[Array, "b l d"], first: int = 0, last: int = 3
     ) -> tuple[Array, ...]:
-        """Parts `first` to `last`, without it, of query, key, value; (B, L, D) each."""
+        """Computes the parts first, ..., last - 1 of (query, key, value), each (B, L, D)."""
         width = x.shape[-1]
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (width, 3 * width))
         bias = self.param("bias", nn.initializers.zeros, (3 * width,))
@@ -84,12 +87,12 @@ class Projections(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, softmax(Q K^T / sqrt(d)) V; one product makes Q, K and V.
+    """Multi-head self-attention, softmax(Q K^T / sqrt(d)) V, with one product for Q, K and V.
 
     Attributes:
-      num_heads: divides the width.
-      dropout: of the softmax's probabilities, where there are keys for it.
-      dtype: of the computation; the softmax is float32 or wider.
+      num_heads: Number of heads; divides the width.
+      dropout: Dropout rate of the attention weights; applied only if keys are passed.
+      dtype: Dtype of the computation; the softmax uses float32 or wider.
     """
 
     num_heads: int
@@ -108,11 +111,11 @@ class Attention(nn.Module):
         """Attends to `x`.
 
         Args:
-          x: what is attended to.
-          mask: (B, 1, queries, keys), true where a key is seen.
-          queries: those rows of `x` whose answers are wanted; None: all.
-          keys: of the dropout; None: without it.
-          values_only: every token's own value in place of the mixture.
+          x: Tokens to attend to.
+          mask: (B, 1, queries, keys), true where a query may attend to a key.
+          queries: Rows of `x` to compute outputs for; None computes all.
+          keys: Dropout keys, one per example; None disables dropout.
+          values_only: Returns the projected value of every token instead of the attention output.
         """
         project = Projections(self.dtype, name="qkv")
         out = Dense(x.shape[-1], dtype=self.dtype, name="out")
@@ -122,33 +125,32 @@ class Attention(nn.Module):
             query, key, value = project(x)
         else:
             (query,), (key, value) = project(queries, 0, 1), project(x, 1, 3)
-        query, key, value = (self._by_head(part) for part in (query, key, value))
+        query, key, value = (self._split_heads(part) for part in (query, key, value))
         scores = full_precision((query * query.shape[-1] ** -0.5) @ key.swapaxes(1, 2))
         if mask is not None:
-            scores = scores + self._hidden(mask)
-        # The sums divide what is mixed, which is less than the weights, and CPUs take the whole as
-        # one kernel.
+            scores = scores + self._mask_bias(mask)
+        # Normalise after the product with the values: fewer divisions, and one kernel on CPU.
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
         total = weights.sum(-1, keepdims=True)
         if keys is not None and self.dropout:
             weights = self._drop(weights, keys)
         mixed = ((weights.astype(value.dtype) @ value) / total).astype(self.dtype)
-        return out(self._side_by_side(mixed))
+        return out(self._merge_heads(mixed))
 
-    def _by_head(self, x):
-        """(B, L, D) to (B * heads, L, D / heads)."""
+    def _split_heads(self, x):
+        """Reshapes (B, L, D) to (B * heads, L, D / heads)."""
         b, length, width = x.shape
         x = x.reshape(b, length, self.num_heads, width // self.num_heads).transpose(0, 2, 1, 3)
         return x.reshape(-1, *x.shape[2:])
 
-    def _side_by_side(self, x):
-        """The inverse of `_by_head`."""
+    def _merge_heads(self, x):
+        """Inverts `_split_heads`."""
         _, length, width = x.shape
         x = x.reshape(-1, self.num_heads, length, width).transpose(0, 2, 1, 3)
         return x.reshape(*x.shape[:2], self.num_heads * width)
 
-    def _hidden(self, mask):
-        """What the scores are lowered by where a key is not seen; (1 or B * heads, #Q, L)."""
+    def _mask_bias(self, mask):
+        """Returns the bias added to the scores, (1 or B * heads, #Q, L)."""
         mask = mask[:, 0]
         mask = mask if len(mask) == 1 else jnp.repeat(mask, self.num_heads, axis=0)
         return jnp.where(mask, 0.0, HIDDEN)
@@ -162,14 +164,15 @@ class Block(nn.Module):
     """Attention and an MLP, both residual, with two LayerNorms.
 
     Attributes:
-      num_heads: of the attention.
-      mlp_width: hidden width of the MLP.
-      activation: a name of `ACTIVATIONS`.
-      epsilon: of the LayerNorms.
-      post_norm: false: x + f(norm(x)), as in CLIP; true: norm(x + f(x)), as in BERT.
-      dropout: of the attention's probabilities and of both residual branches, where there
-        are keys for it.
-      dtype: of the computation.
+      num_heads: Number of attention heads.
+      mlp_width: Hidden width of the MLP.
+      activation: Key of `ACTIVATIONS`.
+      epsilon: Epsilon of the LayerNorms.
+      post_norm: False computes x + f(norm(x)), as in CLIP; true computes norm(x + f(x)), as in
+        BERT.
+      dropout: Dropout rate of the attention weights and of both residual branches; applied only if
+        keys are passed.
+      dtype: Dtype of the computation.
     """
 
     num_heads: int
@@ -189,14 +192,15 @@ class Block(nn.Module):
         keys: Key[Array, " b"] | None = None,
         values_only: bool = False,
     ) -> Float[Array, "b q d"]:
-        """One block.
+        """Applies the block.
 
         Args:
-          x: the states.
-          mask: (B, 1, queries, keys), true where a key is seen.
-          row: the one token of each example that is wanted, (B, 1, D); None: all (B, L, D).
-          keys: of the dropout; None: without it.
-          values_only: the attention's output projection of every token's own value, alone.
+          x: Token states.
+          mask: (B, 1, queries, keys), true where a query may attend to a key.
+          row: Index of the only token of each example to compute, which gives (B, 1, D); None
+            computes all tokens, (B, L, D).
+          keys: Dropout keys, one per example; None disables dropout.
+          values_only: Returns only the projected value of every token.
         """
         attention = Attention(self.num_heads, self.dropout, self.dtype, name="attention")
         mlp_in = Dense(self.mlp_width, dtype=self.dtype, name="mlp_in")
@@ -204,24 +208,24 @@ class Block(nn.Module):
         norm_0 = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm_0")
         norm_1 = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm_1")
         activation = ACTIVATIONS[self.activation]
-        attended = x if self.post_norm else norm_0(x)
+        normalized = x if self.post_norm else norm_0(x)
         if values_only:
-            return attention(attended, values_only=True)
+            return attention(normalized, values_only=True)
         queries = None
         if row is not None:
-            x, queries = (one[jnp.arange(len(x)), row][:, None] for one in (x, attended))
-            mask = _row_of(mask, row)
-        dropped = partial(_residual_dropout, keys=keys, rate=self.dropout)
-        inside = None if keys is None else fold_keys(keys, 0)
-        x = x + dropped(attention(attended, mask, queries, inside), site=1)
+            x, queries = (states[jnp.arange(len(x)), row][:, None] for states in (x, normalized))
+            mask = _mask_row(mask, row)
+        dropout = partial(_residual_dropout, keys=keys, rate=self.dropout)
+        attention_keys = None if keys is None else fold_keys(keys, 0)
+        x = x + dropout(attention(normalized, mask, queries, attention_keys), site=1)
         x = norm_0(x) if self.post_norm else x
         hidden = mlp_in(x if self.post_norm else norm_1(x))
-        x = x + dropped(mlp_out(activation(hidden)), site=2)
+        x = x + dropout(mlp_out(activation(hidden)), site=2)
         return norm_1(x) if self.post_norm else x
 
 
-def _row_of(mask, row):
-    """The mask of one query an example, out of one of all queries or of none in particular."""
+def _mask_row(mask, row):
+    """Returns the mask of one query per example; a mask shared by all queries is unchanged."""
     if mask is None or mask.shape[2] == 1:
         return mask
     mask = jnp.broadcast_to(mask, (len(row), *mask.shape[1:]))

@@ -1,4 +1,4 @@
-"""The U-Net of the published network, with the sentence at any of its levels."""
+"""The U-Net of the published network, with optional text conditioning at any block."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from biclip_jax.models.layers import (
     max_pool_2x2,
 )
 
-GROUPS = 8  # of GroupNorm, at most: fewer where the channels do not divide
+GROUPS = 8  # largest number of groups of GroupNorm; fewer if 8 does not divide the channels
 
 
 def block_names(num_levels: int) -> tuple[str, ...]:
-    """The U-Net's blocks in the order of the data; the last encoder is the bottleneck."""
+    """Returns the block names in data-flow order; the last encoder block is the bottleneck."""
     down = [f"encoder_{level}" for level in range(num_levels)]
     return (*down, *(f"decoder_{level}" for level in reversed(range(num_levels - 1))))
 
 
 class DoubleConv(nn.Module):
-    """(3x3 convolution without bias, norm, ReLU) twice; the norm is "batch" or "group"."""
+    """(3x3 convolution without bias, norm, ReLU) twice; `norm` is "batch" or "group"."""
 
     features: int
     norm: str = "batch"
@@ -55,14 +55,14 @@ class UNet(nn.Module):
     """Encoder, bottleneck and decoder with `len(widths) - 1` poolings.
 
     Attributes:
-      widths: channels of the levels, from full size to the bottleneck; each
-        twice the one before, since an up-convolution halves the channels.
+      widths: Channels of the levels, from full resolution to the bottleneck; each is twice the
+        previous one because an up-convolution halves the channels.
       norm: "batch" or "group".
-      fused_blocks: names of the blocks after which the sentence joins, see `block_names`.
-      vision_to_text, text_to_vision, fusion_hidden, zero_start: of `fusion.LevelFusion`.
-      axis_name: device axis over which BatchNorm takes its statistics.
-      dtype: of the computation; parameters are float32.
-      remat: whether the backward pass computes each block again instead of keeping its maps.
+      fused_blocks: Names of the text-conditioned blocks, see `block_names`.
+      vision_to_text, text_to_vision, fusion_hidden, zero_init: Fields of `fusion.LevelFusion`.
+      axis_name: Device axis over which BatchNorm computes its statistics.
+      dtype: Dtype of the computation; parameters are float32.
+      remat: Whether the backward pass recomputes each block instead of storing its activations.
     """
 
     widths: Sequence[int] = (64, 128, 256, 512, 1024)
@@ -83,10 +83,10 @@ class UNet(nn.Module):
         train: bool,
         text: Float[Array, "b t"] | None = None,
     ) -> tuple[Float[Array, "b h w 1"], dict[str, Array]]:
-        """Maps a picture to logits and to {name: features of the decoder block}.
+        """Computes logits (B, H, W, 1) and {name: features} of the decoder blocks.
 
-        The last, decoder_0, is (B, H, W, widths[0]). H and W must be divisible
-        by 2 ** (len(widths) - 1). `text` is needed where `fused_blocks` are named.
+        The features of decoder_0, the last block, are (B, H, W, widths[0]). H and W must be
+        divisible by 2 ** (len(widths) - 1). `text` is required if `fused_blocks` is not empty.
         """
         skips, features = [], {}
         for level, width in enumerate(self.widths):

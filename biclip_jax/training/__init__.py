@@ -1,1 +1,1 @@
-"""What changes parameters: losses, views, optimiser, steps, checkpoints."""
+"""Training: losses, views, optimiser, train steps and checkpoints."""

@@ -1,12 +1,11 @@
-"""Checkpoints by orbax: the last two and the best, each under a SHA-256 manifest.
+"""Checkpoints with orbax: the last two and the best, each with a SHA-256 manifest.
 
     workdir/checkpoints/last/<step>/   the newest two
     workdir/checkpoints/best/<step>/   the one with the best validation score
 
-A manifest lies beside each step's folder (`<step>.sha256.json`) and is written
-after it: a step without one was interrupted and does not count. Bytes that
-changed on disk are found before anything is restored, and the next older step
-is taken instead.
+The manifest of a step (`<step>.sha256.json`) is next to the step's folder and is written last: a
+step without a manifest was interrupted and is ignored. Files are verified before they are
+restored; if a step is damaged, the next older one is used.
 """
 
 from __future__ import annotations
@@ -37,19 +36,19 @@ KEEP_LAST = 2
 
 
 def save(folder: Path, state: TrainState, meta: dict[str, Any], keep: int = KEEP_LAST) -> Path:
-    """Writes one step and forgets all but the newest `keep`.
+    """Writes one step and deletes all but the newest `keep`.
 
     Args:
-      folder: of this kind of checkpoint, such as workdir/checkpoints/last.
-      state: host arrays (`parallel.to_host`).
+      folder: Folder of one kind of checkpoint, such as workdir/checkpoints/last.
+      state: Host arrays (`distributed.to_host`).
       meta: JSON values: data position, metrics, early-stopping counters.
-      keep: number of steps that stay.
+      keep: Number of steps to keep.
 
     Returns:
       The step's folder.
 
     Raises:
-      UserError: the folder cannot be written; what was there before is intact.
+      UserError: The folder cannot be written; the existing steps stay intact.
     """
     step = folder / str(step_of(state))
     try:
@@ -62,8 +61,8 @@ def save(folder: Path, state: TrainState, meta: dict[str, Any], keep: int = KEEP
         _write_json(_manifest_path(step), _digests(step))
     except OSError as error:
         raise UserError(
-            f"{step}: could not be written ({error.strerror or error}); free space on the disk or "
-            "make the folder writable, then run the same command again"
+            f"{step}: cannot be written ({error.strerror or error}); free disk space or make the "
+            "folder writable, then run the same command again"
         ) from error
     for old in complete_steps(folder)[:-keep]:
         _discard(old)
@@ -73,31 +72,34 @@ def save(folder: Path, state: TrainState, meta: dict[str, Any], keep: int = KEEP
 def restore_latest(
     folder: Path, template: TrainState, say: Callable[[str], None]
 ) -> tuple[TrainState, dict[str, Any]] | None:
-    """The newest intact step, or None where there is none.
+    """Restores the newest intact step, or returns None if there is none.
 
     Args:
-      folder: as in `save`.
-      template: a state of the right shapes and dtypes.
-      say: told, in a sentence, of each damaged step that is passed over.
+      folder: As in `save`.
+      template: A state with the expected shapes and dtypes.
+      say: Called with a one-line message for each damaged step that is skipped.
+
+    Returns:
+      The state and its meta.
 
     Raises:
-      UserError: steps exist but none is intact, or its shapes are another model's.
+      UserError: Steps exist but none is intact, or the shapes are those of another model.
     """
-    found = complete_steps(folder)
-    for step in reversed(found):
+    steps = complete_steps(folder)
+    for step in reversed(steps):
         problem = integrity_error(step)
         if problem is None:
             return _restore(step, template)
-        # Set aside, so that it takes no intact step's place among those that are kept.
+        # Without its manifest the step does not count towards the steps to keep.
         _manifest_path(step).rename(_manifest_path(step).with_suffix(".damaged"))
-        say(f"{step}: damaged ({problem}); set aside, falling back to an older checkpoint")
-    if found:
+        say(f"{step}: damaged ({problem}); skipped, falling back to an older checkpoint")
+    if steps:
         raise UserError(f"{folder}: no intact checkpoint; delete the folder to start again")
     return None
 
 
 def integrity_error(step: Path) -> str | None:
-    """What is wrong with a step's files, or None: compared with the manifest by SHA-256."""
+    """Compares a step's files with its manifest; returns the first difference, or None."""
     try:
         expected = json.loads(_manifest_path(step).read_text())
     except (OSError, ValueError):
@@ -105,12 +107,12 @@ def integrity_error(step: Path) -> str | None:
     found = _digests(step)
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            return f"{name} is not what was written"
+            return f"{name} differs from its recorded SHA-256"
     return None
 
 
 def remove_incomplete(folder: Path) -> None:
-    """Removes what an interrupted save left: folders without a manifest, manifests without one."""
+    """Removes the remains of interrupted saves: folders and manifests that have no counterpart."""
     if not folder.is_dir():
         return
     complete = {step.name for step in complete_steps(folder)}
@@ -121,10 +123,10 @@ def remove_incomplete(folder: Path) -> None:
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-    """Keeps a work directory for one job; the system releases it with the process.
+    """Locks a work directory for one job; the system releases the lock when the process ends.
 
     Raises:
-      UserError: another job holds it (naming host, process and start).
+      UserError: Another job holds the lock; the message names host, process and start time.
     """
     path = workdir / "lock"
     try:
@@ -132,7 +134,7 @@ def lock(workdir: Path) -> Iterator[None]:
         file = open(path, "a+")  # noqa: SIM115
     except OSError as error:
         raise UserError(
-            f"{workdir}: cannot be written ({error.strerror}); choose another"
+            f"{workdir}: cannot be written ({error.strerror}); choose another --workdir"
         ) from error
     with file:
         try:
@@ -140,8 +142,8 @@ def lock(workdir: Path) -> Iterator[None]:
         except OSError as error:
             file.seek(0)
             raise UserError(
-                f"{workdir}: another job is at work there ({file.read().strip()}); "
-                "wait for it, or give another --workdir"
+                f"{workdir}: in use by another job ({file.read().strip()}); "
+                "wait for it, or choose another --workdir"
             ) from error
         file.truncate(0)
         file.write(f"{socket.gethostname()}, process {os.getpid()}, since {time.ctime()}")
@@ -150,10 +152,10 @@ def lock(workdir: Path) -> Iterator[None]:
 
 
 class StopSignal:
-    """Remembers SIGTERM or SIGINT, so that the loop can save and leave between two steps.
+    """Records SIGTERM or SIGINT, so that the training loop can save and exit between steps.
 
     Attributes:
-      received: the signal's number, or None. The exit status is 128 + received.
+      received: Number of the signal, or None. The exit status is 128 + received.
     """
 
     def __init__(self) -> None:
@@ -174,31 +176,31 @@ class StopSignal:
 
     def _receive(self, number: int, _frame: types.FrameType | None) -> None:
         self.received = number
-        print("stopping after this step; the same signal again stops at once", flush=True)
+        print("stopping after this step; repeat the signal to stop immediately", flush=True)
         self._restore_handlers()
 
 
 def _restore(step: Path, template: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    # Numpy, not device arrays: in a run of several processes orbax refuses host-local ones.
-    like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
+    # NumPy arrays: with several processes, orbax rejects host-local device arrays.
+    expected = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
     try:
         with _checkpointer() as checkpointer:
             items = ocp.args.Composite(
-                state=ocp.args.StandardRestore(like), meta=ocp.args.JsonRestore()
+                state=ocp.args.StandardRestore(expected), meta=ocp.args.JsonRestore()
             )
             restored = checkpointer.restore(step.absolute(), args=items)
-        # orbax takes another shape or dtype as it comes.
-        jax.tree.map(_require_same_kind, like, restored.state)
+        # orbax does not check shapes and dtypes.
+        jax.tree.map(_require_same_spec, expected, restored.state)
     except (ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{step}: holds another model than the configuration describes ({reason}); "
-            "use another workdir, or the configuration that the run began with"
+            f"{step}: does not match the model of the config ({reason}); "
+            "use another --workdir, or the config that the run started with"
         ) from error
     return restored.state, restored.meta
 
 
-def _require_same_kind(expected: np.ndarray, found: np.ndarray) -> None:
+def _require_same_spec(expected: np.ndarray, found: np.ndarray) -> None:
     if (expected.shape, expected.dtype) != (found.shape, found.dtype):
         raise ValueError(
             f"found {found.dtype} {found.shape}, expected {expected.dtype} {expected.shape}"
@@ -206,22 +208,25 @@ def _require_same_kind(expected: np.ndarray, found: np.ndarray) -> None:
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    """Of this process alone: of several in a run one reads and writes, and none waits for it."""
+    """Returns a checkpointer for this process only.
+
+    With several processes one of them reads and writes, and the others do not wait for it.
+    """
     index = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
+    multiprocessing = ocp.options.MultiprocessingOptions(
         primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
     )
-    options = ocp.CompositeOptions(multiprocessing_options=alone)
+    options = ocp.CompositeOptions(multiprocessing_options=multiprocessing)
     handler = ocp.CompositeCheckpointHandler(composite_options=options)
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=multiprocessing)
 
 
 def complete_steps(folder: Path) -> list[Path]:
-    """Complete steps, oldest first."""
+    """Returns the complete steps, oldest first."""
     if not folder.is_dir():
         return []
-    found = [p for p in folder.iterdir() if p.name.isdigit() and _manifest_path(p).exists()]
-    return sorted(found, key=lambda p: int(p.name))
+    steps = [p for p in folder.iterdir() if p.name.isdigit() and _manifest_path(p).exists()]
+    return sorted(steps, key=lambda p: int(p.name))
 
 
 def _manifest_path(step: Path) -> Path:
@@ -234,7 +239,7 @@ def _digests(step: Path) -> dict[str, str]:
 
 
 def _discard(step: Path) -> None:
-    # The manifest first: from here on the step does not count.
+    # Delete the manifest first, which makes the step incomplete.
     _manifest_path(step).unlink(missing_ok=True)
     if step.exists():
         shutil.rmtree(step)

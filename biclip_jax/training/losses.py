@@ -1,8 +1,8 @@
-"""The losses of both models, one value an example; the reduction is the step's.
+"""Losses of both model families, one value per example; the train step reduces them.
 
-Argument names say logits or probs. Sources: arXiv 2603.00156 and the published
-network, for the column `published` of docs/method.md; arXiv 2602.20423 and its
-released code, from `row_dice_loss` on.
+Argument names say logits or probs. Sources: arXiv 2603.00156 and the published network, see the
+column `published` in docs/method.md; from `row_dice_loss` on, arXiv 2602.20423 and its released
+code.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ SMOOTH = 1e-5
 def soft_dice_loss(
     logits: Float[Array, "b h w 1"], mask: Float[Array, "b h w 1"]
 ) -> Float[Array, " b"]:
-    """1 - (2 sum(p y) + s) / (sum p + sum y + s), with p = sigmoid(logits) and s = 1e-5.
+    """Computes 1 - (2 sum(p y) + s) / (sum p + sum y + s), p = sigmoid(logits), s = 1e-5.
 
-    Per image. An empty mask gives 1 - s / (sum p + s): 0 only for p = 0.
+    Sums are per image. An empty mask gives 1 - s / (sum p + s), which is 0 only for p = 0.
     """
     probs = jax.nn.sigmoid(logits)
     intersection = (probs * mask).sum((1, 2, 3))
@@ -30,7 +30,7 @@ def soft_dice_loss(
 def binary_cross_entropy(
     logits: Float[Array, "b h w 1"], mask: Float[Array, "b h w 1"]
 ) -> Float[Array, " b"]:
-    """Mean over pixels of max(z, 0) - z y + log(1 + exp(-|z|)), z the logits."""
+    """Computes the mean over pixels of max(z, 0) - z y + log(1 + exp(-|z|)), z the logits."""
     entropy = jnp.maximum(logits, 0) - logits * mask + jnp.log1p(jnp.exp(-jnp.abs(logits)))
     return entropy.mean((1, 2, 3))
 
@@ -40,13 +40,16 @@ def segmentation_loss(
     mask: Float[Array, "b h w 1"],
     double_sigmoid: bool = False,
 ) -> Float[Array, " b"]:
-    """L_seg: soft Dice plus cross-entropy, weighted 1:1.
+    """Computes L_seg, the sum of soft Dice loss and cross-entropy.
 
     Args:
-      logits: of a view.
-      mask: in {0, 1}.
-      double_sigmoid: the published training code hands probabilities to a
-        cross-entropy that applies the sigmoid again; true repeats that.
+      logits: Logits of a view.
+      mask: Reference masks in {0, 1}.
+      double_sigmoid: True applies the sigmoid twice in the cross-entropy, as the published
+        training code does: it passes probabilities to a loss that expects logits.
+
+    Returns:
+      One value per example.
     """
     entropy_logits = jax.nn.sigmoid(logits) if double_sigmoid else logits
     return soft_dice_loss(logits, mask) + binary_cross_entropy(entropy_logits, mask)
@@ -57,9 +60,9 @@ def generator_loss(
     image: Float[Array, "b h w 3"],
     mask: Float[Array, "b h w 1"],
 ) -> Float[Array, " b"]:
-    """L_gen: mean |x^ - x * mask|; the target is the picture with its background set to 0.
+    """Computes L_gen: mean |x^ - x * mask|; the target is the image with its background set to 0.
 
-    An empty mask makes an all-black target.
+    For an empty mask the target is black.
     """
     return jnp.abs(pseudo_image - image * mask).mean((1, 2, 3))
 
@@ -69,28 +72,34 @@ def consistency_loss(
     strong_embedding: Float[Array, "b p"],
     learner: str = "weak",
 ) -> Float[Array, " b"]:
-    """L_IAC: 1 - cos(p_w, p_s). 0 to 2.
+    """Computes L_IAC: 1 - cos(p_w, p_s), 0 to 2.
 
     Args:
-      weak_embedding, strong_embedding: of both views.
-      learner: which of them gets the gradient: "weak" as published, "strong"
-        (the weak view is the teacher), or "both".
+      weak_embedding, strong_embedding: Embeddings of the two views.
+      learner: The embedding that receives the gradient: "weak" as published, "strong" (the weak
+        view is the teacher), or "both".
+
+    Returns:
+      One value per example.
     """
     if learner != "both":
         target = weak_embedding if learner == "strong" else strong_embedding
-        fixed = jax.lax.stop_gradient(target)
-        pair = (fixed, strong_embedding) if learner == "strong" else (weak_embedding, fixed)
+        target = jax.lax.stop_gradient(target)
+        pair = (target, strong_embedding) if learner == "strong" else (weak_embedding, target)
         weak_embedding, strong_embedding = pair
     dot = (weak_embedding * strong_embedding).sum(-1)
     squares = jnp.square(weak_embedding).sum(-1) * jnp.square(strong_embedding).sum(-1)
-    # Under the root, so that the gradient of an embedding of zeros is finite.
+    # The maximum is inside the root, so that the gradient of a zero embedding is finite.
     return 1 - dot * jax.lax.rsqrt(jnp.maximum(squares, 1e-16))
 
 
 def cycle_loss(
     text: Float[Array, "b t"], cycle_text: Float[Array, "b t"], distance: str = "l1"
 ) -> Float[Array, " b"]:
-    """L_cycle: mean |t - t^| ("l1", as published) or mean (t - t^)^2 ("l2"), t held fixed."""
+    """Computes L_cycle: mean |t - t^| ("l1", as published) or mean (t - t^)^2 ("l2").
+
+    The gradient is stopped at t.
+    """
     difference = jax.lax.stop_gradient(text) - cycle_text
     return (jnp.abs(difference) if distance == "l1" else jnp.square(difference)).mean(-1)
 
@@ -98,26 +107,30 @@ def cycle_loss(
 def pseudo_label_loss(
     logits: Float[Array, "b h w 1"], target_probs: Float[Array, "b h w 1"], confidence: float
 ) -> Float[Array, " b"]:
-    """Soft Dice plus cross-entropy against the teacher's own answer, where it is confident.
+    """Computes soft Dice plus cross-entropy against the teacher's confident predictions.
 
-    FixMatch (Sohn et al., arXiv 2001.07685) for masks: the target is p >= 0.5, and pixels
-    with max(p, 1 - p) below `confidence` are left out of both terms. An image without a
+    FixMatch (Sohn et al., arXiv 2001.07685) for segmentation: the pseudo-label is p >= 0.5; pixels
+    with max(p, 1 - p) below `confidence` are excluded from both terms. An image without a
     confident pixel gives 0.
 
     Args:
-      logits: of the strong view.
-      target_probs: of the teacher on the weak view, moved like the strong one; held fixed.
-      confidence: 0.5 to 1; 0.5 keeps every pixel.
+      logits: Logits of the strong view.
+      target_probs: Teacher's probabilities on the weak view, deformed like the strong view; their
+        gradient is stopped.
+      confidence: Threshold, 0.5 to 1; 0.5 keeps every pixel.
+
+    Returns:
+      One value per example.
     """
     target_probs = jax.lax.stop_gradient(target_probs)
     target = (target_probs >= 0.5).astype(logits.dtype)
-    certain = jnp.maximum(target_probs, 1 - target_probs) >= confidence
-    count = certain.sum((1, 2, 3))
+    confident = jnp.maximum(target_probs, 1 - target_probs) >= confidence
+    count = confident.sum((1, 2, 3))
     entropy = jnp.maximum(logits, 0) - logits * target + jnp.log1p(jnp.exp(-jnp.abs(logits)))
-    entropy = (entropy * certain).sum((1, 2, 3)) / jnp.maximum(count, 1)
-    probs = jax.nn.sigmoid(logits) * certain
+    entropy = (entropy * confident).sum((1, 2, 3)) / jnp.maximum(count, 1)
+    probs = jax.nn.sigmoid(logits) * confident
     intersection = (probs * target).sum((1, 2, 3))
-    total = probs.sum((1, 2, 3)) + (target * certain).sum((1, 2, 3))
+    total = probs.sum((1, 2, 3)) + (target * confident).sum((1, 2, 3))
     dice = 1 - (2 * intersection + SMOOTH) / (total + SMOOTH)
     return jnp.where(count > 0, dice + entropy, 0.0)
 
@@ -125,7 +138,10 @@ def pseudo_label_loss(
 def squared_error(
     logits: Float[Array, "b h w 1"], target_probs: Float[Array, "b h w 1"]
 ) -> Float[Array, " b"]:
-    """Mean (p - p_teacher)^2, the teacher held fixed: Mean Teacher (arXiv 1703.01780)."""
+    """Computes mean (p - p_teacher)^2: Mean Teacher (arXiv 1703.01780).
+
+    The gradient is stopped at the teacher's probabilities.
+    """
     difference = jax.nn.sigmoid(logits) - jax.lax.stop_gradient(target_probs)
     return jnp.square(difference).mean((1, 2, 3))
 
@@ -136,10 +152,10 @@ def squared_error(
 def row_dice_loss(
     logits: Float[Array, "b h w 1"], mask: Float[Array, "b h w 1"]
 ) -> Float[Array, " b"]:
-    """`soft_dice_loss` of every row of pixels but the first, meaned over the rows.
+    """Computes `soft_dice_loss` for every row of pixels except the first, averaged over the rows.
 
-    What the published training code computes: its Dice takes the rows for classes and the
-    first one for background. A row without foreground gives nearly 1, whatever is predicted.
+    The published training code computes this: its Dice treats the rows as classes and the first
+    row as background. A row without foreground gives almost 1 for any prediction.
     """
     probs = jax.nn.sigmoid(logits)[:, 1:, :, 0]
     mask = mask[:, 1:, :, 0]
@@ -148,7 +164,7 @@ def row_dice_loss(
 
 
 def pooled_patches(features: Float[Array, "b n e"]) -> Float[Array, "b e"]:
-    """The mean of the patches' features, each of length 1; the mean itself is shorter."""
+    """Averages the unit-norm features of the patches; the average is not normalised again."""
     return (features / jnp.linalg.norm(features, axis=-1, keepdims=True)).mean(1)
 
 
@@ -158,31 +174,34 @@ def contrastive_loss(
     temperature: float = 0.2,
     kind: str = "described",
 ) -> Float[Array, " b"]:
-    """Soft contrastive loss between the pictures and the sentences of a batch.
+    """Computes the soft contrastive loss between the images and the texts of a batch.
 
-    The mean of both directions' cross-entropy of S = r T^T / tau against soft targets G, which
-    tell how much the sentences are alike. One row alone gives 0.
+    The mean over both directions of the cross-entropy between S = r T^T / tau and soft targets G,
+    which measure the similarity of the texts. A batch of one gives 0.
 
     Args:
-      pooled: r, see `pooled_patches`: S is the mean over patches of their similarities.
-      text: features of the sentences, of any length.
+      pooled: r, see `pooled_patches`: S is the mean similarity over the patches.
+      text: T, text features of any norm.
       temperature: tau.
-      kind: "described", as in the paper: sentences of length 1, G = softmax(T T^T / tau), for
-        either direction. "released", as its code computes: sentences as they are, G = softmax of
-        the rows of T T^T, each of length 1, which makes it nearly uniform; and the other
-        direction against G transposed, whose rows do not sum to 1.
+      kind: "described", as in the paper: unit-norm text features and G = softmax(T T^T / tau) in
+        both directions. "released", as in its code: raw text features and G = softmax of the rows
+        of T T^T, normalised to unit norm, which makes G almost uniform; the other direction uses G
+        transposed, whose rows do not sum to 1.
+
+    Returns:
+      One value per example.
     """
     if kind == "described":
         text = text / jnp.linalg.norm(text, axis=-1, keepdims=True)
         targets = jax.nn.softmax(text @ text.T / temperature, axis=-1)
-        backwards = targets
+        reverse_targets = targets
     else:
-        alike = text @ text.T / temperature
-        alike = alike / jnp.linalg.norm(alike, axis=-1, keepdims=True)
-        targets = jax.nn.softmax(alike, axis=-1)
-        backwards = targets.T
-    targets, backwards = jax.lax.stop_gradient((targets, backwards))
+        similarity = text @ text.T / temperature
+        similarity = similarity / jnp.linalg.norm(similarity, axis=-1, keepdims=True)
+        targets = jax.nn.softmax(similarity, axis=-1)
+        reverse_targets = targets.T
+    targets, reverse_targets = jax.lax.stop_gradient((targets, reverse_targets))
     scores = pooled @ text.T / temperature
-    there = -(targets * jax.nn.log_softmax(scores, axis=-1)).sum(-1)
-    back = -(backwards * jax.nn.log_softmax(scores.T, axis=-1)).sum(-1)
-    return (there + back) / 2
+    image_to_text = -(targets * jax.nn.log_softmax(scores, axis=-1)).sum(-1)
+    text_to_image = -(reverse_targets * jax.nn.log_softmax(scores.T, axis=-1)).sum(-1)
+    return (image_to_text + text_to_image) / 2

@@ -1,4 +1,4 @@
-"""Schedules and optimisers by optax."""
+"""Learning-rate schedules and optimisers, built with optax."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import optax
 def make_schedule(
     config: Mapping[str, Any], num_steps: int, steps_per_epoch: int = 1
 ) -> optax.Schedule:
-    """Linear warm-up over `warmup_steps`, then one cosine to `final_learning_rate`.
+    """Builds a linear warm-up followed by one cosine decay to `final_learning_rate`.
 
     Args:
-      config: fields learning_rate, final_learning_rate, warmup_steps (cut to a quarter of the run),
-        and lr_update: "step", or "epoch", where an epoch's steps all have the rate of its first.
-      num_steps: length of the run, where the cosine ends.
-      steps_per_epoch: for lr_update "epoch".
+      config: Fields learning_rate, final_learning_rate, warmup_steps (at most a quarter of the run
+        is used), and lr_update: "step", or "epoch", where all steps of an epoch use the rate of
+        its first step.
+      num_steps: Length of the run, at which the cosine ends.
+      steps_per_epoch: For lr_update "epoch".
 
     Returns:
       step -> learning rate.
@@ -38,13 +39,15 @@ def make_schedule(
 def make_optimizer(
     config: Mapping[str, Any], schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """AdamW or SGD on all parameters, after clipping by global norm where `clip_norm` is above 0.
+    """Builds AdamW or SGD, with clipping by global norm if `clip_norm` is above 0.
 
     Args:
-      config: fields name ("adamw" or "sgd"), weight_decay, clip_norm, learning_rate, and
-        tower_learning_rate: where it is above 0, pretrained towers have the schedule
-        scaled to it.
+      config: Fields name ("adamw" or "sgd"), weight_decay, clip_norm, learning_rate, and
+        encoder_learning_rate: if above 0, pretrained encoders use the schedule scaled to it.
       schedule: step -> learning rate.
+
+    Returns:
+      The gradient transformation.
     """
     optimizer = _rule(config, schedule)
     if config["encoder_learning_rate"] > 0:
@@ -57,7 +60,7 @@ def make_optimizer(
 
 
 def encoder_labels(params: Any) -> Any:
-    """A tree like `params`: "pretrained" for what belongs to a pretrained tower, else "rest"."""
+    """Labels the leaves of `params` below a pretrained encoder "pretrained", the others "rest"."""
 
     def label(path: tuple[Any, ...], _: Any) -> str:
         return (

@@ -1,4 +1,4 @@
-"""The state of a run: everything a step changes, and nothing else."""
+"""The training state."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from jaxtyping import Array, Int
 
 @flax.struct.dataclass
 class TrainState:
-    """A pytree that a step maps to the next one.
+    """Everything that a train step updates, as a pytree.
 
     Attributes:
-      step: () int32, steps taken, skipped ones included; the random keys follow it.
-      skipped: () int32, steps whose loss or gradient was not finite; the
-        schedule follows the optimiser's own count, step - skipped.
-      params, batch_stats: of the model, float32.
-      opt_state: of the optimiser.
-      frozen: parameters that are never trained, beside `params` in the model's tree.
-      ema: {"params", "batch_stats"}: exponential moving averages; None without.
+      step: () int32, number of steps including skipped ones; the random keys depend on it.
+      skipped: () int32, number of steps with a non-finite loss or gradient; the schedule uses the
+        optimiser's own count, step - skipped.
+      params, batch_stats: Variables of the model, float32.
+      opt_state: State of the optimiser.
+      frozen: Parameters that are never trained; the model's tree is their union with `params`.
+      ema: {"params", "batch_stats"}: exponential moving averages, or None.
     """
 
     step: Int[Array, ""]
@@ -43,19 +43,19 @@ def create(
     frozen: Collection[str] = (),
     average: bool = False,
 ) -> TrainState:
-    """The state before the first step.
+    """Creates the state before the first step.
 
     Args:
-      variables: of `model.init`.
-      optimizer: of the parameters that are trained.
-      frozen: names at the top of the parameters' tree, of the others.
-      average: whether to keep moving averages.
+      variables: Output of `model.init`.
+      optimizer: Optimiser of the trained parameters.
+      frozen: Top-level names of the parameters that are not trained.
+      average: Whether to keep moving averages.
     """
     params = {name: part for name, part in variables["params"].items() if name not in frozen}
     averaged = {"params": params, "batch_stats": variables["batch_stats"]}
-    if average:  # a copy: a step that donates its state may not be given one buffer twice
+    if average:  # a copy: a donated state must not contain the same buffer twice
         averaged = jax.tree.map(jnp.copy, averaged)
-    # Arrays, not Python integers: those would cost a second compilation.
+    # Arrays, because Python integers would cause a second compilation.
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
@@ -68,26 +68,26 @@ def create(
 
 
 def inference_variables(state: TrainState) -> dict[str, Any]:
-    """The state's part that inference needs, as `model.apply` takes it; averages where kept."""
-    kept = state.ema or {"params": state.params, "batch_stats": state.batch_stats}
-    return {**kept, "params": {**kept["params"], **state.frozen}}
+    """Returns the variables for inference, as `model.apply` takes them; moving averages if kept."""
+    variables = state.ema or {"params": state.params, "batch_stats": state.batch_stats}
+    return {**variables, "params": {**variables["params"], **state.frozen}}
 
 
 def without_frozen(state: TrainState) -> TrainState:
-    """The state without the parameters that are never trained."""
+    """Returns the state without the frozen parameters."""
     return dataclasses.replace(state, frozen={})
 
 
 def stack(states: Sequence[TrainState]) -> TrainState:
-    """The states of an ensemble's members as one, with a leading axis."""
+    """Stacks the states of ensemble members along a new leading axis."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
 def step_of(state: TrainState) -> int:
-    """Steps taken; the members of an ensemble take them together."""
+    """Returns the step as an integer; all members of an ensemble are at the same step."""
     return int(np.ravel(state.step)[0])
 
 
 def num_parameters(params: Any) -> int:
-    """Number of values in a tree of parameters."""
+    """Returns the number of values in a parameter tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,4 +1,4 @@
-"""The train step: pure; it knows an axis name and nothing of devices."""
+"""The train step: a pure function that knows an axis name but no devices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ Objective = Callable[..., tuple[Array, tuple[Any, dict[str, Array]]]]
 def example_keys(
     key: Key[Array, ""], step: Int[Array, ""], rows: Int[Array, " b"]
 ) -> Key[Array, " b"]:
-    """One key an example, from (stream, step, row in the global batch), whatever the devices."""
+    """Derives one key per example from stream, step and row in the global batch.
+
+    The keys do not depend on the number of devices.
+    """
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), rows)
 
 
@@ -37,28 +40,28 @@ def train_step(
     axis_name: str | None = None,
     shares: int = 1,
 ) -> tuple[TrainState, dict[str, tuple[Array, Array]]]:
-    """One step of gradient descent.
+    """Takes one optimisation step.
 
-    A loss or a gradient that is not finite leaves parameters, statistics and
-    optimiser as they were; `skipped` counts it and the run's policy decides.
+    If the loss or a gradient is not finite, the parameters, statistics and optimiser state do not
+    change; `skipped` counts the step.
 
     Args:
-      state: the state before.
-      batch: this device's share of the global batch; B divisible by `accumulate`.
-      key: of the augmentation stream, the same at every step.
-      objective: the loss with everything but data and parameters bound.
-      optimizer: the one whose state `state` holds.
-      accumulate: the gradient is the mean over this many parts taken in turn.
-      ema_decay: of the moving averages, where the state keeps them; the first steps
-        average over fewer, min(decay, (1 + step) / (10 + step)).
-      average_statistics: false where the objective's batch statistics are those of the averaged
-        parameters already.
-      axis_name: device axis; None runs the global batch under plain jit.
-      shares: devices whose rows lie in the batch one after the other: a part has some of each,
-        the rows that it would have with an axis name.
+      state: State before the step.
+      batch: This device's shard of the global batch; B divisible by `accumulate`.
+      key: Key of the augmentation stream, the same in every step.
+      objective: Loss function with everything but data and parameters bound.
+      optimizer: Optimiser that `state.opt_state` belongs to.
+      accumulate: Number of sequential microbatches over which the gradient is averaged.
+      ema_decay: Decay of the moving averages, if the state keeps them; early steps use a smaller
+        one, min(decay, (1 + step) / (10 + step)).
+      average_statistics: False if the objective's batch statistics already are those of the
+        averaged parameters.
+      axis_name: Device axis; None runs the global batch under plain jit.
+      shares: Number of devices whose rows are concatenated in the batch. A microbatch takes rows
+        of each, the same rows as with an axis name.
 
     Returns:
-      The state after, and {name: (sum, count)} over the global batch.
+      The state after the step, and {name: (sum, count)} over the global batch.
     """
     keys = example_keys(key, state.step, batch["row"])
     grads, batch_stats, values = _gradient(state, batch, keys, objective, accumulate, shares)
@@ -69,15 +72,15 @@ def train_step(
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"][0])
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    moved = dataclasses.replace(
+    updated = dataclasses.replace(
         state,
         params=optax.apply_updates(state.params, updates),
         batch_stats=batch_stats,
         opt_state=opt_state,
     )
     if state.ema is not None:
-        moved = dataclasses.replace(moved, ema=_average(moved, ema_decay, average_statistics))
-    new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
+        updated = dataclasses.replace(updated, ema=_average(updated, ema_decay, average_statistics))
+    new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
     new_state = dataclasses.replace(
         new_state, step=state.step + 1, skipped=state.skipped + (1 - finite.astype(jnp.int32))
     )
@@ -87,87 +90,92 @@ def train_step(
 
 
 def ensemble_step(step: Callable[..., Any]) -> Callable[..., Any]:
-    """The step of an ensemble: every argument and the state have a leading axis of members.
+    """Turns a train step into an ensemble step; the state and all arguments get a member axis.
 
-    Members step in turn inside one program, written out one after the other: `vmap` makes
-    grouped convolutions of theirs, and a loop runs them on one core of a CPU, both of which
-    are slow (benchmarks/ensemble.py). Metrics are summed over the members.
+    The members run sequentially within one program, in an unrolled loop. `vmap` would turn their
+    convolutions into grouped convolutions, and on CPU a rolled loop runs convolutions on one core;
+    both are slow (benchmarks/ensemble.py). Metrics are summed over the members.
     """
 
-    def members(states: TrainState, batches: Any, keys: Any) -> tuple[TrainState, dict[str, Any]]:
-        def one(carry: None, member: Any) -> tuple[None, Any]:
+    def step_members(
+        states: TrainState, batches: Any, keys: Any
+    ) -> tuple[TrainState, dict[str, Any]]:
+        def step_member(carry: None, member: Any) -> tuple[None, Any]:
             return carry, step(*member)
 
-        _, (states, metrics) = jax.lax.scan(one, None, (states, batches, keys), unroll=True)
+        _, (states, metrics) = jax.lax.scan(step_member, None, (states, batches, keys), unroll=True)
         return states, jax.tree.map(lambda x: x.sum(0), metrics)
 
-    return members
+    return step_members
 
 
 def gather_batch(data: Mapping[str, Array], rows: Mapping[str, Array]) -> dict[str, Array]:
-    """The batch of some rows out of a whole split.
+    """Gathers a batch from a split that is on the device.
 
     Args:
-      data: image, mask and sentences of all records, (N, ...) each.
+      data: Images, masks and text inputs of all records, (N, ...) each.
       rows: index, row and labelled, (B,) each, or (K, B) for K members.
+
+    Returns:
+      The batch, with the fields row and labelled.
     """
     batch = {name: values[rows["index"]] for name, values in data.items()}
     return {**batch, "row": rows["row"], "labelled": rows["labelled"]}
 
 
 def multi_step(step: Callable[..., Any], length: int) -> Callable[..., Any]:
-    """Some steps as one program, over a split that lies on the device.
+    """Combines several steps into one program, over a split that is on the device.
 
     Args:
       step: (state, batch, key) -> (state, metrics).
-      length: largest number of steps.
+      length: Largest number of steps.
 
     Returns:
-      (state, data, rows, count, key) -> (state, metrics): rows and metrics have a leading
-      axis of `length`, of which the first `count` are taken; data as for `gather_batch`.
+      (state, data, rows, count, key) -> (state, metrics): rows and metrics have a leading axis of
+      size `length`, of which the first `count` entries are used; data as for `gather_batch`.
     """
 
-    def one(state: Any, data: Any, rows: Any, key: Any) -> tuple[Any, Any]:
+    def gather_and_step(state: Any, data: Any, rows: Any, key: Any) -> tuple[Any, Any]:
         return step(state, gather_batch(data, rows), key)
 
     def single(state: Any, data: Any, rows: Any, count: Any, key: Any) -> tuple[Any, Any]:
-        state, metrics = one(state, data, jax.tree.map(lambda x: x[0], rows), key)
+        state, metrics = gather_and_step(state, data, jax.tree.map(lambda x: x[0], rows), key)
         return state, jax.tree.map(lambda x: x[None], metrics)
 
     def loop(state: Any, data: Any, rows: Any, count: Any, key: Any) -> tuple[Any, Any]:
         def body(i: Any, carry: Any) -> Any:
             state, metrics = carry
-            state, new = one(state, data, jax.tree.map(lambda x: x[i], rows), key)
+            state, new = gather_and_step(state, data, jax.tree.map(lambda x: x[i], rows), key)
             return state, jax.tree.map(lambda all_, x: all_.at[i].set(x), metrics, new)
 
         first = jax.tree.map(lambda x: x[0], rows)
-        shapes = jax.eval_shape(one, state, data, first, key)[1]
+        shapes = jax.eval_shape(gather_and_step, state, data, first, key)[1]
         metrics = jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype), shapes)
         return jax.lax.fori_loop(0, count, body, (state, metrics))
 
-    # A loop's convolutions run on one core of a CPU.
+    # On CPU, XLA runs the convolutions of a loop on one core.
     return single if length == 1 else loop
 
 
 def mean_metrics(
     window: Sequence[Mapping[str, tuple[Any, Any]]],
 ) -> dict[str, float | int]:
-    """Means over some steps' (sum, count), on the host; `skipped` is a number of steps.
+    """Averages the (sum, count) metrics of several steps, on the host.
 
-    Steps that were skipped tell nothing but that: their values are left out.
+    `skipped` is the number of skipped steps; their other values are ignored.
     """
-    taken = [metrics for metrics in window if not metrics["skipped"][0]]
+    finite = [metrics for metrics in window if not metrics["skipped"][0]]
     names = [name for name in window[0] if name != "skipped"]
     means: dict[str, float | int] = {
-        name: sum(float(m[name][0]) for m in taken) / sum(float(m[name][1]) for m in taken)
+        name: sum(float(m[name][0]) for m in finite) / sum(float(m[name][1]) for m in finite)
         for name in names
-        if taken
+        if finite
     }
-    return {**means, "skipped": len(window) - len(taken)}
+    return {**means, "skipped": len(window) - len(finite)}
 
 
 def _average(state, decay, statistics):
-    """The averages after a step; BatchNorm's statistics are averaged like the parameters."""
+    """Updates the moving averages; BatchNorm's statistics are averaged like the parameters."""
     step = state.step.astype(jnp.float32)
     decay = jnp.minimum(decay, (1 + step) / (10 + step))
     latest = {"params": state.params, "batch_stats": state.batch_stats}
@@ -176,7 +184,7 @@ def _average(state, decay, statistics):
 
 
 def _gradient(state, batch, keys, objective, accumulate, shares):
-    """Gradient, statistics and per-example values, over `accumulate` parts in turn."""
+    """Returns gradient, statistics and per-example values, over `accumulate` microbatches."""
     gradient = jax.value_and_grad(objective, has_aux=True)
     if accumulate == 1:
         (_, (batch_stats, values)), grads = gradient(state.params, state, batch, keys)
@@ -186,14 +194,14 @@ def _gradient(state, batch, keys, objective, accumulate, shares):
         parts = x.reshape(shares, accumulate, -1, *x.shape[1:]).swapaxes(0, 1)
         return parts.reshape(accumulate, -1, *x.shape[1:])
 
-    def part(carry, inputs):
+    def accumulate_part(carry, inputs):
         batch_stats, total = carry
-        before = dataclasses.replace(state, batch_stats=batch_stats)
-        (_, (batch_stats, values)), grads = gradient(state.params, before, *inputs)
+        part_state = dataclasses.replace(state, batch_stats=batch_stats)
+        (_, (batch_stats, values)), grads = gradient(state.params, part_state, *inputs)
         return (batch_stats, jax.tree.map(jnp.add, total, grads)), values
 
     start = (state.batch_stats, jax.tree.map(jnp.zeros_like, state.params))
     parts = (jax.tree.map(split, dict(batch)), split(keys))
-    (batch_stats, total), values = jax.lax.scan(part, start, parts)
+    (batch_stats, total), values = jax.lax.scan(accumulate_part, start, parts)
     grads = jax.tree.map(lambda g: g / accumulate, total)
     return grads, batch_stats, jax.tree.map(jnp.ravel, values)

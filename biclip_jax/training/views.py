@@ -1,8 +1,8 @@
-"""Weak and strong views, on the device: pure functions of keys.
+"""Weak and strong views, computed on the device by pure functions of random keys.
 
-See the columns `published` and `full` of docs/method.md. Pictures are float32
-(H, W, C) in [0, 1]. There is one key an example, so that any number of devices
-sees the same pictures; CutMix pairs the rows 2j and 2j + 1 of a batch.
+See the columns `published` and `full` of docs/method.md. Images are float32 (H, W, C) in [0, 1].
+Every example has its own key, so any number of devices gives the same images; CutMix pairs the
+rows 2j and 2j + 1 of a batch.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 BLUR_TAPS = 5
 ELASTIC_GRID = 7  # control points of the elastic deformation, each way
-# Numbers of random streams; those under 16 are taken by `split`, whose keys are folded in likewise.
-BOX_STREAM, ELASTIC_STREAM, VALUES_STREAM = range(16, 19)  # of a strong view's key
-PHOTOMETRIC_STREAM = 16  # of the geometry's key
-CUTMIX_AREA = (0.1, 0.5)  # of the picture: a larger box is the partner's smaller one
+# Indices of random streams; those below 16 could collide with the keys of `split`.
+BOX_STREAM, ELASTIC_STREAM, VALUES_STREAM = range(16, 19)  # folded into the key of a strong view
+PHOTOMETRIC_STREAM = 16  # folded into the geometry key
+CUTMIX_AREA = (0.1, 0.5)  # share of the image; above 0.5 it would be the partner's smaller box
 
 
 class Geometry(NamedTuple):
-    """Probabilities and ranges of the joint geometry; angles in degrees, shifts in widths.
+    """Ranges and probabilities of the geometric transform; angles in degrees, shifts in widths.
 
-    `integer_degrees` turns with the probability `affine` by a whole number of degrees, to the nearest
-    pixel, and does nothing else: what MedCLIPSeg's released code does.
+    With `integer_degrees` the transform only rotates, with probability `affine`, by a whole number
+    of degrees and with nearest-neighbour sampling, as MedCLIPSeg's released code does.
     """
 
     horizontal_flip: float = 0.5
@@ -42,39 +42,41 @@ class Geometry(NamedTuple):
 
 
 def make_geometry(config: Mapping[str, Any]) -> Geometry:
-    """The geometry of its fields.
+    """Builds the geometry from its config fields.
 
     Raises:
-      ValueError: whole degrees together with what they leave out.
+      ValueError: integer_degrees is combined with flips, shifts, scaling or a fractional rotation.
     """
     geometry = Geometry(**config)
-    still = Geometry(0.0, 0.0, geometry.affine, geometry.rotation, 0.0, 1.0, 1.0, True)
-    if geometry.integer_degrees and geometry != still:
+    rotation_only = Geometry(0.0, 0.0, geometry.affine, geometry.rotation, 0.0, 1.0, 1.0, True)
+    if geometry.integer_degrees and geometry != rotation_only:
         raise ValueError(
-            "views.integer_degrees turns pictures and does nothing else; set the flips and "
+            "views.integer_degrees only rotates the images; set the flips and "
             "views.translation to 0, views.scale_low and views.scale_high to 1"
         )
     if geometry.integer_degrees and geometry.rotation % 1:
-        raise ValueError(f"views.rotation is {geometry.rotation}; whole_degrees wants an integer")
+        raise ValueError(
+            f"views.rotation is {geometry.rotation}; views.integer_degrees requires an integer"
+        )
     return geometry
 
 
 class Photometric(NamedTuple):
-    """Largest changes of a picture's values before both views: x + b and x (1 + c), either way."""
+    """Largest changes of the intensities before both views: x + b and x (1 + c), either sign."""
 
     brightness: float = 0.0
     contrast: float = 0.0
 
 
 class Strong(NamedTuple):
-    """What the strong view adds to the weak one; 0 is off and costs nothing.
+    """Augmentations of the strong view, in addition to the weak ones; 0 disables one at no cost.
 
     Attributes:
-      light: whether to change the light as published, see `published_photometric`.
-      noise: largest standard deviation of Gaussian noise.
-      brightness, contrast: largest change, x + b and x (1 + c), either way.
-      elastic: standard deviation of the control points' shifts, in widths.
-      cutmix: probability that a pair of rows exchanges a box.
+      photometric: Whether to apply the published augmentation, see `published_photometric`.
+      noise: Largest standard deviation of Gaussian noise.
+      brightness, contrast: Largest changes, x + b and x (1 + c), either sign.
+      elastic: Standard deviation of the control points' displacements, in widths.
+      cutmix: Probability that a pair of rows exchanges a box.
     """
 
     photometric: bool = True
@@ -86,11 +88,11 @@ class Strong(NamedTuple):
 
 
 class Deformation(NamedTuple):
-    """How the strong view moves a batch; None where it does not.
+    """Spatial changes of the strong view of a batch; None where disabled.
 
     Attributes:
-      source: (B, H, W, 2) the pixel each pixel comes from, (row, column).
-      box: (B, H, W, 1) where a row shows its partner.
+      source: (B, H, W, 2) source position (row, column) of each pixel.
+      box: (B, H, W, 1) true where a row shows its partner.
     """
 
     source: Float[Array, "b h w 2"] | None
@@ -100,47 +102,47 @@ class Deformation(NamedTuple):
 def transform(
     keys: Key[Array, " b"], maps: Sequence[Float[Array, "b h w _"]], geometry: Geometry
 ) -> tuple[list[Float[Array, "b h w _"]], Bool[Array, " b"]]:
-    """The joint geometry: several maps of each example moved alike, 0 outside.
+    """Applies the same random geometric transform to several maps of each example; 0 outside.
 
     Returns:
-      The maps, and (B,) whether the example was flipped from left to right.
+      The maps, and (B,) whether the example was flipped left-right.
     """
     if geometry.integer_degrees:
-        turned = jax.vmap(lambda key, one: random_rotation(key, one, geometry))
-        moved = turned(keys, jnp.concatenate(list(maps), axis=-1))
-        return _unstack(moved, maps), jnp.zeros(len(keys), bool)
+        rotate = jax.vmap(lambda key, stack: random_rotation(key, stack, geometry))
+        transformed = rotate(keys, jnp.concatenate(list(maps), axis=-1))
+        return _unstack(transformed, maps), jnp.zeros(len(keys), bool)
     matrix, shift, flipped = jax.vmap(lambda key: random_geometry(key, geometry))(keys)
-    moved = jax.vmap(warp)(jnp.concatenate(list(maps), axis=-1), matrix, shift)
-    return _unstack(moved, maps), flipped
+    transformed = jax.vmap(warp)(jnp.concatenate(list(maps), axis=-1), matrix, shift)
+    return _unstack(transformed, maps), flipped
 
 
 def adjust_photometric(
     keys: Key[Array, " b"], images: Float[Array, "b h w 3"], photometric: Photometric
 ) -> Float[Array, "b h w 3"]:
-    """Contrast about each picture's mean and brightness, of the geometry's keys, clipped to [0, 1].
+    """Changes contrast (about each image's mean) and brightness; the result is clipped to [0, 1].
 
-    Nothing where `light` is off.
+    Uses the geometry keys. Does nothing if `photometric` is disabled.
     """
     if photometric == Photometric():
         return images
 
-    def one(key: Any, image: Any) -> Any:
+    def adjust_image(key: Any, image: Any) -> Any:
         keys = jax.random.split(jax.random.fold_in(key, PHOTOMETRIC_STREAM))
         changed = _adjust(keys[0], keys[1], image, photometric.contrast, photometric.brightness)
         return jnp.clip(changed, 0.0, 1.0)
 
-    return jax.vmap(one)(keys, images)
+    return jax.vmap(adjust_image)(keys, images)
 
 
 def random_deformation(
     keys: Key[Array, " b"], height: int, width: int, strong: Strong
 ) -> Deformation:
-    """Draws the elastic deformation of each example and the box of each pair.
+    """Draws the elastic deformation of each example and the CutMix box of each pair.
 
     Args:
-      keys: B of them; B is even where there is CutMix.
-      height, width: of the maps.
-      strong: ranges.
+      keys: (B,) one key per example; B is even if CutMix is enabled.
+      height, width: Size of the maps.
+      strong: Ranges.
     """
     source = box = None
     if strong.elastic:
@@ -154,7 +156,7 @@ def random_deformation(
 def deform(
     maps: Sequence[Float[Array, "b h w _"]], deformation: Deformation
 ) -> list[Float[Array, "b h w _"]]:
-    """Maps of a batch after the elastic deformation, then with the partners' boxes."""
+    """Applies the elastic deformation to a batch of maps, then pastes the boxes of the partners."""
     stack = jnp.concatenate(list(maps), axis=-1)
     if deformation.source is not None:
         stack = jax.vmap(sample)(stack, deformation.source)
@@ -164,7 +166,7 @@ def deform(
 
 
 def mix_vectors(vectors: Float[Array, "b d"], deformation: Deformation) -> Float[Array, "b d"]:
-    """Vectors of a batch, each mixed with its partner's by the area of the box."""
+    """Mixes each vector of a batch with that of its partner by the area of the box."""
     if deformation.box is None:
         return vectors
     area = deformation.box.mean((1, 2, 3))[:, None]
@@ -172,20 +174,20 @@ def mix_vectors(vectors: Float[Array, "b d"], deformation: Deformation) -> Float
 
 
 def swap_pairs(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-    """Rows 2j and 2j + 1 exchanged."""
+    """Exchanges the rows 2j and 2j + 1."""
     return x.reshape(-1, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
 
 
 def strong_photometric(
     key: Key[Array, ""], image: Float[Array, "h w 3"], strong: Strong
 ) -> Float[Array, "h w 3"]:
-    """The strong view's change of one picture's values, clipped to [0, 1]."""
+    """Applies the photometric changes of the strong view to one image; clips to [0, 1]."""
     if strong.photometric:
         image = published_photometric(key, image)
     keys = jax.random.split(jax.random.fold_in(key, VALUES_STREAM), 4)
     image = _adjust(keys[0], keys[1], image, strong.contrast, strong.brightness)
     if strong.noise:
-        # One noise for all channels: most medical pictures are grey.
+        # The same noise in all channels, because most medical images are greyscale.
         noise = jax.random.normal(keys[2], (*image.shape[:2], 1))
         image = image + _uniform(keys[3], 0.0, strong.noise) * noise
     return jnp.clip(image, 0.0, 1.0)
@@ -194,26 +196,26 @@ def strong_photometric(
 def elastic_source(
     key: Key[Array, ""], height: int, width: int, scale: float
 ) -> Float[Array, "h w 2"]:
-    """Where each pixel comes from when a coarse grid of points is shifted at random.
+    """Returns the source position of each pixel for random displacements of a coarse point grid.
 
-    Cubic between the points, which makes the field smooth.
+    The displacements are interpolated cubically, which makes the field smooth.
     """
     key = jax.random.fold_in(key, ELASTIC_STREAM)
     shifts = scale * jax.random.normal(key, (ELASTIC_GRID, ELASTIC_GRID, 2))
     field = jax.image.resize(shifts, (height, width, 2), "cubic")
-    return _grid(height, width) + field * jnp.array([height, width])
+    return _pixel_grid(height, width) + field * jnp.array([height, width])
 
 
 def random_box(
     key: Key[Array, ""], height: int, width: int, probability: float
 ) -> Bool[Array, "h w 1"]:
-    """A box of CUTMIX_AREA of the picture, sides up to 1 : 2; empty with 1 - probability."""
+    """Draws a box of CUTMIX_AREA of the image, sides up to 1 : 2; empty with 1 - probability."""
     keys = jax.random.split(jax.random.fold_in(key, BOX_STREAM), 4)
     area = _uniform(keys[0], *CUTMIX_AREA)
     stretch = jnp.exp2(_uniform(keys[1], -0.5, 0.5))
     sides = jnp.minimum(jnp.sqrt(area) * jnp.stack([stretch, 1 / stretch]), 1.0)
     start = jax.random.uniform(keys[2], (2,)) * (1 - sides)
-    position = (_grid(height, width) + 0.5) / jnp.array([height, width])
+    position = (_pixel_grid(height, width) + 0.5) / jnp.array([height, width])
     inside = ((position >= start) & (position < start + sides)).all(-1, keepdims=True)
     return inside & jax.random.bernoulli(keys[3], probability)
 
@@ -223,8 +225,8 @@ def random_geometry(
 ) -> tuple[Float[Array, "2 2"], Float[Array, " 2"], Bool[Array, ""]]:
     """Draws flips and an affine map as one matrix and a shift, from output to input.
 
-    Coordinates are (y, x) from the centre, in units of the picture's width. The
-    third value tells whether left and right are exchanged.
+    Coordinates are (y, x) from the centre, in units of the image's width. The third value is true
+    if left and right are exchanged.
     """
     keys = jax.random.split(key, 6)
     angle = jnp.deg2rad(_uniform(keys[0], -geometry.rotation, geometry.rotation))
@@ -243,21 +245,25 @@ def random_geometry(
 def random_rotation(
     key: Key[Array, ""], image: Float[Array, "h w c"], geometry: Geometry
 ) -> Float[Array, "h w c"]:
-    """A turn by a whole number of degrees, all of -rotation to rotation alike; see `rotate_nearest`."""
-    turn_key, angle_key = jax.random.split(key)
+    """Rotates by whole degrees, uniform in [-rotation, rotation]; see `rotate_nearest`."""
+    apply_key, angle_key = jax.random.split(key)
     largest = int(geometry.rotation)
     angle = jax.random.randint(angle_key, (), -largest, largest + 1)
-    turned = rotate_nearest(
+    rotated = rotate_nearest(
         image, jnp.asarray(rotation_table(largest, *image.shape[:2]))[angle + largest]
     )
-    return jnp.where(jax.random.bernoulli(turn_key, geometry.affine), turned, image)
+    return jnp.where(jax.random.bernoulli(apply_key, geometry.affine), rotated, image)
 
 
 def rotation_table(largest: int, height: int, width: int) -> np.ndarray:
-    """For -largest to largest degrees, what `rotate_nearest` takes: (2 largest + 1, 2, 3) int32.
+    """Returns the rows that `rotate_nearest` takes for -largest to largest degrees.
 
-    Rows are of x and y, columns of x, y and 1, from output to input, in 65536ths of a pixel:
-    pillow computes so, and its turned pixels are met exactly.
+    The rows of each matrix are x and y, the columns x, y and 1; it maps output to input positions
+    in units of 1/65536 pixel. Pillow computes in the same units, so rotated pixels match it
+    exactly.
+
+    Returns:
+      (2 largest + 1, 2, 3) int32.
     """
     angles = -np.deg2rad(np.arange(-largest, largest + 1))
     cos, sin = np.round(np.cos(angles), 15), np.round(np.sin(angles), 15)
@@ -269,37 +275,37 @@ def rotation_table(largest: int, height: int, width: int) -> np.ndarray:
 
 
 def rotate_nearest(image: Float[Array, "h w c"], row: Int[Array, "2 3"]) -> Float[Array, "h w c"]:
-    """The picture turned about its centre, to the nearest pixel, 0 outside.
+    """Rotates an image about its centre with nearest-neighbour sampling, 0 outside.
 
     Args:
-      image: any.
-      row: of `rotation_table`.
+      image: (H, W, C), any range.
+      row: Entry of `rotation_table`.
     """
     height, width, _ = image.shape
-    y, x = _grid(height, width)[..., 0], _grid(height, width)[..., 1]
+    y, x = _pixel_grid(height, width)[..., 0], _pixel_grid(height, width)[..., 1]
     from_x, from_y = ((row[i, 0] * x + row[i, 1] * y + row[i, 2]) >> 16 for i in range(2))
     inside = (from_x >= 0) & (from_x < width) & (from_y >= 0) & (from_y < height)
-    found = image[from_y.clip(0, height - 1), from_x.clip(0, width - 1)]
-    return jnp.where(inside[..., None], found, 0)
+    sampled = image[from_y.clip(0, height - 1), from_x.clip(0, width - 1)]
+    return jnp.where(inside[..., None], sampled, 0)
 
 
 def warp(
     image: Float[Array, "h w c"], matrix: Float[Array, "2 2"], shift: Float[Array, " 2"]
 ) -> Float[Array, "h w c"]:
-    """Samples a picture at `matrix @ position + shift`, bilinear, 0 outside.
+    """Samples an image at `matrix @ position + shift`, bilinear, 0 outside.
 
-    Flips and the identity fall on pixel centres and give the pixels' own values.
+    Flips and the identity sample at pixel centres and return the original values exactly.
     """
     height, width, _ = image.shape
     size = jnp.array([height, width], jnp.float32)
-    centred = _grid(height, width) - (size - 1) / 2
+    centred = _pixel_grid(height, width) - (size - 1) / 2
     return sample(image, centred @ matrix.T + shift * size + (size - 1) / 2)
 
 
 def sample(image: Float[Array, "h w c"], source: Float[Array, "h w 2"]) -> Float[Array, "h w c"]:
-    """The picture's values at (row, column) of each output pixel, bilinear, 0 outside."""
+    """Samples an image at the (row, column) of each output pixel, bilinear, 0 outside."""
     size = jnp.array(image.shape[:2], jnp.float32)
-    # Far outside is black whatever the distance; the bound keeps integers in range.
+    # Samples far outside are 0 at any distance; the bound prevents integer overflow.
     source = jnp.clip(source, -2.0, size + 1)
     corner = jnp.floor(source)
     fraction = source - corner
@@ -318,10 +324,10 @@ def sample(image: Float[Array, "h w c"], source: Float[Array, "h w 2"]) -> Float
 def published_photometric(
     key: Key[Array, ""], image: Float[Array, "h w 3"]
 ) -> Float[Array, "h w 3"]:
-    """Strong photometric change: gamma, noise, brightness, contrast, motion blur.
+    """Applies the published augmentation: gamma, noise, brightness, contrast and motion blur.
 
-    Gamma .9-1.1 always; Gaussian noise sd .01 p .5; brightness +-.3 p .5;
-    contrast x.7-1.3 p .5; motion blur p .2; clipped to [0, 1] after each.
+    Gamma .9-1.1 always; Gaussian noise sd .01 p .5; brightness +-.3 p .5; contrast x.7-1.3 p .5;
+    motion blur p .2; clipped to [0, 1] after each.
     """
     keys = jax.random.split(key, 8)
     image = image ** _uniform(keys[0], 0.9, 1.1)
@@ -329,12 +335,15 @@ def published_photometric(
     image = _maybe(keys[2], 0.5, image, image + noise)
     image = _maybe(keys[3], 0.5, image, image + _uniform(keys[4], -0.3, 0.3))
     image = _maybe(keys[5], 0.5, image, image * _uniform(keys[6], 0.7, 1.3))
-    choose_key, blur_key = jax.random.split(keys[7])
-    return _maybe(choose_key, 0.2, image, convolve(image, motion_kernel(blur_key)))
+    apply_key, blur_key = jax.random.split(keys[7])
+    return _maybe(apply_key, 0.2, image, convolve(image, motion_kernel(blur_key)))
 
 
 def motion_kernel(key: Key[Array, ""]) -> Float[Array, "5 5"]:
-    """A line of 5 pixels at +-20 degrees whose weights lean by a direction in +-.5; sums to 1."""
+    """Returns a kernel that sums to 1: a 5-pixel line at up to +-20 degrees.
+
+    Its weights are linear along the line, with a slope given by a direction in +-.5.
+    """
     angle_key, direction_key = jax.random.split(key)
     angle = jnp.deg2rad(_uniform(angle_key, -20.0, 20.0))
     direction = (_uniform(direction_key, -0.5, 0.5) + 1) / 2
@@ -347,7 +356,7 @@ def motion_kernel(key: Key[Array, ""]) -> Float[Array, "5 5"]:
 
 
 def convolve(image: Float[Array, "h w c"], kernel: Float[Array, "k k"]) -> Float[Array, "h w c"]:
-    """Each channel with one small kernel; the border repeats the edge pixels."""
+    """Convolves each channel with a small kernel; edge pixels are repeated at the border."""
     height, width, _ = image.shape
     taps = kernel.shape[0]
     padded = jnp.pad(image, ((taps // 2,) * 2, (taps // 2,) * 2, (0, 0)), mode="edge")
@@ -373,11 +382,11 @@ def _uniform(key, low, high):
 
 
 def _maybe(key, probability, image, changed):
-    chosen = jax.random.bernoulli(key, probability)
-    return jnp.where(chosen, jnp.clip(changed, 0.0, 1.0), image)
+    apply = jax.random.bernoulli(key, probability)
+    return jnp.where(apply, jnp.clip(changed, 0.0, 1.0), image)
 
 
-def _grid(height, width):
+def _pixel_grid(height, width):
     return jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), -1)
 
 

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: console, JSON lines, TensorBoard."""
+"""Writers of training metrics: console, JSON lines and TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from biclip_jax.core import files
 
 
 class Writer:
-    """Writes each measurement once, wherever it is wanted.
+    """Writes metrics to the console, to metrics.jsonl and to TensorBoard if it is installed.
 
     Attributes:
-      console: for a run's own sentences (`console.print`).
+      console: Console for other messages of the run (`console.print`).
     """
 
     def __init__(self, workdir: Path, num_steps: int, first_step: int) -> None:
@@ -49,7 +49,7 @@ class Writer:
         self._progress.update(self._task, completed=step)
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
-        """One line in metrics.jsonl, one point a value in TensorBoard, one line on the console."""
+        """Writes one line to metrics.jsonl and the console, and one TensorBoard point per value."""
         self._lines.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         self._lines.flush()
         for name, value in values.items():
@@ -59,12 +59,12 @@ class Writer:
             loss = f"loss {values['loss']:.4f}" if "loss" in values else "steps skipped"
             self._progress.update(self._task, description=loss)
         else:
-            shown = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
+            shown = "  ".join(f"{name} {_format(value)}" for name, value in values.items())
             self.console.print(f"step {step:>6}  {split:<5}  {shown}", soft_wrap=True)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line cut off by a crash is left out."""
+    """Reads the lines of metrics.jsonl; drops a last line that a crash truncated."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -75,10 +75,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _trimmed(path: Path, first_step: int) -> Path:
-    """Drops what was written after the checkpoint that the run goes on from."""
-    kept = [row for row in read_metrics(path) if row["step"] <= first_step]
+    """Drops the lines written after the checkpoint from which the run resumes."""
+    rows = [row for row in read_metrics(path) if row["step"] <= first_step]
     with files.atomic_write(path) as part:
-        part.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -90,7 +90,7 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=first_step + 1)
 
 
-def _short(value: float) -> str:
+def _format(value: float) -> str:
     if isinstance(value, int):
         return str(value)
     return f"{value:.2e}" if 0 < abs(value) < 1e-2 else f"{value:.4f}"

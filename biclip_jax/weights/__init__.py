@@ -1,1 +1,1 @@
-"""Parameters on disk: model folders and other people's checkpoints."""
+"""Weights on disk: model folders, and checkpoints of other frameworks."""

@@ -1,4 +1,4 @@
-"""What a foreign checkpoint is, read from the shapes of its arrays, and its conversion."""
+"""Detects the architecture of a checkpoint from its array shapes, and converts it."""
 
 from __future__ import annotations
 
@@ -21,44 +21,46 @@ from biclip_jax.weights import convert, keys
 from biclip_jax.weights.convert import Converted, Tensor
 from biclip_jax.weights.readers import Checkpoint
 
-# Widths whose heads are 64 wide in every released tower: BERT base and large, OpenAI's CLIP.
+# Widths with a head size of 64 in all released encoders: BERT base and large, OpenAI's CLIP.
 HEAD_SIZE, KNOWN_WIDTHS = 64, (512, 640, 768, 1024)
-# The embedding of words in OpenAI's text tower and in open_clip's BERT.
-OPENAI_WORDS = "token_embedding.weight"
-BERT_WORDS = "transformer.embeddings.word_embeddings.weight"
+# Token embeddings in OpenAI's text encoder and in open_clip's BERT.
+OPENAI_TOKEN_EMBEDDING = "token_embedding.weight"
+BERT_TOKEN_EMBEDDING = "transformer.embeddings.word_embeddings.weight"
 
 
 def convert_clip(checkpoint: Checkpoint, hf_config: Mapping[str, Any] | None = None) -> Converted:
-    """A CLIP of Hugging Face, OpenAI or open_clip, ViT or ModifiedResNet.
+    """Converts a CLIP of Hugging Face, OpenAI or open_clip, ViT or ModifiedResNet.
 
     Args:
-      checkpoint: opened; its arrays are read one by one.
-      hf_config: Hugging Face's config.json, where there is one; it tells the
-        heads, the activation and the epsilon, which the arrays do not.
+      checkpoint: Opened checkpoint; its arrays are read one at a time.
+      hf_config: Hugging Face's config.json, if there is one: it has the number of heads, the
+        activation and the epsilon, which the arrays do not.
 
     Raises:
-      UserError: no CLIP, or arrays missing, too many, or misshapen.
+      UserError: Not a CLIP, or arrays are missing, unexpected, or of the wrong shape.
     """
     path, tensors = checkpoint.path, convert.standard_names(checkpoint)
     for prefix in ("text.", "text_encoder."):  # open_clip's CustomTextCLIP, and UniMedCLIP
-        if any(f"{prefix}{name}" in tensors for name in (OPENAI_WORDS, BERT_WORDS)):
+        if any(
+            f"{prefix}{name}" in tensors for name in (OPENAI_TOKEN_EMBEDDING, BERT_TOKEN_EMBEDDING)
+        ):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return clip_of(path, tensors, hf_config or {})
 
 
 def clip_of(path: Path, tensors: dict[str, Tensor], hf_config: Mapping[str, Any]) -> Converted:
-    """`convert_clip` of arrays by name."""
+    """Converts a CLIP from {name: tensor}, see `convert_clip`."""
     dialect = _clip_dialect(path, tensors)
-    describe = _hf_clip if dialect == "hf" else _openai_clip
-    config = describe(_Shapes(path, tensors), hf_config)
+    build_config = _hf_clip if dialect == "hf" else _openai_clip
+    config = build_config(_Shapes(path, tensors), hf_config)
     sizes = [
         config["image"]["embedding_size"],
         config["text"].get("embedding_size") or config["text"]["projection_size"],
     ]
     if sizes[0] != sizes[1]:
         raise UserError(
-            f"{path}: the image tower's projection makes {sizes[0]} numbers, text_projection "
-            f"{sizes[1]}; expected as many; the file is of no one model"
+            f"{path}: the image projection has {sizes[0]} outputs, text_projection {sizes[1]}; "
+            "expected the same number; the file is not of a single model"
         )
     table = keys.clip(config["image"], config["text"], dialect)
     size = config["image"]["image_size"]
@@ -69,12 +71,19 @@ def clip_of(path: Path, tensors: dict[str, Tensor], hf_config: Mapping[str, Any]
 
 
 def convert_bert(checkpoint: Checkpoint, hf_config: Mapping[str, Any] | None = None) -> Converted:
-    """A BERT of Hugging Face: plain, with a language head, or CXR-BERT with its projection.
+    """Converts a Hugging Face BERT: plain, with a language head, or CXR-BERT with its projection.
 
-    Args, Raises: as `convert_clip`.
+    Args:
+      checkpoint: See `convert_clip`.
+      hf_config: See `convert_clip`.
+
+    Raises:
+      UserError: See `convert_clip`.
     """
     path, tensors = checkpoint.path, convert.standard_names(checkpoint)
-    _expect(path, tensors, r"(bert\.)?(encoder\.layer|embeddings)\.", "BERT", "encoder.layer.*")
+    _require_names(
+        path, tensors, r"(bert\.)?(encoder\.layer|embeddings)\.", "BERT", "encoder.layer.*"
+    )
     prefix = "bert." if any(name.startswith("bert.") for name in tensors) else ""
     config = _bert_config(_Shapes(path, tensors), prefix, hf_config or {})
     table = keys.bert(config, prefix)
@@ -87,31 +96,33 @@ def convert_bert(checkpoint: Checkpoint, hf_config: Mapping[str, Any] | None = N
 def convert_biclip(
     checkpoint: Checkpoint, hf_config: Mapping[str, Any] | None = None, max_length: int = 32
 ) -> tuple[Converted, Converted]:
-    """The published BiCLIP's Lightning checkpoint: the network, and its frozen CXR-BERT.
+    """Converts the published BiCLIP's Lightning checkpoint: network and frozen CXR-BERT.
 
     Args:
-      checkpoint: opened; its arrays are read one by one.
-      hf_config: of its CXR-BERT, as `convert_bert` takes it.
-      max_length: of its sentences, in tokens; 32 as published.
+      checkpoint: Opened checkpoint; its arrays are read one at a time.
+      hf_config: Config of the CXR-BERT, see `convert_bert`.
+      max_length: Length of its prompts in tokens; 32 as published.
 
     Raises:
-      UserError: as `convert_clip`.
+      UserError: See `convert_clip`.
     """
     path = checkpoint.path
     tensors = {
         name.removeprefix("model."): tensor
         for name, tensor in convert.standard_names(checkpoint).items()
     }
-    _expect(path, tensors, r"(inc|text_refiner)\.", "published BiCLIP", "inc.*, text_refiner.*")
+    _require_names(
+        path, tensors, r"(inc|text_refiner)\.", "published BiCLIP", "inc.*, text_refiner.*"
+    )
     encoder_prefix = "text_encoder.model."
-    inside = {
+    encoder_tensors = {
         name.removeprefix(encoder_prefix): tensors.pop(name)
         for name in list(tensors)
         if name.startswith(encoder_prefix)
     }
-    if not inside:
+    if not encoder_tensors:
         raise UserError(f"{path}: {encoder_prefix}* is missing; give the whole checkpoint")
-    encoder = convert_bert(Checkpoint(path, checkpoint.format, inside), hf_config)
+    encoder = convert_bert(Checkpoint(path, checkpoint.format, encoder_tensors), hf_config)
     config = _biclip_config(_Shapes(path, tensors), max_length)
     features = jnp.zeros((1, encoder.config["width"]))
     size = config["image_size"]
@@ -120,20 +131,20 @@ def convert_biclip(
     except ValueError as error:
         raise UserError(f"{path}: {error}; the file belongs to another model") from error
     expected = shapes_of(model, jnp.zeros((1, size, size, 3)), text_features=features)
-    doublings = len(fusion.generator_widths(size)) + 1
-    table = keys.biclip(config["num_levels"], doublings)
+    num_doublings = len(fusion.generator_widths(size)) + 1
+    table = keys.biclip(config["num_levels"], num_doublings)
     variables, report = convert.load(path, tensors, table, expected, keys.BICLIP_UNUSED)
     return Converted(config, variables, report), encoder
 
 
-def shapes_of(model: nn.Module, *inputs: Any, **named: Any) -> dict[str, tuple[int, ...]]:
-    """{"params/...": shape} of a model, without computing anything."""
-    variables = jax.eval_shape(partial(model.init, **named), jax.random.key(0), *inputs)
+def shapes_of(model: nn.Module, *inputs: Any, **kwargs: Any) -> dict[str, tuple[int, ...]]:
+    """Returns {"params/...": shape} of a model without computing anything."""
+    variables = jax.eval_shape(partial(model.init, **kwargs), jax.random.key(0), *inputs)
     return {name: leaf.shape for name, leaf in flatten_dict(variables, sep="/").items()}
 
 
 class _Shapes:
-    """Shapes by name; a missing one is an error that names it."""
+    """Shapes by name; raises a UserError that names a missing array."""
 
     def __init__(self, path: Path, tensors: Mapping[str, Tensor]):
         self.path, self.names, self._tensors = path, list(tensors), tensors
@@ -150,20 +161,20 @@ class _Shapes:
         return tensor.shape
 
     def side(self, name: str) -> int:
-        """The side of the square grid that a table of 1 + side^2 positions is for."""
+        """Returns the side of the square grid of a table of 1 + side^2 positions."""
         return _side(self.path, name, self.of(name, 2)[0])
 
     def count(self, pattern: str) -> int:
-        """How many different texts stand in the pattern's group: the number of layers."""
-        found = (re.match(pattern, name) for name in self.names)
-        return len({match.group(1) for match in found if match})
+        """Returns how many values the pattern's group takes, such as the number of layers."""
+        matches = (re.match(pattern, name) for name in self.names)
+        return len({match.group(1) for match in matches if match})
 
 
 def _side(path: Path, name: str, rows: int) -> int:
     side = math.isqrt(rows - 1)
     if side < 1 or side**2 != rows - 1:
         raise UserError(
-            f"{path}: {name} has {rows} rows; expected 1 and a square number; "
+            f"{path}: {name} has {rows} rows; expected 1 plus a square number; "
             "the file belongs to another model"
         )
     return side
@@ -175,17 +186,17 @@ def _clip_dialect(path: Path, tensors: Mapping[str, Tensor]) -> str:
     if any(name.startswith("visual.") for name in tensors):
         return "openai"
     expected = "vision_model.* (Hugging Face) or visual.* (OpenAI, open_clip)"
-    raise _another_kind(path, tensors, "CLIP", expected)
+    raise _wrong_kind(path, tensors, "CLIP", expected)
 
 
-def _expect(
+def _require_names(
     path: Path, tensors: Mapping[str, Tensor], pattern: str, kind: str, expected: str
 ) -> None:
     if not any(re.match(pattern, name) for name in tensors):
-        raise _another_kind(path, tensors, kind, expected)
+        raise _wrong_kind(path, tensors, kind, expected)
 
 
-def _another_kind(path: Path, tensors: Mapping[str, Tensor], kind: str, expected: str) -> UserError:
+def _wrong_kind(path: Path, tensors: Mapping[str, Tensor], kind: str, expected: str) -> UserError:
     some = ", ".join(sorted(tensors)[:3])
     return UserError(
         f"{path}: no {kind}: its arrays are {some} ...; expected {expected}; "
@@ -194,7 +205,7 @@ def _another_kind(path: Path, tensors: Mapping[str, Tensor], kind: str, expected
 
 
 def _hf_clip(shapes: _Shapes, hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    image_config, text_config = _parts(shapes.path, hf_config)
+    image_config, text_config = _encoder_configs(shapes.path, hf_config)
     image, text = "vision_model.", "text_model."
     width, _, patch, _ = shapes.of(f"{image}embeddings.patch_embedding.weight", 4)
     side = shapes.side(f"{image}embeddings.position_embedding.weight")
@@ -227,8 +238,8 @@ def _hf_clip(shapes: _Shapes, hf_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _openai_clip(shapes: _Shapes, hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    image_config, text_config = _parts(shapes.path, hf_config)
-    describe_text = _open_clip_bert if BERT_WORDS in shapes.names else _openai_text
+    image_config, text_config = _encoder_configs(shapes.path, hf_config)
+    describe_text = _open_clip_bert if BERT_TOKEN_EMBEDDING in shapes.names else _openai_text
     if "visual.attnpool.positional_embedding" in shapes.names:
         image = _openai_resnet(shapes)
     elif "visual.trunk.pos_embed" in shapes.names:
@@ -239,7 +250,7 @@ def _openai_clip(shapes: _Shapes, hf_config: Mapping[str, Any]) -> dict[str, Any
 
 
 def _openai_text(shapes: _Shapes, text_config: Mapping[str, Any]) -> dict[str, Any]:
-    vocab_size, width = shapes.of(OPENAI_WORDS, 2)
+    vocab_size, width = shapes.of(OPENAI_TOKEN_EMBEDDING, 2)
     return {
         "vocab_size": vocab_size,
         "max_length": shapes.of("positional_embedding", 2)[0],
@@ -254,7 +265,7 @@ def _openai_text(shapes: _Shapes, text_config: Mapping[str, Any]) -> dict[str, A
 
 
 def _open_clip_bert(shapes: _Shapes, text_config: Mapping[str, Any]) -> dict[str, Any]:
-    # Its activation and epsilon are BERT's own, whatever open_clip says of the image tower.
+    # Activation and epsilon are BERT's; open_clip's config describes only the image encoder's.
     heads = {name: text_config[name] for name in ("num_attention_heads",) if name in text_config}
     return {
         "kind": "bert",
@@ -339,9 +350,9 @@ def _bert_config(shapes: _Shapes, prefix: str, hf_config: Mapping[str, Any]) -> 
 def _biclip_config(shapes: _Shapes, max_length: int) -> dict[str, Any]:
     width = shapes.of("inc.double_conv.0.weight", 4)[0]
     shapes.of("generator.0.weight", 4)
-    doublings = shapes.count(r"generator\.(\d+)\.")
+    num_doublings = shapes.count(r"generator\.(\d+)\.")
     return {
-        "image_size": fusion.SEED_SIZE * 2**doublings,
+        "image_size": fusion.SEED_SIZE * 2**num_doublings,
         "width": width,
         "num_levels": shapes.count(r"down(\d+)\.") + 1,
         "dtype": "float32",
@@ -354,14 +365,16 @@ def _biclip_config(shapes: _Shapes, max_length: int) -> dict[str, Any]:
     }
 
 
-def _parts(path: Path, hf_config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    parts = [hf_config.get(name) or {} for name in ("vision_config", "text_config")]
-    if not all(isinstance(part, Mapping) for part in parts):
+def _encoder_configs(
+    path: Path, hf_config: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    configs = [hf_config.get(name) or {} for name in ("vision_config", "text_config")]
+    if not all(isinstance(config, Mapping) for config in configs):
         raise UserError(
-            f"{path}: the vision_config or text_config of config.json is no object; "
+            f"{path}: the vision_config or text_config of config.json is not an object; "
             "get the file again"
         )
-    return parts[0], parts[1]
+    return configs[0], configs[1]
 
 
 def _heads(path: Path, config: Mapping[str, Any], width: int) -> int:
@@ -371,7 +384,7 @@ def _heads(path: Path, config: Mapping[str, Any], width: int) -> int:
     if type(heads) is not int or heads < 1 or width % heads:
         raise UserError(
             f"{path}: num_attention_heads is {str(heads)[:40]} for a width of {width}; expected a "
-            "divisor; put the model's config.json (or open_clip_config.json) beside the weights"
+            "divisor; put the model's config.json (or open_clip_config.json) next to the weights"
         )
     return heads
 
@@ -380,7 +393,7 @@ def _epsilon(path: Path, config: Mapping[str, Any], default: float) -> float:
     epsilon = config.get("layer_norm_eps", default)
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         raise UserError(
-            f"{path}: config.json says layer_norm_eps {str(epsilon)[:40]}; expected a small "
+            f"{path}: config.json has layer_norm_eps {str(epsilon)[:40]}; expected a small "
             "positive number; get the file again"
         )
     return epsilon
@@ -390,7 +403,7 @@ def _activation(path: Path, config: Mapping[str, Any], default: str) -> str:
     name = config.get("hidden_act", default)
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise UserError(
-            f"{path}: config.json says hidden_act {str(name)[:40]!r}; expected "
-            f"{', '.join(ACTIVATIONS)}; this activation is not built"
+            f"{path}: config.json has hidden_act {str(name)[:40]!r}; expected "
+            f"{', '.join(ACTIVATIONS)}; this activation is not implemented"
         )
     return name

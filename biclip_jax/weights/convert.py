@@ -1,4 +1,4 @@
-"""Foreign checkpoints to our variables, by the tables of `keys`, with a report."""
+"""Converts checkpoints of other frameworks by the tables of `keys`, with a report."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from biclip_jax.weights import keys
 from biclip_jax.weights.formats.tensor import Tensor
 from biclip_jax.weights.readers import Checkpoint
 
-SHOWN = 5  # names in an error or a line
+MAX_LISTED = 5  # names in an error or a line
 
-# From PyTorch's order of axes to ours.
+# From PyTorch's axis order to that of our parameters.
 LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "same": lambda x: x,
     "linear": lambda x: x.T,
@@ -40,13 +40,13 @@ RANKS = {
 
 
 class Report(NamedTuple):
-    """What became of every array.
+    """What a conversion did with every array.
 
     Attributes:
-      loaded: our parameters that were filled.
-      reshaped: those of `loaded` whose axes were moved or which join several arrays.
-      unused: foreign arrays without a counterpart, each known to be needless.
-      fresh: our parameters that the checkpoint does not have.
+      loaded: Our parameters that were filled.
+      reshaped: The parameters in `loaded` that were transposed or concatenated from several arrays.
+      unused: Arrays of the checkpoint without a counterpart, each known to be unnecessary.
+      fresh: Our parameters that are not in the checkpoint.
     """
 
     loaded: tuple[str, ...]
@@ -63,12 +63,12 @@ class Report(NamedTuple):
 
 
 class Converted(NamedTuple):
-    """A model out of a foreign checkpoint.
+    """A model converted from another framework.
 
     Attributes:
-      config: of the model, as its `build` takes it.
+      config: Config of the model, for its `build`.
       variables: {"params/...": array}, float32.
-      report: what was loaded.
+      report: Report of the conversion.
     """
 
     config: dict[str, Any]
@@ -83,51 +83,54 @@ def load(
     expected: Mapping[str, tuple[int, ...]],
     unused: Iterable[str],
 ) -> tuple[dict[str, np.ndarray], Report]:
-    """Fills every parameter of the table, in float32.
+    """Loads every parameter of a table, in float32.
 
     Args:
-      path: of the checkpoint, for errors.
-      tensors: emptied on the way, so that no array is held twice.
+      path: Path of the checkpoint, for errors.
+      tensors: {name in the checkpoint: tensor}; emptied while loading, so that no array is held
+        twice.
       table: {our name: rule}.
-      expected: {our name: shape} of the whole model.
-      unused: patterns of the foreign names that are known to be needless.
+      expected: {our name: shape} of the complete model.
+      unused: Patterns of names in the checkpoint that are known to be unnecessary.
 
     Returns:
       {our name: array}, and the report.
 
     Raises:
-      UserError: naming the arrays that are missing, too many, or misshapen.
+      UserError: Arrays are missing, unexpected, or of the wrong shape; the message names them.
     """
-    needless = re.compile("|".join(unused) or r"(?!)")
-    wanted = {source for rule in table.values() for source in rule.sources}
-    left_out = sorted(name for name in tensors if needless.fullmatch(name) and name not in wanted)
-    _require(path, sorted(wanted - tensors.keys()), "missing", "give the whole checkpoint")
-    surplus = sorted(tensors.keys() - wanted - set(left_out))
-    _require(path, surplus, "of no use in this model", "give the kind that fits the file")
-    for name in left_out:
+    ignored = re.compile("|".join(unused) or r"(?!)")
+    required = {source for rule in table.values() for source in rule.sources}
+    unused_names = sorted(
+        name for name in tensors if ignored.fullmatch(name) and name not in required
+    )
+    _refuse(path, sorted(required - tensors.keys()), "missing", "give the whole checkpoint")
+    unexpected = sorted(tensors.keys() - required - set(unused_names))
+    _refuse(path, unexpected, "not used by this model", "give the kind that fits the file")
+    for name in unused_names:
         del tensors[name]
     variables, reshaped = {}, []
     for name, rule in table.items():
         sources = [tensors.pop(source) for source in rule.sources]
-        variables[name] = _parameter(path, rule, sources, name, expected.get(name))
+        variables[name] = _read_parameter(path, rule, sources, name, expected.get(name))
         if rule.layout != "same" or len(sources) > 1:
             reshaped.append(name)
     fresh = tuple(sorted(expected.keys() - variables.keys()))
-    return variables, Report(tuple(variables), tuple(reshaped), tuple(left_out), fresh)
+    return variables, Report(tuple(variables), tuple(reshaped), tuple(unused_names), fresh)
 
 
-def _require(path: Path, wrong: list[str], what: str, fix: str) -> None:
-    if wrong:
-        verb = "are" if len(wrong) > 1 else "is"
-        raise UserError(f"{path}: {_listed(wrong)} {verb} {what}; {fix}")
+def _refuse(path: Path, names: list[str], problem: str, fix: str) -> None:
+    if names:
+        verb = "are" if len(names) > 1 else "is"
+        raise UserError(f"{path}: {_listed(names)} {verb} {problem}; {fix}")
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{', '.join(names[:SHOWN])}{more}"
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return f"{', '.join(names[:MAX_LISTED])}{more}"
 
 
-def _parameter(
+def _read_parameter(
     path: Path,
     rule: keys.Rule,
     sources: list[Tensor],
@@ -142,20 +145,20 @@ def _parameter(
                 f"{path}: {source_name} has shape {source.shape}; expected {rank} axes; "
                 "the file belongs to another model"
             )
-        arrays.append(LAYOUTS[rule.layout](_read(path, source_name, source)))
-    fits = len({array.shape[:-1] for array in arrays}) == 1
-    joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, -1) if fits else None
-    if joined is None or joined.shape != shape:
+        arrays.append(LAYOUTS[rule.layout](_read_array(path, source_name, source)))
+    can_join = len({part.shape[:-1] for part in arrays}) == 1
+    array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, -1) if can_join else None
+    if array is None or array.shape != shape:
         found = ", ".join(str(source.shape) for source in sources)
         raise UserError(
             f"{path}: {', '.join(rule.sources)} has shape {found}, which does not make {name} "
             f"{shape}; the file belongs to another model"
         )
-    # ascontiguousarray would give a scalar an axis.
-    return joined if joined.flags.c_contiguous else np.ascontiguousarray(joined)
+    # ascontiguousarray would add an axis to a scalar.
+    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
 
 
-def _read(path: Path, name: str, source: Tensor) -> np.ndarray:
+def _read_array(path: Path, name: str, source: Tensor) -> np.ndarray:
     if source.dtype.name not in FLOATS:
         raise UserError(
             f"{path}: {name} is of {source.dtype.name}; expected one of {', '.join(FLOATS)}; "
@@ -163,23 +166,27 @@ def _read(path: Path, name: str, source: Tensor) -> np.ndarray:
         )
     array = source.read().astype(np.float32, copy=False)
     if not np.isfinite(array).all():
-        raise UserError(f"{path}: {name} holds NaN or infinity; the file is damaged, get it again")
+        raise UserError(
+            f"{path}: {name} contains NaN or infinity; the file is damaged, get it again"
+        )
     return array
 
 
 def standard_names(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The arrays under PyTorch's names and in its order of axes, without the wrappers' prefixes."""
+    """Returns the arrays with PyTorch's names and axis order, without prefixes of wrappers."""
     tensors = dict(checkpoint.tensors)
     if checkpoint.format == "flax":
         tensors = dict(_from_flax(name, tensor) for name, tensor in tensors.items())
     for prefix in ("module.", "_orig_mod."):
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    # What LayerNorm's two arrays were called before 2019.
-    old = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-    for before, after in old.items():
+    # Names of LayerNorm's parameters before 2019.
+    renamed = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+    for old_suffix, new_suffix in renamed.items():
         tensors = {
-            name.removesuffix(before) + after if name.endswith(before) else name: tensor
+            name.removesuffix(old_suffix) + new_suffix
+            if name.endswith(old_suffix)
+            else name: tensor
             for name, tensor in tensors.items()
         }
     return tensors

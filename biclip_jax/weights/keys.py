@@ -1,7 +1,7 @@
-"""Tables of names: which arrays of a foreign checkpoint make which parameter of ours.
+"""Tables of names: the arrays of a checkpoint that each of our parameters is made from.
 
-A row is (layer, ours, theirs): `LAYERS` says which arrays a layer has and how
-they are laid out. `theirs` is one name, or several whose outputs are joined.
+A row is (layer, ours, theirs). `LAYERS` defines the arrays of a layer and their layouts. `theirs`
+is one name, or several whose outputs are concatenated.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 
 class Rule(NamedTuple):
-    """How one parameter is made.
+    """How to make one parameter.
 
     Attributes:
-      sources: names of the foreign arrays.
-      layout: a name of `convert.LAYOUTS`.
+      sources: Names of arrays in the checkpoint.
+      layout: Name in `convert.LAYOUTS`.
     """
 
     sources: tuple[str, ...]
@@ -25,7 +25,7 @@ class Rule(NamedTuple):
 Row = tuple[str, str, str | tuple[str, ...]]
 Table = Mapping[str, Rule]
 
-# {layer: ((collection, ours, theirs, layout), ...)}; the names are joined to those of the row.
+# {layer: ((collection, ours, theirs, layout), ...)}; the names are appended to those of the row.
 LAYERS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
     "linear": (
         ("params", "/kernel", ".weight", "linear"),
@@ -72,7 +72,7 @@ LAYERS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
 
 
 def expand(rows: Iterable[Row], ours: str = "", theirs: str = "") -> dict[str, Rule]:
-    """{"params/image_encoder/...": rule}; `ours` and `theirs` are put before every name."""
+    """Returns {"params/image_encoder/...": rule}; prefixes all names with `ours` and `theirs`."""
     table = {}
     for layer, our_name, their_names in rows:
         names = (their_names,) if isinstance(their_names, str) else their_names
@@ -83,7 +83,7 @@ def expand(rows: Iterable[Row], ours: str = "", theirs: str = "") -> dict[str, R
 
 
 def blocks(rows: Iterable[Row], num_layers: int, ours: str, theirs: str) -> dict[str, Rule]:
-    """The rows of one block for all of them; `theirs` has {i} where the number stands."""
+    """Expands the rows of one block for all blocks; {i} in `theirs` stands for the index."""
     rows, table = tuple(rows), dict[str, Rule]()
     for i in range(num_layers):
         table |= expand(rows, f"{ours}blocks_{i}/", theirs.format(i=i))
@@ -175,7 +175,7 @@ CLIP_UNUSED = (
     r"visual\..*\.num_batches_tracked",
 )
 
-# --- the towers of UniMedCLIP and BiomedCLIP inside open_clip: timm's ViT, a BERT with an MLP ---
+# --- Encoders of UniMedCLIP and BiomedCLIP in open_clip: timm's ViT, a BERT with an MLP ---
 
 TIMM_BLOCK: tuple[Row, ...] = (
     ("norm", "norm_0", "norm1"),
@@ -256,10 +256,10 @@ BICLIP_UNUSED = (r".*\.num_batches_tracked",)
 
 
 def clip(image: Mapping, text: Mapping, dialect: str) -> dict[str, Rule]:
-    """The table of a CLIP model.
+    """Returns the table of a CLIP model.
 
     Args:
-      image, text: the towers' configurations, see `models.clip`.
+      image, text: Configs of the encoders, see `models.clip`.
       dialect: "hf" or "openai".
     """
     if dialect == "hf":
@@ -278,7 +278,7 @@ def clip(image: Mapping, text: Mapping, dialect: str) -> dict[str, Rule]:
 
 
 def openai_image(image: Mapping) -> dict[str, Rule]:
-    """The image tower of OpenAI's or open_clip's files under the name image_encoder."""
+    """Returns the table of OpenAI's or open_clip's image encoder, as image_encoder."""
     if image["kind"] == "resnet":
         return resnet(image["stages"])
     if image.get("stem_norm", True):
@@ -291,7 +291,7 @@ def openai_image(image: Mapping) -> dict[str, Rule]:
 
 
 def openai_text(text: Mapping) -> dict[str, Rule]:
-    """The text tower of OpenAI's or open_clip's files under the name text_encoder."""
+    """Returns the table of OpenAI's or open_clip's text encoder, as text_encoder."""
     ours, num_layers = "text_encoder/", text["num_layers"]
     if text.get("kind") == "bert":
         return {
@@ -306,7 +306,7 @@ def openai_text(text: Mapping) -> dict[str, Rule]:
 
 
 def openai_vit(image: Mapping) -> dict[str, Rule]:
-    """OpenAI's ViT under the name image_encoder."""
+    """Returns the table of OpenAI's ViT, as image_encoder."""
     name = "visual.transformer.resblocks.{i}."
     return {
         **expand(OPENAI_IMAGE, "image_encoder/"),
@@ -315,7 +315,10 @@ def openai_vit(image: Mapping) -> dict[str, Rule]:
 
 
 def resnet(stages: Iterable[int]) -> dict[str, Rule]:
-    """OpenAI's ModifiedResNet under the name image_encoder; the first block of a stage projects."""
+    """Returns the table of OpenAI's ModifiedResNet, as image_encoder.
+
+    The first block of each stage has a projection.
+    """
     table = expand((*RESNET_STEM, *RESNET_POOL), "image_encoder/")
     for i, num_blocks in enumerate(stages):
         for j in range(num_blocks):
@@ -325,7 +328,7 @@ def resnet(stages: Iterable[int]) -> dict[str, Rule]:
 
 
 def bert(config: Mapping, prefix: str) -> dict[str, Rule]:
-    """The table of a BERT tower, whose names begin with `prefix` ("bert." or nothing)."""
+    """Returns the table of a BERT whose names begin with `prefix` ("bert." or "")."""
     head = expand(BERT_PROJECTION) if config["projection_size"] else {}
     return {
         **expand(BERT_EMBEDDINGS, theirs=prefix),
@@ -335,11 +338,11 @@ def bert(config: Mapping, prefix: str) -> dict[str, Rule]:
 
 
 def biclip(num_levels: int, num_doublings: int) -> dict[str, Rule]:
-    """The table of the published BiCLIP without its text tower.
+    """Returns the table of the published BiCLIP without its text encoder.
 
     Args:
-      num_levels: of the U-Net; 5 as published.
-      num_doublings: transposed convolutions of the generator; 3 as published.
+      num_levels: Levels of the U-Net; 5 as published.
+      num_doublings: Transposed convolutions of the generator; 3 as published.
     """
     table = expand(BICLIP)
     table |= expand(
@@ -354,7 +357,7 @@ def biclip(num_levels: int, num_doublings: int) -> dict[str, Rule]:
     return table
 
 
-# --- MedCLIPSeg's released checkpoints, but for their towers ---
+# --- MedCLIPSeg's released checkpoints, except for their encoders ---
 
 ATTENTION: tuple[Row, ...] = (
     ("linear", "query", "q_proj"),
@@ -379,7 +382,7 @@ UPSCALER: tuple[Row, ...] = (
 
 
 def medclipseg(num_adapters: int, num_upscales: int) -> dict[str, Rule]:
-    """The table of MedCLIPSeg's adapters and head."""
+    """Returns the table of MedCLIPSeg's adapters and head."""
     directions = {
         "image_from_text": "two_way.cross_attn_img_to_txt",
         "text_from_image": "two_way.cross_attn_txt_to_img",

@@ -1,7 +1,7 @@
-"""Other people's weight files, read without executing anything in them.
+"""Reads weight files of other frameworks without executing anything in them.
 
-A file is opened by what it holds, not by its name; `open_checkpoint` checks every size its header
-promises against the file, and the arrays stay on disk until each is read.
+The format is detected from the content, not from the name. `open_checkpoint` checks every size in a
+header against the file. Arrays stay on disk until they are read individually.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from biclip_jax.weights.formats.tensor import (
     unique_keys,
 )
 
-# What a folder may hold, the first one found is read.
+# File names to look for in a folder; the first match is read.
 FOLDER_ORDER = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -37,10 +37,10 @@ INDEX_SUFFIX = ".index.json"
 
 
 class Checkpoint(NamedTuple):
-    """The arrays of a weight file, or of the shards in a folder, by flat names.
+    """The arrays of a weight file, or of a folder's shards, by flat names.
 
-    The names of torch and safetensors files are as written there, nested dicts joined by dots;
-    those of Flax files are joined by "/".
+    Names in torch and safetensors files stay unchanged, with nested dicts joined by dots; those of
+    Flax files are joined by "/".
     """
 
     path: Path
@@ -49,42 +49,46 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Lists the arrays of a weight file or a Hugging Face folder; none is read yet.
+    """Lists the arrays of a weight file or a Hugging Face folder without reading them.
 
     Args:
-      path: a safetensors, Flax msgpack or torch file, the index of a sharded one, or a folder
+      path: A safetensors, Flax msgpack or torch file, the index of a sharded one, or a folder
         with one of them (`FOLDER_ORDER`).
 
     Returns:
       The names, shapes and dtypes. `Tensor.read` opens the file again, so that only the arrays
-      the caller holds are in memory; it raises UserError where the file changed meanwhile.
+      that the caller holds are in memory; it raises UserError if the file has changed since.
 
     Raises:
-      UserError: nothing there, several files to choose from, a damaged file, a format or dtype
-        not known here, or a pickle that asks for more than tensors and plain containers.
+      UserError: No file exists, several files are possible, the file is damaged, its format or a
+        dtype is unknown, or a pickle requires more than tensors and plain containers.
     """
     path = Path(path)
     with convert_errors(path, "a weight file, or a folder with one"):
-        chosen = _choose(path) if path.is_dir() else path
-    return _open_index(chosen) if chosen.name.endswith(INDEX_SUFFIX) else _open_file(chosen)
+        weight_file = _find_weight_file(path) if path.is_dir() else path
+    return (
+        _open_index(weight_file)
+        if weight_file.name.endswith(INDEX_SUFFIX)
+        else _open_file(weight_file)
+    )
 
 
-def _choose(folder: Path) -> Path:
-    """The file of a folder that is read; UserError where that is not clear."""
+def _find_weight_file(folder: Path) -> Path:
+    """Returns the weight file of a folder; raises UserError if it is ambiguous."""
     for name in FOLDER_ORDER:
         if (folder / name).is_file():
             return folder / name
     with convert_errors(folder, "a readable folder"):
         names = sorted(item.name for item in folder.iterdir())
-    others = [name for name in names if name.endswith(SUFFIXES) and (folder / name).is_file()]
-    if len(others) == 1:
-        return folder / others[0]
-    shown = ", ".join((others or names)[:8]) + (", ..." if len(others or names) > 8 else "")
+    matches = [name for name in names if name.endswith(SUFFIXES) and (folder / name).is_file()]
+    if len(matches) == 1:
+        return folder / matches[0]
+    shown = ", ".join((matches or names)[:8]) + (", ..." if len(matches or names) > 8 else "")
     raise file_error(
         folder,
-        f"{len(others)} weight files in the folder ({shown or 'it is empty'})",
+        f"{len(matches)} weight files in the folder ({shown or 'it is empty'})",
         f"one of {', '.join(FOLDER_ORDER)}, or one other file of {' '.join(SUFFIXES)}",
-        "name the file itself" if others else "download the weights into it",
+        "name the file itself" if matches else "download the weights into it",
     )
 
 
@@ -98,7 +102,7 @@ def _open_file(path: Path) -> Checkpoint:
         size = path.stat().st_size
         with open(path, "rb") as file:
             head = file.read(512)
-    kind = _kind(path, head, size, expected)
+    kind = _detect_format(path, head, size, expected)
     with convert_errors(path, f"a {kind} file"):
         if kind == "safetensors":
             tensors = safetensors.read(path, size)
@@ -113,8 +117,8 @@ def _open_file(path: Path) -> Checkpoint:
         return Checkpoint(path, kind, tensors)
 
 
-def _kind(path: Path, head: bytes, size: int, expected: str) -> str:
-    """The format ("safetensors", "flax", "torch"), by the first bytes, then by the suffix."""
+def _detect_format(path: Path, head: bytes, size: int, expected: str) -> str:
+    """Returns "safetensors", "flax" or "torch", from the first bytes or else the suffix."""
     if not head:
         raise file_error(path, "an empty file", expected, "download or copy it again")
     if head.startswith(b"version https://git-lfs"):
@@ -136,34 +140,34 @@ def _kind(path: Path, head: bytes, size: int, expected: str) -> str:
         return "safetensors"
     if path.suffix == ".msgpack" or 0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF):
         return "flax"
-    raise file_error(path, "a file of another kind", expected, "give the file of weights")
+    raise file_error(path, "a file of another kind", expected, "give a weight file")
 
 
 def _open_index(index: Path) -> Checkpoint:
-    """A sharded checkpoint by its index {"weight_map": {name: file}}."""
+    """Opens a sharded checkpoint by its index {"weight_map": {name: file}}."""
     shards = _weight_map(index)
-    opened = {}
+    checkpoints = {}
     for shard in sorted(set(shards.values())):
         if not (index.parent / shard).is_file():
             fix = "download the missing shards into the folder"
             raise file_error(
                 index, f"the shard {shard}, which is not in the folder", "every shard", fix
             )
-        opened[shard] = _open_file(index.parent / shard)
-    formats = {checkpoint.format for checkpoint in opened.values()}
-    held = Counter(name for checkpoint in opened.values() for name in checkpoint.tensors)
+        checkpoints[shard] = _open_file(index.parent / shard)
+    formats = {checkpoint.format for checkpoint in checkpoints.values()}
+    counts = Counter(name for checkpoint in checkpoints.values() for name in checkpoint.tensors)
     fix = "download the index and its shards again, from one version"
     if len(formats) != 1:
         raise file_error(index, f"shards of {len(formats)} formats", "shards of one format", fix)
-    twice = [name for name, times in held.items() if times > 1]
-    if twice:
-        raise file_error(index, f"{twice[0]} in more than one shard", "every array once", fix)
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+        raise file_error(index, f"{repeated[0]} in more than one shard", "every array once", fix)
     for name, shard in shards.items():
-        if name not in opened[shard].tensors:
+        if name not in checkpoints[shard].tensors:
             raise file_error(
                 index, f"{name} listed in {shard}", f"it in {shard}, which lacks it", fix
             )
-    tensors = {name: opened[shard].tensors[name] for name, shard in shards.items()}
+    tensors = {name: checkpoints[shard].tensors[name] for name, shard in shards.items()}
     return Checkpoint(index.parent, formats.pop(), tensors)
 
 

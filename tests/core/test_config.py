@@ -1,4 +1,4 @@
-"""Configurations by name, overrides with the nearest name, errors as one sentence."""
+"""Loading configs by name, overrides, and one-line errors that suggest the nearest name."""
 
 import json
 
@@ -8,7 +8,7 @@ from biclip_jax.core import config as config_lib
 from biclip_jax.core.errors import UserError
 
 
-def test_every_configuration_and_its_smoke_variant_resolve():
+def test_every_config_and_its_smoke_variant_load():
     names = config_lib.config_names()
     assert {"default", "qata"} <= set(names)
     for name in names:
@@ -18,16 +18,16 @@ def test_every_configuration_and_its_smoke_variant_resolve():
         assert config.num_steps <= 10
 
 
-def test_found_by_name_by_path_in_the_package_and_by_path_on_disk(tmp_path):
+def test_loads_by_name_by_path_in_the_package_and_by_path_on_disk(tmp_path):
     by_name = config_lib.load_config("qata:small", [])
     assert by_name == config_lib.load_config("configs/qata.py:small", [])
-    own = tmp_path / "mine.py"
-    own.write_text(
+    custom = tmp_path / "mine.py"
+    custom.write_text(
         "from biclip_jax.configs import qata\n"
         "def get_config(variant=None):\n    config = qata.get_config(variant)\n"
         "    config.seed = 7\n    return config\n"
     )
-    assert config_lib.load_config(f"{own}:small", []).seed == 7
+    assert config_lib.load_config(f"{custom}:small", []).seed == 7
 
 
 @pytest.mark.parametrize(
@@ -41,19 +41,19 @@ def test_found_by_name_by_path_in_the_package_and_by_path_on_disk(tmp_path):
         ("--config.data.num_examples.train=5", "data.num_examples.train", 5),
     ],
 )
-def test_overrides_take_the_field_s_type(override, path, value):
+def test_overrides_are_converted_to_the_type_of_the_field(override, path, value):
     fields = dict(config_lib.flatten(config_lib.load_config("qata", [override])))
     assert fields[path] == value
     assert type(fields[path]) is type(value)
 
 
 @pytest.mark.parametrize(
-    ("name", "override", "said"),
+    ("name", "override", "message"),
     [
         ("qata", "--config.batchsize=8", "did you mean batch_size"),
-        ("qata", "--config.optim.lr=1", "no such field"),
-        ("qata", "--config.batch_size=many", "is no int"),
-        ("qata", "--config.batch_size=1.5", "is no int"),
+        ("qata", "--config.optim.lr=1", "unknown field"),
+        ("qata", "--config.batch_size=many", "expected a value of type int"),
+        ("qata", "--config.batch_size=1.5", "expected a value of type int"),
         ("qata", "--batch_size=8", "--config.FIELD=VALUE"),
         ("qata", "--config.optim.name=adam", "did you mean adamw"),
         ("qata", "--config.model.dtype=float16", "bfloat16"),
@@ -76,22 +76,22 @@ def test_overrides_take_the_field_s_type(override, path, value):
         ("qata", "--config.views.strong.noise=-0.1", "at least 0"),
         ("qata", "--config.parallel.mode=mash", "did you mean mesh"),
         ("qata", "--config.parallel.shard=params", "expected one of '', optimizer, all"),
-        ("qata", "--config.parallel.shard=all", "set parallel.mode=mesh, or leave it out"),
+        ("qata", "--config.parallel.shard=all", "set parallel.mode=mesh, or remove it"),
         ("quata", "", "did you mean qata"),
         ("elsewhere/qata.py", "", "no such file"),
         ("common", "", "no such file"),
         ("qata:tiny", "", "small"),
     ],
 )
-def test_mistakes_are_named_with_the_mend(name, override, said):
-    with pytest.raises(UserError, match=said):
+def test_invalid_configs_raise_errors_with_a_fix(name, override, message):
+    with pytest.raises(UserError, match=message):
         config_lib.load_config(name, [override] if override else [])
 
 
-def test_a_run_may_be_older_than_the_mode_of_its_devices_and_go_on_under_another(tmp_path):
+def test_parallel_fields_may_change_or_be_missing_when_a_run_resumes(tmp_path):
     path, mesh = tmp_path / "config.json", "--config.parallel.mode=mesh"
     config = config_lib.load_config("qata", [mesh, "--config.parallel.shard=all"]).to_dict()
     for before in ({}, {"parallel": {"mode": "pmap", "shard": ""}}):
-        there = {name: part for name, part in config.items() if name != "parallel"}
-        path.write_text(json.dumps({**there, **before}))
+        without_parallel = {name: part for name, part in config.items() if name != "parallel"}
+        path.write_text(json.dumps({**without_parallel, **before}))
         assert config_lib.changed_fields(path, config) == {}

@@ -1,4 +1,4 @@
-"""Folders of the user's cache; files that come to their place whole."""
+"""Cache folders of the user and atomic writes."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from biclip_jax.core import files
 
 
-def test_the_cache_follows_the_user_s_setting_and_else_the_home_folder(monkeypatch, tmp_path):
+def test_cache_dir_is_xdg_cache_home_or_in_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert files.cache_dir() == tmp_path / "biclip_jax"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -15,16 +15,16 @@ def test_the_cache_follows_the_user_s_setting_and_else_the_home_folder(monkeypat
     assert files.cache_dir() == tmp_path / "home/.cache/biclip_jax"
 
 
-def test_programs_lie_apart_for_each_kind_of_processor(monkeypatch):
-    own = files.compilation_cache_dir()
-    assert own.parent == files.cache_dir() / "programs"
-    assert own == files.compilation_cache_dir()
+def test_compilation_cache_depends_on_the_processor(monkeypatch):
+    folder = files.compilation_cache_dir()
+    assert folder.parent == files.cache_dir() / "programs"
+    assert folder == files.compilation_cache_dir()
     other = "flags\t\t: fpu vme sse\n"
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: other)
-    assert files.compilation_cache_dir() != own
+    assert files.compilation_cache_dir() != folder
 
 
-def test_a_system_that_tells_no_instructions_has_a_folder_too(monkeypatch):
+def test_compilation_cache_dir_without_cpuinfo(monkeypatch):
     def missing(*_, **__):
         raise FileNotFoundError
 
@@ -32,7 +32,7 @@ def test_a_system_that_tells_no_instructions_has_a_folder_too(monkeypatch):
     assert files.compilation_cache_dir().name.endswith("-unknown")
 
 
-def test_a_file_comes_whole_or_not_at_all(tmp_path):
+def test_atomic_write_replaces_the_file_only_on_success(tmp_path):
     path = tmp_path / "new/file.txt"
     with files.atomic_write(path) as part:
         part.write_text("first")

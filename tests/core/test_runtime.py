@@ -1,4 +1,4 @@
-"""The process around a command: exit status, flags, memory, compilation cache."""
+"""Process setup of a command: exit status, XLA flags, memory, compilation cache."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ from biclip_jax.core import files, runtime
 from biclip_jax.core.errors import UserError
 
 
-def test_a_user_s_error_is_one_line_and_status_2(capsys):
+def test_user_error_prints_one_line_and_exits_with_2(capsys):
     def main(argv):
         raise UserError("here.png: found this; expected that; do so")
 
@@ -22,25 +22,25 @@ def test_a_user_s_error_is_one_line_and_status_2(capsys):
     assert capsys.readouterr().err == "error: here.png: found this; expected that; do so\n"
 
 
-def test_ctrl_c_is_one_line_and_status_130(capsys):
+def test_ctrl_c_prints_one_line_and_exits_with_130(capsys):
     def main(argv):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as stopped:
         runtime.run_command(main, [])
     assert stopped.value.code == 130
-    said = capsys.readouterr().err
-    assert said.startswith("interrupted;") and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("interrupted;") and error.count("\n") == 1
 
 
-def test_a_file_that_cannot_be_used_is_one_line_too(tmp_path, capsys):
+def test_os_error_prints_one_line_with_the_path(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        runtime.run_command(lambda _: (tmp_path / "gone").read_text() and None, [])
+        runtime.run_command(lambda _: (tmp_path / "missing").read_text() and None, [])
     assert stopped.value.code == 2
-    assert str(tmp_path / "gone") in capsys.readouterr().err
+    assert str(tmp_path / "missing") in capsys.readouterr().err
 
 
-def test_the_convolution_flag_is_set_once_and_only_where_it_is_known(monkeypatch):
+def test_the_convolution_flag_is_set_once_for_known_jaxlib_releases(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
     monkeypatch.setattr(runtime.metadata, "version", lambda _: "0.10.2")
     for _ in range(2):
@@ -52,8 +52,10 @@ def test_the_convolution_flag_is_set_once_and_only_where_it_is_known(monkeypatch
     assert os.environ["XLA_FLAGS"] == ""
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_compiled_programs_are_kept_unless_a_folder_is_named(monkeypatch, tmp_path, given):
+@pytest.mark.parametrize("has_variable", [True, False])
+def test_compilation_cache_is_enabled_unless_the_variable_is_set(
+    monkeypatch, tmp_path, has_variable
+):
     import jax
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -61,14 +63,16 @@ def test_compiled_programs_are_kept_unless_a_folder_is_named(monkeypatch, tmp_pa
         name: getattr(jax.config, name)
         for name in ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
     }
-    if given:
+    if has_variable:
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
     else:
         monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     try:
         runtime.enable_compilation_cache()
         expected = (
-            before["jax_compilation_cache_dir"] if given else str(files.compilation_cache_dir())
+            before["jax_compilation_cache_dir"]
+            if has_variable
+            else str(files.compilation_cache_dir())
         )
         assert jax.config.jax_compilation_cache_dir == expected
     finally:
@@ -76,27 +80,27 @@ def test_compiled_programs_are_kept_unless_a_folder_is_named(monkeypatch, tmp_pa
             jax.config.update(name, value)
 
 
-def test_memory_is_kept_on_hosts_without_an_accelerator_alone(monkeypatch):
-    asked = []
+def test_freed_memory_is_kept_only_on_hosts_without_an_accelerator(monkeypatch):
+    calls = []
 
     class Library:
-        mallopt = staticmethod(lambda option, value: asked.append((option, value)))
-        malloc_trim = staticmethod(lambda pad: asked.append(("trim", pad)))
+        mallopt = staticmethod(lambda option, value: calls.append((option, value)))
+        malloc_trim = staticmethod(lambda pad: calls.append(("trim", pad)))
 
     monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: Library)
-    found = [True]
-    monkeypatch.setattr(config_lib.Path, "glob", lambda *_: found)
+    devices = [True]
+    monkeypatch.setattr(config_lib.Path, "glob", lambda *_: devices)
     runtime.keep_freed_memory()
     runtime.trim_memory()
-    assert asked == []
+    assert calls == []
     monkeypatch.setattr(config_lib.Path, "glob", lambda *_: [])
     runtime.keep_freed_memory()
-    assert dict(asked) == runtime.MALLOC_OPTIONS
+    assert dict(calls) == runtime.MALLOC_OPTIONS
     runtime.trim_memory()
-    assert asked[-1] == ("trim", 0)
+    assert calls[-1] == ("trim", 0)
 
 
-KEEPS = """
+MALLOC_SCRIPT = """
 import ctypes, resource
 from biclip_jax.core import runtime
 runtime.ACCELERATORS = ()
@@ -118,22 +122,23 @@ print(first, second, touch())
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone")
-def test_memory_of_more_than_two_gibibytes_is_kept_too():
-    said = subprocess.run([sys.executable, "-c", KEEPS], capture_output=True, text=True, check=True)
-    first, kept, given_back = map(int, said.stdout.split())
-    assert kept < first / 100
-    assert given_back > first / 2
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="requires glibc")
+def test_freed_memory_above_two_gibibytes_is_kept():
+    command = [sys.executable, "-c", MALLOC_SCRIPT]
+    completed = subprocess.run(command, capture_output=True, text=True, check=True)
+    first, second, after_trim = map(int, completed.stdout.split())
+    assert second < first / 100
+    assert after_trim > first / 2
 
 
-def test_another_c_library_is_left_alone(monkeypatch):
-    asked = []
+def test_other_c_libraries_are_left_unchanged(monkeypatch):
+    names = []
 
     def missing(name):
-        asked.append(name)
+        names.append(name)
         raise OSError(name)
 
     monkeypatch.setattr(runtime.ctypes, "CDLL", missing)
     monkeypatch.setattr(config_lib.Path, "glob", lambda *_: [])
     runtime.keep_freed_memory()
-    assert asked == ["libc.so.6"]
+    assert names == ["libc.so.6"]

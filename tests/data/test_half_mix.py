@@ -1,4 +1,4 @@
-"""Pictures of two halves: what sentences say of each, and what is put together."""
+"""Half-mix augmentation: parsing prompts, and mixing samples."""
 
 import numpy as np
 import pytest
@@ -31,22 +31,22 @@ RIGHT = "unilateral pulmonary infection, two infected areas, upper lower right l
         ),
     ],
 )
-def test_a_sentence_names_its_halves_and_says_the_same_again(prompt, left, right):
-    found = half_mix.parse_prompt(prompt)
-    assert found == (left, right)
-    again = half_mix.compose_prompt(*found)
-    assert again.lower().rstrip(".") == prompt.lower().rstrip(".")
+def test_parsing_and_composing_a_prompt_round_trips(prompt, left, right):
+    parsed = half_mix.parse_prompt(prompt)
+    assert parsed == (left, right)
+    composed = half_mix.compose_prompt(*parsed)
+    assert composed.lower().rstrip(".") == prompt.lower().rstrip(".")
 
 
 @pytest.mark.parametrize(
     "prompt", ["", "a polyp in the upper left", "Bilateral pulmonary infection.", f"{BOTH} Also."]
 )
-def test_other_wordings_have_no_halves(prompt):
+def test_other_wordings_are_not_parsed(prompt):
     assert half_mix.parse_prompt(prompt) is None
 
 
 def record(name, values, text):
-    """A picture of two rows, whose columns have the values."""
+    """Returns a record whose image has two rows, with the given column values."""
     image = np.array(2 * [values], np.uint8)[..., None]
     return {"id": name, "image": image, "mask": image % 2, "full_mask": image % 2, "text": text}
 
@@ -64,31 +64,31 @@ NAMED = {
 }
 
 
-def test_composed_pictures_have_the_halves_that_their_sentences_say():
-    found = half_mix.add_mixed_samples(RECORDS, 60, seed=0)
-    assert found[:180] == RECORDS * 60
-    seen = set()
-    for one in found[180:]:
-        assert one["image"].shape == (2, 4, 1) and one["image"].dtype == np.uint8
-        np.testing.assert_array_equal(one["mask"], one["image"] % 2)
-        row = tuple(one["image"][0, :, 0].tolist())
-        assert row[0] // 10 != row[2] // 10  # of two pictures
+def test_prompts_of_mixed_samples_describe_their_halves():
+    samples = half_mix.add_mixed_samples(RECORDS, 60, seed=0)
+    assert samples[:180] == RECORDS * 60
+    observed = set()
+    for sample in samples[180:]:
+        assert sample["image"].shape == (2, 4, 1) and sample["image"].dtype == np.uint8
+        np.testing.assert_array_equal(sample["mask"], sample["image"] % 2)
+        row = tuple(sample["image"][0, :, 0].tolist())
+        assert row[0] // 10 != row[2] // 10  # from two images
         named = [NAMED[half] for half in (row[:2], row[2:]) if half in NAMED]
-        assert one["text"].endswith(", " + " and ".join(f"{name} lung" for name in named) + ".")
-        seen |= {row[:2], row[2:]}
-    assert seen >= NAMED.keys()
+        assert sample["text"].endswith(", " + " and ".join(f"{name} lung" for name in named) + ".")
+        observed |= {row[:2], row[2:]}
+    assert observed >= NAMED.keys()
 
 
-def test_partners_follow_the_seed_and_none_are_drawn_where_none_are_wanted():
+def test_partners_depend_on_the_seed_and_zero_repetitions_change_nothing():
     names = [
-        [one["id"] for one in half_mix.add_mixed_samples(RECORDS, 5, seed)][15:]
+        [sample["id"] for sample in half_mix.add_mixed_samples(RECORDS, 5, seed)][15:]
         for seed in (1, 1, 2)
     ]
     assert names[0] == names[1] != names[2]
     assert half_mix.add_mixed_samples(RECORDS, 0, 1) is RECORDS
 
 
-def test_sentences_of_another_wording_are_told_of():
+def test_rejects_prompts_of_another_wording():
     others = [*RECORDS[:1], record("d", 1, "a polyp")]
-    with pytest.raises(UserError, match=r"data\.half_mix: 1 of 2 sentences are of the wording"):
+    with pytest.raises(UserError, match=r"data\.half_mix: 1 of 2 prompts have the wording"):
         half_mix.add_mixed_samples(others, 1, 0)

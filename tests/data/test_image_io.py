@@ -1,4 +1,4 @@
-"""Pictures of every kind, and files that are none."""
+"""Image files of every supported kind, and files that must be refused."""
 
 import struct
 import zlib
@@ -28,7 +28,7 @@ def test_lossless_formats_keep_every_pixel(tmp_path, suffix, pixels):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "webp"])
-def test_lossy_formats_come_close(tmp_path, suffix):
+def test_lossy_formats_are_close(tmp_path, suffix):
     smooth = np.tile(np.arange(0, 240, 8, dtype=np.uint8), (30, 1))
     Image.fromarray(np.stack([smooth] * 3, -1)).save(tmp_path / f"a.{suffix}", quality=95)
     read = image_io.read_image(tmp_path / f"a.{suffix}")
@@ -46,9 +46,9 @@ def test_16_bit_grey_is_divided_by_257(tmp_path):
 
 
 def test_palette_cmyk_and_alpha(tmp_path):
-    picture = Image.fromarray(GREY % 4).convert("L")
-    picture.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0, 255] + [0] * 756)
-    picture.save(tmp_path / "palette.png")
+    palette_image = Image.fromarray(GREY % 4).convert("L")
+    palette_image.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0, 255] + [0] * 756)
+    palette_image.save(tmp_path / "palette.png")
     colours = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
     np.testing.assert_array_equal(image_io.read_image(tmp_path / "palette.png"), colours[GREY % 4])
     Image.new("CMYK", (4, 4), (255, 0, 0, 0)).save(tmp_path / "cmyk.tif")
@@ -61,13 +61,13 @@ def test_palette_cmyk_and_alpha(tmp_path):
 
 def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
-    exif[274] = 6  # turn by 90 degrees clockwise to show
+    exif[274] = 6  # to be displayed rotated by 90 degrees clockwise
     Image.fromarray(COLOUR).save(tmp_path / "a.png", exif=exif)
     np.testing.assert_array_equal(image_io.read_image(tmp_path / "a.png"), np.rot90(COLOUR, -1))
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp", "bmp"])
-def test_truncated_files(tmp_path, suffix):
+def test_rejects_truncated_files(tmp_path, suffix):
     path = tmp_path / f"cut.{suffix}"
     noise = RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
@@ -78,25 +78,25 @@ def test_truncated_files(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"GIF89a" * 9])
-def test_files_that_are_no_pictures(tmp_path, content):
+def test_rejects_files_that_are_not_images(tmp_path, content):
     path = tmp_path / "a.png"
     path.write_bytes(content)
-    with pytest.raises(BadImageError, match="expected a whole PNG"):
+    with pytest.raises(BadImageError, match="expected a complete PNG"):
         image_io.read_image(path)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_damaged_bytes_never_raise_anything_else(tmp_path):
+def test_damaged_bytes_raise_only_bad_image_errors(tmp_path):
     kinds = ("PNG", "JPEG", "TIFF", "WEBP", "BMP")
     for kind in kinds:
-        source = tmp_path / f"whole.{kind}"
+        source = tmp_path / f"intact.{kind}"
         Image.fromarray(COLOUR).save(source, kind)
-        whole = source.read_bytes()
+        intact = source.read_bytes()
         for seed in range(60):
             rng = np.random.default_rng(seed)
-            data = bytearray(whole)
-            for place in rng.integers(0, len(data), 6):
-                data[place] = rng.integers(0, 256)
+            data = bytearray(intact)
+            for position in rng.integers(0, len(data), 6):
+                data[position] = rng.integers(0, 256)
             path = tmp_path / f"damaged_{seed}.{kind}"
             path.write_bytes(data)
             try:
@@ -107,20 +107,20 @@ def test_damaged_bytes_never_raise_anything_else(tmp_path):
                 assert read.dtype == np.uint8 and read.shape[2] in (1, 3)
 
 
-def test_over_sized_header_is_refused_before_decoding(tmp_path):
+def test_rejects_oversized_header_before_decoding(tmp_path):
     def chunk(kind, data):
         body = kind + data
         return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
 
     header = struct.pack(">IIBBBBB", 9000, 8000, 8, 0, 0, 0, 0)
     path = tmp_path / "bomb.png"
-    # No pixel data follows: an attempt to decode would complain of that instead.
+    # No pixel data follows: decoding would raise a different error.
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b""))
     with pytest.raises(BadImageError, match=r"bomb\.png: found a header of 9000 x 8000 pixels"):
         image_io.read_image(path)
 
 
-def test_missing_stack_and_float_files(tmp_path):
+def test_rejects_missing_multi_page_and_float_files(tmp_path):
     with pytest.raises(BadImageError, match=r"none\.png: found no such file"):
         image_io.read_image(tmp_path / "none.png")
     page = Image.fromarray(GREY)
@@ -131,32 +131,32 @@ def test_missing_stack_and_float_files(tmp_path):
     with pytest.raises(BadImageError, match=r"float\.tif: found floating-point"):
         image_io.read_image(tmp_path / "float.tif")
     Image.fromarray(np.full((2, 2), 70000, np.int32)).save(tmp_path / "int.tif")
-    with pytest.raises(BadImageError, match=r"int\.tif: found grey levels 70000"):
+    with pytest.raises(BadImageError, match=r"int\.tif: found intensities 70000"):
         image_io.read_image(tmp_path / "int.tif")
 
 
 def test_masks_of_0_and_1_0_and_255_colour_and_16_bit(tmp_path):
-    wanted = (GREY > 127).astype(np.uint8)
+    foreground = (GREY > 127).astype(np.uint8)
     stored = {
-        "one": wanted,
-        "full": wanted * 255,
+        "one": foreground,
+        "full": foreground * 255,
         "levels": GREY // 16 * 17,
-        "colour": np.stack([wanted * 255] * 3, -1),
-        "wide": wanted.astype(np.uint16) * 65535,
-        "wide_one": wanted.astype(np.uint16),
-        "wide_255": wanted.astype(np.uint16) * 255,
-        "empty": wanted * 0,
+        "colour": np.stack([foreground * 255] * 3, -1),
+        "wide": foreground.astype(np.uint16) * 65535,
+        "wide_one": foreground.astype(np.uint16),
+        "wide_255": foreground.astype(np.uint16) * 255,
+        "empty": foreground * 0,
     }
     for name, array in stored.items():
         image_io.write_png(tmp_path / f"{name}.png", array)
         mask = image_io.read_mask(tmp_path / f"{name}.png")
         assert mask.dtype == np.uint8 and mask.shape == (9, 7, 1)
-        np.testing.assert_array_equal(mask[..., 0], wanted if name != "empty" else 0)
-    Image.fromarray(wanted > 0).save(tmp_path / "bits.png")
-    np.testing.assert_array_equal(image_io.read_mask(tmp_path / "bits.png")[..., 0], wanted)
+        np.testing.assert_array_equal(mask[..., 0], foreground if name != "empty" else 0)
+    Image.fromarray(foreground > 0).save(tmp_path / "bits.png")
+    np.testing.assert_array_equal(image_io.read_mask(tmp_path / "bits.png")[..., 0], foreground)
 
 
-def test_masks_that_would_silently_be_empty(tmp_path):
+def test_rejects_masks_that_would_silently_be_empty(tmp_path):
     image_io.write_png(tmp_path / "classes.png", GREY % 3)
     with pytest.raises(
         BadImageError, match=r"classes\.png: found a mask whose brightest pixel is 2"
@@ -166,11 +166,11 @@ def test_masks_that_would_silently_be_empty(tmp_path):
     assert image_io.read_mask(tmp_path / "black.jpg").sum() == 0
 
 
-def test_a_picture_is_no_mask_and_soft_edges_and_classes_are(tmp_path):
+def test_rejects_an_image_as_mask_but_accepts_soft_edges_and_classes(tmp_path):
     ramp = np.arange(4096).reshape(64, 64) // 16
     image_io.write_png(tmp_path / "xray.png", ramp.astype(np.uint8))
     with pytest.raises(
-        BadImageError, match=r"xray\.png: found a mask 75% of whose pixels are shad"
+        BadImageError, match=r"xray\.png: found a mask with intermediate intensities in 75% of"
     ):
         image_io.read_mask(tmp_path / "xray.png")
     image_io.write_png(tmp_path / "classes.png", (ramp // 64 * 85).astype(np.uint8))
@@ -199,7 +199,7 @@ def test_resize_mask_is_the_area_average():
     assert image_io.resize_mask(expected, 6) is expected
 
 
-def test_the_method_of_resizing_is_chosen_by_name():
+def test_resize_method_is_selected_by_name():
     np.testing.assert_array_equal(
         image_io.resize_image(COLOUR, 5, "opencv"), opencv_resize.bilinear(COLOUR, 5, 5)
     )
@@ -214,7 +214,7 @@ def test_the_method_of_resizing_is_chosen_by_name():
             resize(mask, 5, "cubic")
 
 
-def test_write_png_replaces_whole_files_and_leaves_nothing_behind(tmp_path):
+def test_write_png_replaces_files_atomically_and_leaves_no_temporary(tmp_path):
     path = tmp_path / "a.png"
     image_io.write_png(path, GREY)
     image_io.write_png(path, COLOUR)
@@ -224,7 +224,7 @@ def test_write_png_replaces_whole_files_and_leaves_nothing_behind(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_a_dicom_file_is_no_mask(tmp_path):
+def test_rejects_a_dicom_file_as_mask(tmp_path):
     path = fixtures.dicom_file(tmp_path / "a.dcm", np.ones((4, 4), np.uint8))
     with pytest.raises(BadImageError, match=r"a\.dcm: found a DICOM file as a mask; .*as PNG"):
         image_io.read_mask(path)

@@ -1,4 +1,4 @@
-"""Batches: every record once an epoch, order by seed, resume, process shares, padding."""
+"""Batches: epochs, order by seed, resuming, process shards, padding."""
 
 from functools import partial
 
@@ -35,17 +35,19 @@ def splits_of(config):
     return pipeline.open_splits(pipeline.prepare(data, 56), data)
 
 
-def test_a_configuration_s_resizing_and_subset_reach_the_builder(smoke_config, monkeypatch):
-    asked = []
-    monkeypatch.setattr(pipeline.preparation, "prepare", lambda name, **given: asked.append(given))
+def test_config_fields_resize_and_percent_reach_the_builder(smoke_config, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        pipeline.preparation, "prepare", lambda name, **kwargs: calls.append(kwargs)
+    )
     monkeypatch.setattr(pipeline, "open_split", lambda prepared, split: [])
     smoke_config.data.resize, smoke_config.data.percent = "opencv", 25
     smoke_config.data.unlabelled = "elsewhere"
     data = smoke_config.data.to_dict()
     pipeline.open_unlabelled(pipeline.prepare(data, 56), data, 56)
-    # The folder of unlabelled pictures has no published subset.
-    assert [given["resize"] for given in asked] == ["opencv", "opencv"]
-    assert [given["percent"] for given in asked] == [25, 100]
+    # The folder of unlabelled images has no published subset.
+    assert [call["resize"] for call in calls] == ["opencv", "opencv"]
+    assert [call["percent"] for call in calls] == [25, 100]
 
 
 def batches(records, texts, start=0, **options):
@@ -57,49 +59,61 @@ def indices(iterator, count):
     return [next(iterator)["index"].tolist() for _ in range(count)]
 
 
-def test_each_epoch_meets_every_record_once_in_another_order(split):
+def test_each_epoch_has_every_record_once_in_another_order(split):
     stream = np.concatenate(indices(batches(*split, batch_size=4, seed=1), 5))
     first, second = stream[:NUM].tolist(), stream[NUM:].tolist()
     assert sorted(first) == sorted(second) == list(range(NUM))
     assert first != second
 
 
-def test_the_order_is_the_seed_s(split):
+def test_order_depends_on_the_seed(split):
     runs = [indices(batches(*split, batch_size=4, seed=s), 5) for s in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 7])
-def test_a_later_start_goes_on_with_the_same_batches(split, stop):
-    whole = indices(batches(*split, batch_size=4, seed=1), stop + 4)
+def test_resumes_with_the_same_batches(split, stop):
+    full = indices(batches(*split, batch_size=4, seed=1), stop + 4)
     resumed = batches(*split, stop, batch_size=4, seed=1)
-    assert indices(resumed, 4) == whole[stop:]
+    assert indices(resumed, 4) == full[stop:]
 
 
-def test_rows_belong_together(split):
+def test_batches_without_grain_are_the_same(split, monkeypatch):
+    prefetched = batches(*split, 2, batch_size=4, seed=1)
+    monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name: None)
+    plain = batches(*split, 2, batch_size=4, seed=1)
+    assert isinstance(plain, map)
+    for _ in range(4):
+        first, second = next(prefetched), next(plain)
+        assert first.keys() == second.keys()
+        for name in first:
+            np.testing.assert_array_equal(first[name], second[name])
+
+
+def test_fields_of_a_row_belong_to_the_same_record(split):
     records, texts = split
     batch = next(batches(records, texts, batch_size=4, seed=1))
-    for place, index in enumerate(batch["index"]):
-        assert (batch["image"][place] == index).all()
-        assert (batch["mask"][place] == index % 2).all()
-        np.testing.assert_array_equal(batch["text_ids"][place], texts["text_ids"][index])
+    for row, index in enumerate(batch["index"]):
+        assert (batch["image"][row] == index).all()
+        assert (batch["mask"][row] == index % 2).all()
+        np.testing.assert_array_equal(batch["text_ids"][row], texts["text_ids"][index])
     assert batch["row"].tolist() == [0, 1, 2, 3]
 
 
-def test_the_mirrored_sentence_travels_along(split):
+def test_batches_contain_the_swapped_prompt(split):
     _, texts = split
     assert texts["swapped_text_ids"].shape == texts["text_ids"].shape
-    # "original" is no word of the captions: the mirrored side is unknown to the vocabulary.
+    # "right" occurs in no caption, so the swapped side is not in the vocabulary.
     assert (texts["swapped_text_ids"] == 1).any()
 
 
-def test_processes_share_every_global_batch(split):
-    whole = batches(*split, batch_size=4, seed=1)
-    shares = [
+def test_processes_split_every_global_batch(split):
+    full = batches(*split, batch_size=4, seed=1)
+    shards = [
         batches(*split, batch_size=4, seed=1, process_index=p, process_count=2) for p in (0, 1)
     ]
     for _ in range(4):
-        batch, parts = next(whole), [next(share) for share in shares]
+        batch, parts = next(full), [next(shard) for shard in shards]
         for name in ("index", "row", "image"):
             np.testing.assert_array_equal(batch[name], np.concatenate([p[name] for p in parts]))
 
@@ -117,11 +131,11 @@ def test_evaluation_counts_every_record_once(split, batch_size, count):
     assert len({len(batches) for batches in per_process}) == 1
     batches = [batch for batches in per_process for batch in batches]
     assert {batch["image"].shape[0] for batch in batches} == {batch_size // count}
-    seen = np.concatenate([batch["index"][batch["valid"]] for batch in batches])
-    assert sorted(seen.tolist()) == list(range(NUM))
+    observed = np.concatenate([batch["index"][batch["valid"]] for batch in batches])
+    assert sorted(observed.tolist()) == list(range(NUM))
 
 
-def test_missing_sentences_are_empty_everywhere(smoke_config):
+def test_text_condition_empty_gives_empty_prompts(smoke_config):
     with smoke_config.unlocked():
         smoke_config.data.text_condition = "empty"
     splits = splits_of(smoke_config)
@@ -129,17 +143,17 @@ def test_missing_sentences_are_empty_everywhere(smoke_config):
     assert {record["text"] for records in splits.values() for record in records} == {""}
 
 
-def test_a_share_of_the_labels_takes_training_pictures_alone(smoke_config):
-    whole = splits_of(smoke_config)
+def test_label_fraction_reduces_only_the_training_split(smoke_config):
+    full = splits_of(smoke_config)
     smoke_config.data.label_fraction = 0.25
-    part = splits_of(smoke_config)
-    assert [len(part[split]) for split in ("train", "val", "test")] == [8, 8, 8]
-    ids = [record["id"] for record in whole["train"]]
+    subset = splits_of(smoke_config)
+    assert [len(subset[split]) for split in ("train", "val", "test")] == [8, 8, 8]
+    ids = [record["id"] for record in full["train"]]
     expected = [ids[row] for row in label_subset.select_rows(ids, 0.25)]
-    assert [record["id"] for record in part["train"]] == expected
+    assert [record["id"] for record in subset["train"]] == expected
 
 
-def test_reading_from_disk_gives_what_memory_holds(smoke_config):
+def test_reading_from_disk_gives_the_same_records_as_memory(smoke_config):
     in_memory = splits_of(smoke_config)["val"]
     smoke_config.data.in_memory = False
     on_disk = splits_of(smoke_config)["val"]
@@ -148,63 +162,63 @@ def test_reading_from_disk_gives_what_memory_holds(smoke_config):
         np.testing.assert_array_equal(a["image"], b["image"])
 
 
-HALF = {"batch_size": 4, "seed": 1, "num_labelled": 6, "labelled_rows": 2}
+HALF_LABELLED = {"batch_size": 4, "seed": 1, "num_labelled": 6, "labelled_rows": 2}
 
 
 def test_labelled_records_come_first(split):
     records, texts = split
-    iterator = batches(records, texts, **HALF)
+    iterator = batches(records, texts, **HALF_LABELLED)
     for batch in (next(iterator) for _ in range(8)):
         assert batch["labelled"].tolist() == [True, True, False, False]
         assert (batch["index"][:2] < 6).all()
         assert (batch["index"][2:] >= 6).all()
-        for place, index in enumerate(batch["index"]):
-            np.testing.assert_array_equal(batch["mask"][place], records[index]["mask"])
-            assert (batch["image"][place] == index).all()
-            np.testing.assert_array_equal(batch["text_ids"][place], texts["text_ids"][index])
+        for row, index in enumerate(batch["index"]):
+            np.testing.assert_array_equal(batch["mask"][row], records[index]["mask"])
+            assert (batch["image"][row] == index).all()
+            np.testing.assert_array_equal(batch["text_ids"][row], texts["text_ids"][index])
 
 
-def test_everything_is_labelled_where_nothing_else_is_said(split):
+def test_all_rows_are_labelled_by_default(split):
     batch = next(batches(*split, batch_size=4, seed=1))
     assert batch["labelled"].tolist() == [True] * 4
     assert batch["labelled"].dtype == bool
 
 
-def test_each_kind_is_met_once_an_epoch_of_its_own(split):
-    stream = np.array(indices(batches(*split, **HALF), 12))
-    labelled, others = stream[:, :2].ravel(), stream[:, 2:].ravel()
+def test_labelled_and_unlabelled_records_have_separate_epochs(split):
+    stream = np.array(indices(batches(*split, **HALF_LABELLED), 12))
+    labelled, unlabelled = stream[:, :2].ravel(), stream[:, 2:].ravel()
     for epoch in labelled.reshape(-1, 6):
         assert sorted(epoch) == list(range(6))
-    for epoch in others.reshape(-1, 4):
+    for epoch in unlabelled.reshape(-1, 4):
         assert sorted(epoch) == [6, 7, 8, 9]
-    assert len({tuple(epoch) for epoch in others.reshape(-1, 4)}) > 1
+    assert len({tuple(epoch) for epoch in unlabelled.reshape(-1, 4)}) > 1
     assert len({tuple(epoch) for epoch in labelled.reshape(-1, 6)}) > 1
 
 
-def test_the_order_of_the_labelled_does_not_depend_on_the_others(split):
-    with_others = np.array(indices(batches(*split, **HALF), 5))[:, :2]
+def test_order_of_labelled_records_does_not_depend_on_the_others(split):
+    with_unlabelled = np.array(indices(batches(*split, **HALF_LABELLED), 5))[:, :2]
     records, texts = split
-    fewer = records[:6], {name: values[:6] for name, values in texts.items()}
-    alone = np.array(indices(batches(*fewer, batch_size=2, seed=1), 5))
-    np.testing.assert_array_equal(with_others, alone)
+    labelled_only = records[:6], {name: values[:6] for name, values in texts.items()}
+    expected = np.array(indices(batches(*labelled_only, batch_size=2, seed=1), 5))
+    np.testing.assert_array_equal(with_unlabelled, expected)
 
 
 @pytest.mark.parametrize("stop", [1, 3, 7])
-def test_a_later_start_goes_on_with_both_kinds(split, stop):
-    whole = indices(batches(*split, **HALF), stop + 4)
-    assert indices(batches(*split, stop, **HALF), 4) == whole[stop:]
+def test_resumes_with_labelled_and_unlabelled_records(split, stop):
+    full = indices(batches(*split, **HALF_LABELLED), stop + 4)
+    assert indices(batches(*split, stop, **HALF_LABELLED), 4) == full[stop:]
 
 
-def test_an_ensemble_s_members_have_the_orders_of_their_seeds(split):
-    ensemble_with = next(batches(*split, batch_size=4, seed=1, num_members=3))
+def test_ensemble_members_have_the_orders_of_their_seeds(split):
+    stacked = next(batches(*split, batch_size=4, seed=1, num_members=3))
     for k in range(3):
-        alone = next(batches(*split, batch_size=4, seed=1 + k))
-        assert ensemble_with.keys() == alone.keys()
-        for name, values in alone.items():
-            np.testing.assert_array_equal(ensemble_with[name][k], values)
+        single = next(batches(*split, batch_size=4, seed=1 + k))
+        assert stacked.keys() == single.keys()
+        for name, values in single.items():
+            np.testing.assert_array_equal(stacked[name][k], values)
 
 
-def test_a_whole_split_is_by_record(split):
+def test_stack_split_is_indexed_by_record(split):
     records, texts = split
     data = pipeline.stack_split(records, texts)
     assert data["image"].shape[0] == data["mask"].shape[0] == len(records)
@@ -212,11 +226,13 @@ def test_a_whole_split_is_by_record(split):
     assert data.keys() == {"image", "mask", *texts}
 
 
-def test_processes_share_the_labelled_rows_by_place(split):
-    whole = next(batches(*split, **HALF))
-    parts = [next(batches(*split, **HALF, process_index=p, process_count=2)) for p in (0, 1)]
+def test_processes_split_the_labelled_rows_by_position(split):
+    full = next(batches(*split, **HALF_LABELLED))
+    parts = [
+        next(batches(*split, **HALF_LABELLED, process_index=p, process_count=2)) for p in (0, 1)
+    ]
     for name in ("index", "labelled", "mask"):
-        np.testing.assert_array_equal(whole[name], np.concatenate([p[name] for p in parts]))
+        np.testing.assert_array_equal(full[name], np.concatenate([p[name] for p in parts]))
     assert parts[0]["labelled"].all()
     assert not parts[1]["labelled"].any()
 
@@ -226,14 +242,14 @@ def unlabelled_of(config):
     return pipeline.open_unlabelled(pipeline.prepare(data, 56), data, 56)
 
 
-def test_the_rest_is_what_the_labels_leave(smoke_config):
-    whole = [record["id"] for record in splits_of(smoke_config)["train"]]
+def test_unlabelled_rest_is_the_complement_of_the_label_subset(smoke_config):
+    all_ids = [record["id"] for record in splits_of(smoke_config)["train"]]
     assert unlabelled_of(smoke_config) == []
     smoke_config.data.label_fraction, smoke_config.data.unlabelled = 0.25, "rest"
     labelled = [record["id"] for record in splits_of(smoke_config)["train"]]
     rest = [record["id"] for record in unlabelled_of(smoke_config)]
     assert len(labelled) == 8
-    assert sorted(labelled + rest) == sorted(whole)
+    assert sorted(labelled + rest) == sorted(all_ids)
     for record in unlabelled_of(smoke_config):
         assert record["mask"].shape == (56, 56, 1) and not record["mask"].any()
         assert not record["full_mask"].any()
@@ -241,14 +257,14 @@ def test_the_rest_is_what_the_labels_leave(smoke_config):
     assert {record["text"] for record in unlabelled_of(smoke_config)} == {""}
 
 
-def test_nothing_left_is_an_error_that_names_the_field(smoke_config):
+def test_rejects_an_empty_rest_naming_the_field(smoke_config):
     smoke_config.data.unlabelled = "rest"
     with pytest.raises(UserError, match=r"unlabelled: 'rest', .* 1\.0 leaves no"):
         unlabelled_of(smoke_config)
 
 
-def test_unlabelled_pictures_may_lie_in_another_folder(smoke_config, tmp_path):
-    """And need no masks there, whatever the data set's own name, layout and prompt are."""
+def test_unlabelled_images_may_be_in_another_folder(smoke_config, tmp_path):
+    """They need no masks, regardless of the dataset's name, layout and prompt."""
     for i in range(4):
         pixels = np.full((20, 30), 40 * i, np.uint8)
         pixels[5:9, 5:9] = 255 - 40 * i
@@ -266,12 +282,12 @@ def test_unlabelled_pictures_may_lie_in_another_folder(smoke_config, tmp_path):
 
 
 @pytest.mark.parametrize(("labelled", "unlabelled"), [(1, 3), (3, 1), (1, 1)])
-def test_grey_and_coloured_pictures_share_a_batch(smoke_config, labelled, unlabelled):
+def test_grey_and_colour_images_can_be_in_one_batch(smoke_config, labelled, unlabelled):
     record = splits_of(smoke_config)["train"][0]
     grey = record["image"][..., :1]
     kinds = [{**record, "image": np.repeat(grey, c, -1)} for c in (labelled, unlabelled)]
     images = [r["image"] for r in pipeline.join_records(kinds[:1], kinds[1:])]
-    wide = max(labelled, unlabelled)
-    assert [image.shape for image in images] == [(56, 56, wide)] * 2
+    channels = max(labelled, unlabelled)
+    assert [image.shape for image in images] == [(56, 56, channels)] * 2
     assert all((image == grey).all() for image in images)
     assert pipeline.join_records(kinds, []) is kinds

@@ -1,4 +1,4 @@
-"""A prepared set as one file: the same records, read by NumPy alone; what does not fit is named."""
+"""A prepared dataset as a single file: same records, NumPy only, errors for other files."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ from . import fixtures
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """(data configuration, file), of pictures in colours with masks of other sizes."""
+    """Returns (data config, file)."""
     base = tmp_path_factory.mktemp("single_file")
     fixtures.plain_csv(base / "source", fixtures.samples())
     overrides = [f"--config.data.source={base / 'source'}", f"--config.data.cache_dir={base}"]
@@ -28,19 +28,21 @@ def written(tmp_path_factory):
     return data, base / "set.npz"
 
 
-def of_file(data, path):
+def config_of_file(data, path):
     return {**data, "source": str(path)}
 
 
-def test_the_records_are_those_of_the_folder(written):
+def test_records_are_those_of_the_folder(written):
     data, path = written
     prepared = pipeline.prepare(data, 24)
-    assert pipeline.prepare(of_file(data, path), 24) == path
+    assert pipeline.prepare(config_of_file(data, path), 24) == path
     for split in SPLITS:
-        for ours, theirs in zip(open_split(path, split), open_split(prepared, split), strict=True):
-            assert ours.keys() == theirs.keys()
-            for name, value in theirs.items():
-                np.testing.assert_array_equal(ours[name], value)
+        for record, expected in zip(
+            open_split(path, split), open_split(prepared, split), strict=True
+        ):
+            assert record.keys() == expected.keys()
+            for name, value in expected.items():
+                np.testing.assert_array_equal(record[name], value)
 
 
 def test_neither_tfds_nor_grain_is_imported(written):
@@ -48,7 +50,7 @@ def test_neither_tfds_nor_grain_is_imported(written):
     code = f"""
 import sys
 from biclip_jax.data import pipeline
-data = {of_file(data, path)!r}
+data = {config_of_file(data, path)!r}
 splits = pipeline.open_splits(pipeline.prepare(data, 24), data)
 assert len(pipeline.stack_split(splits["train"], {{}})["image"]) == len(splits["train"]) > 0
 assert not {{"tensorflow_datasets", "grain"}} & sys.modules.keys()
@@ -60,13 +62,13 @@ assert not {{"tensorflow_datasets", "grain"}} & sys.modules.keys()
     ("change", "size", "message"),
     [({}, 32, "image_size 24; expected 32"), ({"resize": "opencv"}, 24, "'antialiased'; expected")],
 )
-def test_another_set_than_is_asked_for_is_refused(written, change, size, message):
+def test_rejects_another_dataset_than_configured(written, change, size, message):
     data, path = written
     with pytest.raises(DataError, match=f"set.npz: found .*{message}"):
-        pipeline.prepare({**of_file(data, path), **change}, size)
+        pipeline.prepare({**config_of_file(data, path), **change}, size)
 
 
-def test_damaged_missing_and_foreign_files_are_named(written, tmp_path):
+def test_error_names_damaged_missing_and_foreign_files(written, tmp_path):
     data, path = written
     corrupted, foreign = tmp_path / "damaged.npz", tmp_path / "foreign.npz"
     content = bytearray(path.read_bytes())
@@ -74,15 +76,15 @@ def test_damaged_missing_and_foreign_files_are_named(written, tmp_path):
     corrupted.write_bytes(bytes(content))
     np.savez(foreign, x=np.zeros(3))
     with pytest.raises(DataError, match=r"absent\.npz: cannot be read"):
-        pipeline.prepare(of_file(data, tmp_path / "absent.npz"), 24)
+        pipeline.prepare(config_of_file(data, tmp_path / "absent.npz"), 24)
     np.savez(tmp_path / "odd.npz", facts=np.full(3, 200, np.uint8))
-    with pytest.raises(DataError, match=r"odd\.npz: its facts are no JSON .*; make it again"):
-        pipeline.prepare(of_file(data, tmp_path / "odd.npz"), 24)
+    with pytest.raises(DataError, match=r"odd\.npz: its facts are not JSON .*; write it again"):
+        pipeline.prepare(config_of_file(data, tmp_path / "odd.npz"), 24)
     with pytest.raises(DataError, match=r"foreign\.npz: found no facts"):
-        pipeline.prepare(of_file(data, foreign), 24)
-    with pytest.raises(DataError, match=r"damaged\.npz: cannot be read .*; make it again"):
+        pipeline.prepare(config_of_file(data, foreign), 24)
+    with pytest.raises(DataError, match=r"damaged\.npz: cannot be read .*; write it again"):
         for split in SPLITS:
             single_file.examples(corrupted, split)
     (tmp_path / "short.npz").write_bytes(path.read_bytes()[:500])
     with pytest.raises(DataError, match=r"short\.npz: cannot be read"):
-        pipeline.prepare(of_file(data, tmp_path / "short.npz"), 24)
+        pipeline.prepare(config_of_file(data, tmp_path / "short.npz"), 24)

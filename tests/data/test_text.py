@@ -1,4 +1,4 @@
-"""Sentences: vocabulary, ids, mirroring, shuffling."""
+"""Text prompts: vocabulary, ids, left-right swap, shuffling."""
 
 import warnings
 
@@ -8,24 +8,24 @@ import pytest
 from biclip_jax.core.errors import UserError
 from biclip_jax.data import text, tokenizers
 
-SENTENCES = [
+PROMPTS = [
     "Bilateral pulmonary infection, two infected areas, lower left lung and upper right lung.",
     "unilateral pulmonary infection, one infected area, lower right lung.",
 ]
 
 
-def test_the_vocabulary_is_the_sorted_words_whatever_the_order():
-    first = text.build_tokenizer(SENTENCES)
-    again = text.build_tokenizer(SENTENCES[::-1] * 3)
-    assert first.get_vocab() == again.get_vocab()
-    words = sorted(first.get_vocab(), key=first.get_vocab().get)
+def test_vocabulary_is_sorted_and_independent_of_the_order():
+    tokenizer = text.build_tokenizer(PROMPTS)
+    reordered = text.build_tokenizer(PROMPTS[::-1] * 3)
+    assert tokenizer.get_vocab() == reordered.get_vocab()
+    words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     assert words[:3] == ["[PAD]", "[UNK]", "[CLS]"]
     assert words[3:] == sorted(words[3:])
     assert "bilateral" in words
 
 
 def test_encode_puts_cls_first_pads_and_masks():
-    tokenizer = text.build_tokenizer(SENTENCES)
+    tokenizer = text.build_tokenizer(PROMPTS)
     ids, mask = text.encode(tokenizer, ["Lower LEFT lung", "", "zebra lung"], 6)
     vocabulary = tokenizer.get_vocab()
     words = [vocabulary[w] for w in ("[CLS]", "lower", "left", "lung")]
@@ -37,35 +37,35 @@ def test_encode_puts_cls_first_pads_and_masks():
     assert ids.dtype == np.int32
 
 
-def test_fields_say_whether_there_is_a_sentence():
-    tokenizer, texts = text.build_tokenizer(SENTENCES), ["left lung", "", "  "]
+def test_has_text_is_false_for_empty_prompts():
+    tokenizer, texts = text.build_tokenizer(PROMPTS), ["left lung", "", "  "]
     fields = text.encode_fields(tokenizer, texts, 4)
     ids, mask = text.encode(tokenizer, texts, 4)
     assert fields["has_text"].tolist() == [True, False, False]
     np.testing.assert_array_equal(fields["text_ids"], ids)
     np.testing.assert_array_equal(fields["text_mask"], mask)
     vectors = {prompt: np.full(3, len(prompt), np.float32) for prompt in texts}
-    found = text.feature_fields(vectors, texts[::-1])
-    assert found["has_text"].tolist() == [False, False, True]
-    assert found["text_features"][:, 0].tolist() == [2, 0, 9]
+    fields = text.feature_fields(vectors, texts[::-1])
+    assert fields["has_text"].tolist() == [False, False, True]
+    assert fields["text_features"][:, 0].tolist() == [2, 0, 9]
 
 
-def test_encode_cuts_what_is_too_long():
-    ids, mask = text.encode(text.build_tokenizer(SENTENCES), SENTENCES, 5)
+def test_encode_truncates_long_prompts():
+    ids, mask = text.encode(text.build_tokenizer(PROMPTS), PROMPTS, 5)
     assert ids.shape == (2, 5)
     assert mask.all()
 
 
-def test_a_cut_sentence_is_the_beginning_of_the_whole_one():
-    tokenizer = text.build_tokenizer(SENTENCES)
-    whole, _ = text.encode(tokenizer, SENTENCES, 40)
+def test_truncated_ids_are_a_prefix_of_the_full_ids():
+    tokenizer = text.build_tokenizer(PROMPTS)
+    full_ids, _ = text.encode(tokenizer, PROMPTS, 40)
     for length in (1, 2, 5, 39):
-        ids, _ = text.encode(tokenizer, SENTENCES, length)
-        np.testing.assert_array_equal(ids, whole[:, :length])
+        ids, _ = text.encode(tokenizer, PROMPTS, length)
+        np.testing.assert_array_equal(ids, full_ids[:, :length])
 
 
-def test_a_sentence_that_just_fits_is_whole_and_of_no_concern():
-    tokenizer = text.build_tokenizer(SENTENCES)
+def test_a_prompt_of_max_length_is_complete_and_gives_no_warning():
+    tokenizer = text.build_tokenizer(PROMPTS)
     _, mask = text.encode(tokenizer, ["lower left lung"] * 2, 4)
     assert mask.all()
     with warnings.catch_warnings():
@@ -73,35 +73,35 @@ def test_a_sentence_that_just_fits_is_whole_and_of_no_concern():
         text.warn_truncated(tokenizer, ["lower left lung"] * 2, 4)
 
 
-def test_distinct_sentences_that_are_too_long_are_counted_in_a_warning():
-    tokenizer = text.build_tokenizer(SENTENCES)
-    with pytest.warns(UserWarning, match="2 of 3 sentences are longer than 5 tokens"):
-        text.warn_truncated(tokenizer, [*SENTENCES, *SENTENCES, "left lung"], 5)
+def test_warning_counts_distinct_long_prompts():
+    tokenizer = text.build_tokenizer(PROMPTS)
+    with pytest.warns(UserWarning, match="2 of 3 prompts are longer than 5 tokens"):
+        text.warn_truncated(tokenizer, [*PROMPTS, *PROMPTS, "left lung"], 5)
 
 
-def test_a_length_without_room_for_the_special_tokens_is_refused():
+def test_rejects_max_length_below_the_special_tokens():
     with pytest.raises(UserError, match="max_length: found 0; expected at least 1"):
-        text.encode(text.build_tokenizer(SENTENCES), SENTENCES, 0)
+        text.encode(text.build_tokenizer(PROMPTS), PROMPTS, 0)
 
 
-def test_unknown_words_are_found_as_they_stand_in_the_sentence():
-    tokenizer = text.build_tokenizer(SENTENCES)
+def test_unknown_words_keep_their_case():
+    tokenizer = text.build_tokenizer(PROMPTS)
     prompts = ["Lower left lung", "a Zebra in the lower lung"]
     assert text.unknown_words(tokenizer, prompts) == ["Zebra", "a", "in", "the"]
 
 
-def test_save_and_load_give_the_same_ids(tmp_path):
-    tokenizer = text.build_tokenizer(SENTENCES)
+def test_saved_and_loaded_tokenizer_give_the_same_ids(tmp_path):
+    tokenizer = text.build_tokenizer(PROMPTS)
     tokenizer.save(str(tmp_path / tokenizers.TOKENIZER_FILE))
     loaded = tokenizers.load_tokenizer(tmp_path)
     for a, b in zip(
-        text.encode(tokenizer, SENTENCES, 32), text.encode(loaded, SENTENCES, 32), strict=True
+        text.encode(tokenizer, PROMPTS, 32), text.encode(loaded, PROMPTS, 32), strict=True
     ):
         np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", "not json"])
-def test_a_missing_or_damaged_tokenizer_names_its_file(tmp_path, content):
+def test_error_for_a_missing_or_damaged_tokenizer_names_its_file(tmp_path, content):
     if content is not None:
         (tmp_path / tokenizers.TOKENIZER_FILE).write_text(content)
     with pytest.raises(UserError, match=tokenizers.TOKENIZER_FILE):
@@ -124,12 +124,12 @@ def test_a_missing_or_damaged_tokenizer_names_its_file(tmp_path, content):
         ("", ""),
     ],
 )
-def test_mirror_swaps_sides_and_keeps_the_left_first(prompt, swapped):
+def test_swap_sides_is_an_involution_and_names_left_first(prompt, swapped):
     assert text.swap_sides(prompt) == swapped
     assert text.swap_sides(swapped) == prompt
 
 
-def test_shuffle_gives_each_row_another_string_of_the_split_by_seed():
+def test_shuffle_gives_each_row_a_different_prompt_by_seed():
     prompts = ["a", "b", "a", "c"] * 25
     shuffled = text.shuffle(prompts, seed=3)
     assert all(x != y for x, y in zip(prompts, shuffled, strict=True))

@@ -1,4 +1,4 @@
-"""Tokenizers of pretrained text towers: against independent encoders, and with hostile files."""
+"""Tokenizers of pretrained text encoders: against independent encoders, and with hostile files."""
 
 import gzip
 import itertools
@@ -17,7 +17,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = ["l u", "n g</w>", "lu ng</w>", "l e", "f t</w>", "le ft</w>", "Ã ©</w>", "# #</w>", ". ."]
 WORDS = ["[PAD]", "[unused0]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", "lung", "left", "Left", "##s"]
 WORDS += ["resume", "résumé", "肺", "肺炎", ",", ".", "a", "##b"]
-SENTENCES = [
+PROMPTS = [
     "lower LEFT lung, upper right lung.",
     "  a\tleft \n lung's  résumé  ",
     "lungs lungft ## # ... <|> [x] 12 3½ I'LL",
@@ -29,15 +29,15 @@ SENTENCES = [
 
 
 def byte_symbols():
-    """Byte -> the printable character that stands for it; unprintable ones move up from 256."""
+    """Returns {byte: printable character}; unprintable bytes are mapped to 256 and above."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    moved = {byte: chr(256 + i) for i, byte in enumerate(others)}
-    return {byte: chr(byte) for byte in printable} | moved
+    shifted = {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in printable} | shifted
 
 
 def plain_bpe(merges):
-    """CLIP's tokenizer in plain Python: (function from a sentence to ids, the vocabulary)."""
+    """Returns CLIP's tokenizer in plain Python: (function from a prompt to ids, vocabulary)."""
     symbols = byte_symbols()
     pairs = [tuple(line.split()) for line in merges]
     words = [*symbols.values(), *(symbol + "</w>" for symbol in symbols.values())]
@@ -92,25 +92,25 @@ def write_words(folder, config=None, newline="\n"):
 
 
 def write_json(folder, **changes):
-    """A tokenizer.json of BERT's kind, with some of its fields changed."""
+    """Writes a tokenizer.json of BERT with some fields changed."""
     write_words(folder)
     stored = json.loads(read_tokenizer("bert", folder).to_str())
     (folder / "tokenizer.json").write_text(json.dumps(stored | changes))
     return stored
 
 
-def ids_of(tokenizer, prompts=SENTENCES):
+def ids_of(tokenizer, prompts=PROMPTS):
     return [encoding.ids for encoding in tokenizer.encode_batch(prompts)]
 
 
 @pytest.mark.parametrize("write", [write_archive, write_pair])
-@pytest.mark.parametrize("whole_folder", [True, False])
-def test_clip_gives_the_ids_of_a_plain_python_encoder(tmp_path, write, whole_folder):
+@pytest.mark.parametrize("from_folder", [True, False])
+def test_clip_gives_the_ids_of_a_plain_python_encoder(tmp_path, write, from_folder):
     file = write(tmp_path)
-    tokenizer = read_tokenizer("clip", tmp_path if whole_folder else file)
+    tokenizer = read_tokenizer("clip", tmp_path if from_folder else file)
     encode, vocabulary = plain_bpe(MERGES)
     assert tokenizer.get_vocab() == vocabulary
-    assert ids_of(tokenizer) == [encode(prompt) for prompt in SENTENCES]
+    assert ids_of(tokenizer) == [encode(prompt) for prompt in PROMPTS]
 
 
 def test_clip_gives_the_ids_of_transformers(tmp_path):
@@ -118,11 +118,11 @@ def test_clip_gives_the_ids_of_transformers(tmp_path):
 
     write_pair(tmp_path)
     reference = CLIPTokenizer.from_pretrained(tmp_path, local_files_only=True)
-    expected = [reference(prompt)["input_ids"] for prompt in SENTENCES]
+    expected = [reference(prompt)["input_ids"] for prompt in PROMPTS]
     assert ids_of(read_tokenizer("clip", tmp_path)) == expected
 
 
-def test_merges_past_the_size_of_clips_vocabulary_are_left_out(tmp_path):
+def test_merges_beyond_the_size_of_clips_vocabulary_are_left_out(tmp_path):
     symbols = list(byte_symbols().values())
     merges = [f"{left} {right}" for left in symbols for right in symbols]
     tokenizer = read_tokenizer("clip", write_archive(tmp_path, merges))
@@ -145,25 +145,25 @@ def test_bert_gives_the_ids_of_transformers(tmp_path, config):
     from transformers import BertTokenizer
 
     reference = BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)}, **(config or {}))
-    expected = [reference(prompt)["input_ids"] for prompt in SENTENCES]
+    expected = [reference(prompt)["input_ids"] for prompt in PROMPTS]
     write_words(tmp_path, config)
     for path in (tmp_path, tmp_path / "vocab.txt"):
         assert ids_of(read_tokenizer("bert", path)) == expected
 
 
-def test_the_options_of_bert_change_the_ids(tmp_path):
+def test_options_of_bert_change_the_ids(tmp_path):
     def ids(config):
         write_words(tmp_path, config)
         return read_tokenizer("bert", tmp_path).encode("Left résumé 肺炎").ids[1:-1]
 
-    of = {word: i for i, word in enumerate(WORDS)}
-    unknown = of["[UNK]"]
-    assert ids({}) == [of["left"], of["resume"], of["肺"], unknown]
-    assert ids({"do_lower_case": False}) == [of["Left"], of["résumé"], of["肺"], unknown]
-    assert ids({"tokenize_chinese_chars": False}) == [of["left"], of["resume"], of["肺炎"]]
+    id_of = {word: i for i, word in enumerate(WORDS)}
+    unknown = id_of["[UNK]"]
+    assert ids({}) == [id_of["left"], id_of["resume"], id_of["肺"], unknown]
+    assert ids({"do_lower_case": False}) == [id_of["Left"], id_of["résumé"], id_of["肺"], unknown]
+    assert ids({"tokenize_chinese_chars": False}) == [id_of["left"], id_of["resume"], id_of["肺炎"]]
 
 
-def test_files_may_have_a_name_of_their_own_and_windows_line_ends(tmp_path):
+def test_files_may_have_a_prefix_and_windows_line_ends(tmp_path):
     write_words(tmp_path, {"do_lower_case": False}, newline="\r\n")
     for name in ("vocab.txt", "tokenizer_config.json"):
         (tmp_path / name).rename(tmp_path / f"xray_{name}")
@@ -172,7 +172,7 @@ def test_files_may_have_a_name_of_their_own_and_windows_line_ends(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "write"), [("clip", write_archive), ("bert", write_words)])
-def test_stored_and_loaded_it_gives_the_same_ids(tmp_path, kind, write):
+def test_saved_and_loaded_tokenizer_gives_the_same_ids(tmp_path, kind, write):
     write(tmp_path)
     tokenizer = read_tokenizer(kind, tmp_path)
     (tmp_path / "stored").mkdir()
@@ -189,13 +189,13 @@ def test_tokenizer_json_comes_first_and_loses_padding_and_truncation(tmp_path):
     tokenizer.enable_truncation(3)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "vocab.txt").write_text("not read")
-    read = read_tokenizer("bert", tmp_path)
-    assert read.padding is None
-    assert read.truncation is None
-    assert ids_of(read) == expected
+    loaded = read_tokenizer("bert", tmp_path)
+    assert loaded.padding is None
+    assert loaded.truncation is None
+    assert ids_of(loaded) == expected
 
 
-def test_special_tokens_in_a_sentence_become_those_tokens(tmp_path):
+def test_special_tokens_in_a_prompt_become_those_tokens(tmp_path):
     write_words(tmp_path)
     write_archive(tmp_path)
     bert, clip = (read_tokenizer(kind, tmp_path) for kind in ("bert", "clip"))
@@ -210,7 +210,7 @@ def test_special_tokens_in_a_sentence_become_those_tokens(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "write", "closing"), [("clip", write_archive, END), ("bert", write_words, "[SEP]")]
 )
-def test_encode_keeps_the_closing_token_of_a_cut_sentence(tmp_path, kind, write, closing):
+def test_encode_keeps_the_closing_token_of_a_truncated_prompt(tmp_path, kind, write, closing):
     write(tmp_path)
     tokenizer = read_tokenizer(kind, tmp_path)
     before = tokenizer.to_str()
@@ -228,7 +228,7 @@ def test_encode_keeps_the_closing_token_of_a_cut_sentence(tmp_path, kind, write,
     assert tokenizer.to_str() == before
 
 
-def test_remote_code_beside_the_vocabulary_is_never_run(tmp_path, monkeypatch):
+def test_remote_code_next_to_the_vocabulary_is_never_run(tmp_path, monkeypatch):
     marker = tmp_path / "marker"
     remote = {
         "model_type": "cxr-bert",
@@ -245,8 +245,8 @@ def test_remote_code_beside_the_vocabulary_is_never_run(tmp_path, monkeypatch):
     assert not marker.exists()
 
 
-def fails(kind, path, *words, begins=None):
-    """The message of the UserError, which begins with the file's name and holds the words."""
+def assert_fails(kind, path, *words, begins=None):
+    """Asserts a UserError whose message begins with the file's name and contains the words."""
     with pytest.raises(UserError) as caught:
         read_tokenizer(kind, path)
     message = str(caught.value)
@@ -255,20 +255,20 @@ def fails(kind, path, *words, begins=None):
 
 
 @pytest.mark.parametrize("kind", ["clip", "bert"])
-def test_what_is_not_there_is_said(tmp_path, kind):
-    fails(kind, tmp_path, "none of its files", "tokenizer.json")
-    fails(kind, tmp_path / "nowhere", "no such file or folder")
-    fails(kind, tmp_path / "tokenizer.json", "no such file")
+def test_error_names_missing_files(tmp_path, kind):
+    assert_fails(kind, tmp_path, "none of its files", "tokenizer.json")
+    assert_fails(kind, tmp_path / "nowhere", "no such file or folder")
+    assert_fails(kind, tmp_path / "tokenizer.json", "no such file")
     (tmp_path / "words.doc").write_text("")
-    fails(kind, tmp_path / "words.doc", "another name")
+    assert_fails(kind, tmp_path / "words.doc", "another name")
     (tmp_path / "tokenizer.json").mkdir()
-    fails(kind, tmp_path, "no such file", begins=tmp_path / "tokenizer.json")
+    assert_fails(kind, tmp_path, "no such file", begins=tmp_path / "tokenizer.json")
 
 
-def test_a_pair_without_its_merges_is_refused(tmp_path):
+def test_rejects_a_vocabulary_without_merges(tmp_path):
     write_pair(tmp_path)
     (tmp_path / "merges.txt").unlink()
-    fails("clip", tmp_path, "no such file", begins=tmp_path / "merges.txt")
+    assert_fails("clip", tmp_path, "no such file", begins=tmp_path / "merges.txt")
 
 
 @pytest.mark.parametrize(
@@ -286,10 +286,10 @@ def test_a_pair_without_its_merges_is_refused(tmp_path):
         (lambda data: gzip.compress(bytes(8 * MAX_BYTES)), f"more than {MAX_BYTES} bytes"),
     ],
 )
-def test_a_damaged_archive_is_refused(tmp_path, corruption, words):
+def test_rejects_a_damaged_archive(tmp_path, corruption, words):
     path = write_archive(tmp_path)
     path.write_bytes(corruption(path.read_bytes()))
-    fails("clip", path, words)
+    assert_fails("clip", path, words)
 
 
 @pytest.mark.parametrize(
@@ -302,9 +302,9 @@ def test_a_damaged_archive_is_refused(tmp_path, corruption, words):
         (b"\n" * (MAX_BYTES + 1), f"more than {MAX_BYTES}"),
     ],
 )
-def test_a_list_of_words_that_is_none_is_refused(tmp_path, data, words):
+def test_rejects_an_invalid_word_list(tmp_path, data, words):
     write_words(tmp_path).write_bytes(data)
-    fails("bert", tmp_path, words, begins=tmp_path / "vocab.txt")
+    assert_fails("bert", tmp_path, words, begins=tmp_path / "vocab.txt")
 
 
 @pytest.mark.parametrize(
@@ -317,27 +317,27 @@ def test_a_list_of_words_that_is_none_is_refused(tmp_path, data, words):
         ('{"strip_accents": 1}', "expected one of true, false, null"),
     ],
 )
-def test_options_that_are_none_are_refused(tmp_path, config, words):
+def test_rejects_invalid_options(tmp_path, config, words):
     write_words(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(config)
-    fails("bert", tmp_path, words, begins=tmp_path / "tokenizer_config.json")
+    assert_fails("bert", tmp_path, words, begins=tmp_path / "tokenizer_config.json")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
 @pytest.mark.parametrize("content", ["not JSON", "", "[" * 100_000, "[1]", '"text"', "9" * 5000])
-def test_json_that_is_none_is_refused(tmp_path, name, content):
+def test_rejects_invalid_json(tmp_path, name, content):
     write_pair(tmp_path)
     (tmp_path / name).write_text(content)
-    fails("clip", tmp_path, "JSON", begins=tmp_path / name)
+    assert_fails("clip", tmp_path, "JSON", begins=tmp_path / name)
 
 
 @pytest.mark.parametrize(
     "changes", [{START: -1}, {START: "x"}, {START: 2**40}, {"\ud800": 5}, {START: [1]}]
 )
-def test_ids_that_are_none_are_refused(tmp_path, changes):
+def test_rejects_invalid_ids(tmp_path, changes):
     path = write_pair(tmp_path)
     path.write_text(json.dumps(plain_bpe(MERGES)[1] | changes))
-    fails("clip", tmp_path, "no usable tokenizer")
+    assert_fails("clip", tmp_path, "no usable tokenizer")
 
 
 TEMPLATE = {"type": "TemplateProcessing", "pair": [], "special_tokens": {}}
@@ -355,14 +355,14 @@ PREFIXED = {"type": "BPE", "vocab": {"a": 0, "é": 1, "aé": 2}, "merges": ["a �
         ({"model": PREFIXED | {"continuing_subword_prefix": "#"}}, "continuing_subword_prefix"),
     ],
 )
-def test_a_hostile_tokenizer_json_is_refused(tmp_path, changes, words):
+def test_rejects_a_hostile_tokenizer_json(tmp_path, changes, words):
     write_json(tmp_path, **changes)
     path = tmp_path / "tokenizer.json"
-    fails("bert", path, words)
+    assert_fails("bert", path, words)
 
 
-def test_the_tokenizer_of_the_other_kind_is_refused(tmp_path):
+def test_rejects_the_tokenizer_of_the_other_kind(tmp_path):
     write_json(tmp_path)
-    fails("clip", tmp_path, "[CLS] [SEP]", f"{START} {END}")
+    assert_fails("clip", tmp_path, "[CLS] [SEP]", f"{START} {END}")
     with pytest.raises(ValueError, match="'t5'"):
         read_tokenizer("t5", tmp_path)

@@ -1,4 +1,4 @@
-"""Pretrained image towers: what opens, what it answers, how it is trained and kept."""
+"""Pretrained image encoders: opening, outputs, training and saving."""
 
 import dataclasses
 import json
@@ -28,15 +28,15 @@ from biclip_jax.training.objectives import biclip as objective
 from biclip_jax.weights import model_folder
 from tests import tiny
 
-TOWERS = Path(__file__).parent.parent / "fixtures/encoders"
+ENCODERS = Path(__file__).parent.parent / "fixtures/encoders"
 VIT = {"kind": "vit", "image_size": 32, "patch_size": 16, "width": 8, "num_layers": 2}
 VIT |= {"num_heads": 2, "mlp_width": 12, "embedding_size": 6}
 WORDS = {"vocab_size": 60, "max_length": 9, "width": 12, "num_layers": 2, "num_heads": 1}
 WORDS |= {"mlp_width": 16, "embedding_size": 6}
 
 
-def words(path):
-    """A tokenizer of sixty words, as CLIP's puts its two tokens around them."""
+def write_tokenizer(path):
+    """Writes a tokenizer of 60 words that adds start and end tokens as CLIP's does."""
     start, end = "<|startoftext|>", "<|endoftext|>"
     names = [f"w{i}" for i in range(58)] + [start, end]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, unk_token="w0"))
@@ -50,20 +50,20 @@ def words(path):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """{name: folder}: a ViT with patches of 16, a ResNet, a ViT with patches of 8, a BERT."""
+    """{name: folder} of a ViT with patch size 16, a ResNet, a ViT with patch size 8 and a BERT."""
     base = tmp_path_factory.mktemp("encoders")
-    tokenizer = words(base / "tokenizer.json")
+    tokenizer = write_tokenizer(base / "tokenizer.json")
     for name, source, kind in [
         ("resnet", "openai_resnet", "clip"),
         ("patches_of_8", "hf_clip", "clip"),
         ("bert", "cxr_bert", "bert"),
     ]:
-        given = ["--tokenizer", str(tokenizer)] if name == "resnet" else []
+        options = ["--tokenizer", str(tokenizer)] if name == "resnet" else []
         with pytest.raises(SystemExit) as stopped:
-            convert.main([kind, str(TOWERS / source), str(base / name), *given])
+            convert.main([kind, str(ENCODERS / source), str(base / name), *options])
         assert stopped.value.code == 0
-    described = {"image": VIT, "text": WORDS}
-    module = clip.build(described)
+    model_config = {"image": VIT, "text": WORDS}
+    module = clip.build(model_config)
     shapes = jax.eval_shape(
         module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 9), jnp.int32)
     )
@@ -71,7 +71,7 @@ def folders(tmp_path_factory):
     random = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
     model_folder.write(
         base / "vit",
-        config={"kind": "clip", "model": described},
+        config={"kind": "clip", "model": model_config},
         variables=random,
         tokenizer=tokenizer.read_text(),
         card="",
@@ -80,8 +80,8 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small_towers():
-    """The released towers are too large to make here: these pass for them."""
+def small_encoders():
+    """Accepts small encoders under the names of the released ones, which are too large."""
     released = dict(image_encoders.EXPECTED_FIELDS)
     image_encoders.EXPECTED_FIELDS["clip_vit_b16"] = {"kind": "vit", "patch_size": 16}
     image_encoders.EXPECTED_FIELDS["clip_rn50"] = {"kind": "resnet"}
@@ -89,13 +89,13 @@ def small_towers():
     image_encoders.EXPECTED_FIELDS.update(released)
 
 
-def test_the_released_towers_alone_bear_their_names(small_towers):
+def test_expected_fields_match_only_the_released_encoders(small_encoders):
     for fields, name in ((clip.VIT_B16, "clip_vit_b16"), (clip.RN50, "clip_rn50")):
         written = json.loads(json.dumps(fields))
-        assert small_towers[name].items() <= written.items()
+        assert small_encoders[name].items() <= written.items()
     for other in (clip.VIT_B32, clip.VIT_B16 | {"width": 1024}, clip.RN50 | {"width": 96}):
         written = json.loads(json.dumps(other))
-        assert not any(kind.items() <= written.items() for kind in small_towers.values())
+        assert not any(kind.items() <= written.items() for kind in small_encoders.values())
 
 
 def opened(folder, encoder, dtype="float32"):
@@ -110,19 +110,19 @@ def apply(encoder, image):
 
 
 @pytest.mark.slow
-def test_a_resnet_answers_as_its_authors_do(folders):
-    """Their pictures are normalised; the module takes them in [0, 1] and does that itself."""
+def test_the_resnet_matches_the_original_implementation(folders):
+    """The reference normalizes images beforehand; the module takes [0, 1] and normalizes itself."""
     encoder = opened(folders["resnet"], "clip_rn50")
-    with np.load(TOWERS / "openai_resnet/expected.npz") as expected:
+    with np.load(ENCODERS / "openai_resnet/expected.npz") as expected:
         image = expected["image"] * np.array(clip.STD) + np.array(clip.MEAN)
         np.testing.assert_allclose(apply(encoder, image), expected["image_embedding"], atol=1e-4)
     assert set(encoder.batch_stats) == {"pretrained"}
     assert encoder.fields["kind"] == "resnet"
-    described = model_folder.read_config(folders["resnet"])
-    assert encoder.identity == model_folder.identity(described)
+    model_config = model_folder.read_config(folders["resnet"])
+    assert encoder.identity == model_folder.identity(model_config)
 
 
-def test_a_vit_is_its_own_tower_on_normalised_pictures(folders):
+def test_the_vit_normalizes_its_input(folders):
     encoder = opened(folders["vit"], "clip_vit_b16")
     assert encoder.batch_stats == {}
     image = np.random.default_rng(0).random((2, 32, 32, 3))
@@ -136,51 +136,52 @@ def test_a_vit_is_its_own_tower_on_normalised_pictures(folders):
     )
 
 
-def test_pictures_of_another_size_are_resized_as_torch_does(folders):
+def test_images_of_other_sizes_are_resized_as_in_torch(folders):
     torch = pytest.importorskip("torch")
     encoder = opened(folders["vit"], "clip_vit_b16")
     for size in (56, 20):
         image = np.random.default_rng(0).random((2, size, size, 3)).astype(np.float32)
-        moved = torch.from_numpy(image).permute(0, 3, 1, 2)
+        channels_first = torch.from_numpy(image).permute(0, 3, 1, 2)
         resized = torch.nn.functional.interpolate(
-            moved, size=(32, 32), mode="bilinear", antialias=True, align_corners=False
+            channels_first, size=(32, 32), mode="bilinear", antialias=True, align_corners=False
         )
         expected = apply(encoder, resized.permute(0, 2, 3, 1).numpy())
         np.testing.assert_allclose(apply(encoder, image), expected, atol=1e-4)
 
 
-def test_the_cnn_takes_no_weights(folders):
+def test_the_cnn_accepts_no_weights(folders):
     assert image_encoders.open_configured({"encoder": "cnn", "weights": ""}, "float32") is None
-    with pytest.raises(UserError, match=r"is 'cnn', which takes none; .*clip_vit_b16 or clip_rn50"):
+    message = r"is 'cnn', which has no weights; .*clip_vit_b16 or clip_rn50"
+    with pytest.raises(UserError, match=message):
         opened(folders["vit"], "cnn")
 
 
 @pytest.mark.parametrize("path", ["", "nowhere", "tests"])
-def test_without_a_tower_the_command_that_makes_one_is_named(path):
+def test_a_missing_encoder_error_names_the_convert_command(path):
     with pytest.raises(UserError, match=rf"convert clip SOURCE {path or 'FOLDER'}$"):
         opened(path, "clip_vit_b16")
 
 
 @pytest.mark.parametrize(
-    ("name", "encoder", "said"),
+    ("name", "encoder", "message"),
     [
-        ("vit", "clip_rn50", "holds clip .*'kind': 'vit'.*'clip_rn50'"),
-        ("resnet", "clip_vit_b16", "holds clip .*'kind': 'resnet'.*'clip_vit_b16'"),
-        ("patches_of_8", "clip_vit_b16", "holds clip .*'patch_size': 8.*'clip_vit_b16'"),
-        ("bert", "clip_vit_b16", "holds bert .*'clip_vit_b16'"),
+        ("vit", "clip_rn50", "found clip .*'kind': 'vit'.*'clip_rn50'"),
+        ("resnet", "clip_vit_b16", "found clip .*'kind': 'resnet'.*'clip_vit_b16'"),
+        ("patches_of_8", "clip_vit_b16", "found clip .*'patch_size': 8.*'clip_vit_b16'"),
+        ("bert", "clip_vit_b16", "found bert .*'clip_vit_b16'"),
     ],
 )
-def test_another_tower_is_refused(folders, name, encoder, said):
-    with pytest.raises(UserError, match=rf"{name}: {said} is .*; give another folder or another"):
+def test_rejects_another_encoder(folders, name, encoder, message):
+    with pytest.raises(UserError, match=rf"{name}: {message}; change one of them"):
         opened(folders[name], encoder)
 
 
-def test_weights_that_are_not_the_described_tower_s_are_refused(folders, tmp_path):
+def test_rejects_weights_that_do_not_match_the_config(folders, tmp_path):
     path = Path(shutil.copytree(folders["vit"], tmp_path / "vit"))
-    described, variables = model_folder.read(path)
+    model_config, variables = model_folder.read(path)
     del variables["params"]["image_encoder"]["class_token"]
-    keep = (path / model_folder.TOKENIZER).read_text()
-    model_folder.write(path, config=described, variables=variables, tokenizer=keep, card="")
+    tokenizer = (path / model_folder.TOKENIZER).read_text()
+    model_folder.write(path, config=model_config, variables=variables, tokenizer=tokenizer, card="")
     with pytest.raises(UserError, match="class_token"):
         opened(path, "clip_vit_b16")
 
@@ -205,7 +206,7 @@ def build(config, encoder):
 
 @pytest.mark.parametrize("name", ["vit", "resnet"])
 @pytest.mark.slow
-def test_a_frozen_tower_travels_inside_the_model_folder(folders, name, tmp_path, monkeypatch):
+def test_the_model_folder_contains_a_frozen_encoder(folders, name, tmp_path, monkeypatch):
     config, encoder = configured(folders, name, tmp_path)
     monkeypatch.setattr(biclip, "init", tiny.abstract_init)
     encoded_text, built = build(config, encoder)
@@ -224,13 +225,13 @@ def test_a_frozen_tower_travels_inside_the_model_folder(folders, name, tmp_path,
     )
     model_folder.write(
         tmp_path / "model",
-        config=built.described,
+        config=built.model_config,
         variables=variables,
         tokenizer=encoded_text.tokenizer.to_str(),
         card="",
     )
-    said = json.loads((tmp_path / "model" / model_folder.CONFIG).read_text())
-    assert said["model"]["image"]["weights"] == ""
+    written = json.loads((tmp_path / "model" / model_folder.CONFIG).read_text())
+    assert written["model"]["image"]["weights"] == ""
     model, loaded, processor = inference.load_model(tmp_path / "model")
     jax.tree.map(np.testing.assert_array_equal, loaded, variables)
     image = rng.random((2, 56, 56, 3)).astype(np.float32)
@@ -243,7 +244,7 @@ def test_a_frozen_tower_travels_inside_the_model_folder(folders, name, tmp_path,
     np.testing.assert_allclose(fused.refined_text, expected, atol=1e-4)
 
 
-def test_a_tower_that_is_trained_is_among_the_parameters(folders, tmp_path, monkeypatch):
+def test_a_trainable_encoder_is_part_of_the_parameters(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(biclip, "init", tiny.abstract_init)
     config, encoder = configured(folders, "vit", tmp_path, trainable=True)
     config.optim.encoder_learning_rate = 1e-5
@@ -257,15 +258,15 @@ def test_a_tower_that_is_trained_is_among_the_parameters(folders, tmp_path, monk
 
 
 @pytest.mark.parametrize("variant", ["unet", "ef_unet", "one_way", "no_bmf"])
-def test_methods_without_refinement_have_no_use_for_a_tower(folders, tmp_path, variant):
+def test_methods_without_refinement_reject_a_pretrained_encoder(folders, tmp_path, variant):
     config, encoder = configured(folders, "vit", tmp_path, f"smoke,{variant}")
-    with pytest.raises(UserError, match=r"model\.image\.encoder is a tower.*set cnn"):
+    with pytest.raises(UserError, match=r"model\.image\.encoder is pretrained.*set cnn"):
         build(config, encoder)
 
 
 @pytest.mark.slow
-def test_statistics_of_a_frozen_resnet_stay(folders):
-    """BatchNorm inside the tower is used as at inference, whatever the U-Net's does."""
+def test_statistics_of_a_frozen_resnet_are_constant(folders):
+    """BatchNorm of the encoder runs in inference mode, independent of the U-Net."""
     encoder = opened(folders["resnet"], "clip_rn50")
     model = tiny.model(method="ef_unet", bmf={**biclip.DEFAULTS["bmf"]}).clone(
         pretrained_image_encoder=encoder.module
@@ -286,14 +287,16 @@ def test_statistics_of_a_frozen_resnet_stay(folders):
     jax.tree.map(
         np.testing.assert_array_equal, statistics["pretrained_image_encoder"], encoder.batch_stats
     )
-    moved = statistics["unet"]["encoder_0"]["norm_0"]["mean"]
+    mean = statistics["unet"]["encoder_0"]["norm_0"]["mean"]
     assert statistics["unet"].keys() == variables["batch_stats"]["unet"].keys()
-    assert moved.shape == (2,)
+    assert mean.shape == (2,)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainable", [False, True])
-def test_a_run_with_a_tower_is_kept_and_goes_on(folders, tmp_path, trainable):
+def test_a_run_with_an_encoder_is_saved_and_checks_the_encoder_on_resume(
+    folders, tmp_path, trainable
+):
     config, encoder = configured(folders, "vit", tmp_path, trainable=trainable)
     with config.unlocked():
         config.num_steps, config.eval_every, config.final_test = 2, 2, False
@@ -301,18 +304,18 @@ def test_a_run_with_a_tower_is_kept_and_goes_on(folders, tmp_path, trainable):
     train.train_and_evaluate(config, tmp_path / "run")
     texts = {"train": ["a"]}
     tokenizer = inference.load_model(tmp_path / "run")[2].tokenizer
-    one = text_encoders.encode_splits(config.model.text.to_dict(), texts, None).fields["train"]
-    encoded_text = text_encoders.EncodedText(tokenizer, {"train": one})
+    fields = text_encoders.encode_splits(config.model.text.to_dict(), texts, None).fields["train"]
+    encoded_text = text_encoders.EncodedText(tokenizer, {"train": fields})
     built = program.build(config, 32, encoded_text, biclip_spec.Encoders(image=encoder))
-    bare = train_state.without_frozen(built.initial)
-    state, _ = checkpoint.restore_latest(tmp_path / "run/checkpoints/best", bare, print)
+    initial = train_state.without_frozen(built.initial)
+    state, _ = checkpoint.restore_latest(tmp_path / "run/checkpoints/best", initial, print)
     state = dataclasses.replace(state, frozen=built.initial.frozen)
     model, variables, processor = inference.load_model(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, variables, train_state.inference_variables(state))
-    found = variables["params"]["pretrained_image_encoder"]
-    same = jax.tree.map(lambda a, b: bool((a == b).all()), found, encoder.params)
+    params = variables["params"]["pretrained_image_encoder"]
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), params, encoder.params)
     assert jax.tree.all(same) != trainable
-    # The loaded model answers as the one that was trained.
+    # The loaded model gives the scores of the trained one.
     batch = tiny.batch(4)
     prompt = {k: jnp.asarray(v) for k, v in processor.encode(["left lung"] * 4).items()}
     batch = {name: batch[name] for name in ("image", "mask", "valid")} | prompt
@@ -320,16 +323,18 @@ def test_a_run_with_a_tower_is_kept_and_goes_on(folders, tmp_path, trainable):
     logits, _ = model.apply(placed, biclip.to_unit_rgb(batch["image"]), **prompt)
     assert np.isfinite(logits).all()
     sums = overlap.overlap_sums(jax.nn.sigmoid(logits), batch["mask"], batch["valid"])
-    found = built.eval_step(train_state.inference_variables(state), distributed.shard_batch(batch))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3), found, sums)
-    # Another tower may not take its place.
+    expected = built.eval_step(
+        train_state.inference_variables(state), distributed.shard_batch(batch)
+    )
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3), expected, sums)
+    # The run does not resume with another encoder.
     other = tmp_path / "other"
     shutil.copytree(folders["vit"], other)
-    described, changed = model_folder.read(other)
+    model_config, changed = model_folder.read(other)
     changed["params"]["image_encoder"]["class_token"] += 1
-    keep = (other / model_folder.TOKENIZER).read_text()
-    model_folder.write(other, config=described, variables=changed, tokenizer=keep, card="")
+    tokenizer = (other / model_folder.TOKENIZER).read_text()
+    model_folder.write(other, config=model_config, variables=changed, tokenizer=tokenizer, card="")
     with config.unlocked():
         config.model.image.weights = str(other)
-    with pytest.raises(UserError, match="began with the image tower that lay in"):
+    with pytest.raises(UserError, match="started with the image encoder in"):
         train.train_and_evaluate(config, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Sentences for a run: ids, or the vectors of a frozen tower; and towers that cannot be used."""
+"""Encoded prompts of a run: ids or features of a frozen encoder; invalid encoders."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from biclip_jax.models.text import POOLINGS, PooledTextEncoder
 from biclip_jax.weights import model_folder
 from tests import tiny
 
-TOWERS = Path(__file__).parent.parent / "fixtures/encoders"
+ENCODERS = Path(__file__).parent.parent / "fixtures/encoders"
 SOURCES = {"bert": "cxr_bert", "clip": "hf_clip"}
 LENGTH = 10
 TRAIN = ["left lung, infection.", "right lung.", "left lung, infection.", "upper left lung."]
@@ -39,7 +39,7 @@ def folders(tmp_path_factory):
     base = tmp_path_factory.mktemp("encoders")
     for kind, name in SOURCES.items():
         with pytest.raises(SystemExit) as stopped:
-            convert.main([kind, str(TOWERS / name), str(base / kind)])
+            convert.main([kind, str(ENCODERS / name), str(base / kind)])
         assert stopped.value.code == 0
     return {kind: base / kind for kind in SOURCES}
 
@@ -51,20 +51,20 @@ def encoders(folders):
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """The sentences that any tower is given, call by call, while the test runs."""
+    """Prompts passed to any encoder during the test, one list per call."""
     calls = []
-    vectors = text_encoders._feature_function
+    feature_function = text_encoders._feature_function
 
-    def counting(*args):
-        encode = vectors(*args)
+    def recording_function(*args):
+        encode = feature_function(*args)
 
-        def counted(texts):
+        def recording_encode(texts):
             calls.append(list(texts))
             return encode(texts)
 
-        return counted
+        return recording_encode
 
-    monkeypatch.setattr(text_encoders, "_feature_function", counting)
+    monkeypatch.setattr(text_encoders, "_feature_function", recording_function)
     return calls
 
 
@@ -73,15 +73,15 @@ def compiled(module, pooling):
     return jax.jit(PooledTextEncoder(module, pooling).apply)
 
 
-def expected_vectors(encoder, texts, pooling="all_tokens"):
-    """Eight sentences at a time, by id and mask."""
+def expected_features(encoder, texts, pooling="all_tokens"):
+    """Features of batches padded to eight prompts, computed from ids and mask."""
     distinct = sorted(set(texts))
-    filled = distinct + distinct[:1] * (8 - len(distinct))
-    ids, mask = text_lib.encode(encoder.tokenizer, filled, LENGTH)
+    padded = distinct + distinct[:1] * (8 - len(distinct))
+    ids, mask = text_lib.encode(encoder.tokenizer, padded, LENGTH)
     variables = jax.tree.map(jnp.asarray, {"params": {"pretrained": encoder.params}})
     apply = compiled(encoder.module, pooling)
-    vectors = np.asarray(apply(variables, jnp.asarray(ids), jnp.asarray(mask)))
-    return np.stack([vectors[distinct.index(text)] for text in texts])
+    features = np.asarray(apply(variables, jnp.asarray(ids), jnp.asarray(mask)))
+    return np.stack([features[distinct.index(text)] for text in texts])
 
 
 def test_the_identity_changes_with_weights_and_tokenizer(folders, encoders, tmp_path):
@@ -90,17 +90,17 @@ def test_the_identity_changes_with_weights_and_tokenizer(folders, encoders, tmp_
 
     path = Path(shutil.copytree(folders["bert"], tmp_path / "bert"))
     _, variables = model_folder.read(path)
-    found = [encoders["bert"].identity, text_encoders.open_text_encoder(path, "bert").identity]
+    identities = [encoders["bert"].identity, text_encoders.open_text_encoder(path, "bert").identity]
     rewrite(path, variables=biased(variables))
-    found.append(text_encoders.open_text_encoder(path, "bert").identity)
+    identities.append(text_encoders.open_text_encoder(path, "bert").identity)
     tokenizer = json.loads((path / model_folder.TOKENIZER).read_text())
     rewrite(path, tokenizer=json.dumps(tokenizer))
-    found.append(text_encoders.open_text_encoder(path, "bert").identity)
-    assert found[0] == found[1]
-    assert len(set(found)) == 3
+    identities.append(text_encoders.open_text_encoder(path, "bert").identity)
+    assert identities[0] == identities[1]
+    assert len(set(identities)) == 3
 
 
-def test_the_text_tower_of_a_clip_is_opened_alone(encoders, folders):
+def test_opens_only_the_text_encoder_of_a_clip(encoders, folders):
     encoder = encoders["clip"]
     _, variables = model_folder.read(folders["clip"])
     assert set(variables["params"]) == {"image_encoder", "text_encoder", "logit_scale"}
@@ -114,112 +114,118 @@ def test_the_text_tower_of_a_clip_is_opened_alone(encoders, folders):
 
 
 @pytest.mark.parametrize("path", ["", "nowhere", "tests"])
-def test_without_a_tower_the_command_that_makes_one_is_named(path):
+def test_a_missing_encoder_error_names_the_convert_command(path):
     with pytest.raises(UserError, match=rf"convert bert SOURCE {path or 'FOLDER'}$"):
         text_encoders.open_text_encoder(path, "bert")
 
 
 @pytest.mark.parametrize(("kind", "other"), [("bert", "clip"), ("clip", "bert")])
-def test_a_tower_of_another_kind_is_refused(folders, kind, other):
-    with pytest.raises(UserError, match=f"holds a {kind}, model.text.encoder is '{other}'"):
+def test_rejects_an_encoder_of_another_kind(folders, kind, other):
+    with pytest.raises(
+        UserError, match=f"found a {kind}; expected a {other}, as in model.text.encoder"
+    ):
         text_encoders.open_text_encoder(folders[kind], other)
 
 
-def test_a_run_s_model_is_no_tower(tmp_path):
+def test_rejects_the_model_of_a_run(tmp_path):
     variables = {"params": {"x": np.zeros(1)}}
     model_folder.write(tmp_path, config={"model": {}}, variables=variables, tokenizer="{}", card="")
-    with pytest.raises(UserError, match=r"holds a biclip, model\.text\.encoder is 'bert'"):
+    with pytest.raises(
+        UserError, match=r"found a biclip; expected a bert, as in model\.text\.encoder"
+    ):
         text_encoders.open_text_encoder(tmp_path, "bert")
 
 
 def rewrite(path, fields=None, **changes):
-    """Writes a folder anew with these fields of its model, or what `folder.write` takes."""
-    found, variables = model_folder.read(path)
-    config = {**found, "model": found["model"] | (fields or {})}
+    """Rewrites a folder with other model fields or other arguments of `model_folder.write`."""
+    model_config, variables = model_folder.read(path)
+    config = {**model_config, "model": model_config["model"] | (fields or {})}
     tokenizer = (path / model_folder.TOKENIZER).read_text(encoding="utf-8")
     parts = {"variables": variables, "tokenizer": tokenizer, "card": "", **changes}
     model_folder.write(path, config=config, **parts)
 
 
-def cut_weights(path):
+def truncate_weights(path):
     weights = path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
 
 
-def lose_a_parameter(path):
+def remove_a_parameter(path):
     _, variables = model_folder.read(path)
     del variables["params"]["blocks_1"]["norm_0"]["bias"]
     rewrite(path, variables=variables)
 
 
-def load_with_a_word(path):
+def tokenizer_with_new_word(path):
     tokenizer = tokenizers.load_tokenizer(path / "tokenizer")
     tokenizer.add_tokens(["zygote"])
     return tokenizer
 
 
 def add_a_word(path):
-    rewrite(path, tokenizer=load_with_a_word(path).to_str())
+    rewrite(path, tokenizer=tokenizer_with_new_word(path).to_str())
 
 
-def exchange_the_tokenizer(path):
-    load_with_a_word(path).save(str(path / model_folder.TOKENIZER))
+def replace_the_tokenizer(path):
+    tokenizer_with_new_word(path).save(str(path / model_folder.TOKENIZER))
 
 
 @pytest.mark.parametrize(
-    ("harm", "said"),
+    ("tamper", "message"),
     [
-        (cut_weights, "its SHA-256 is not the one in config.json"),
-        (lose_a_parameter, "params/blocks_1/norm_0/bias has shape none"),
-        (add_a_word, "tokenizer's largest id is 16, the weights have 16 words; give the tokenizer"),
-        (exchange_the_tokenizer, r"tokenizer\.json: its SHA-256 is not the one in config\.json"),
+        (truncate_weights, "its SHA-256 is not the one in config.json"),
+        (remove_a_parameter, "params/blocks_1/norm_0/bias has shape none"),
+        (add_a_word, "largest id is 16, but the weights have 16 words; give the tokenizer"),
+        (replace_the_tokenizer, r"tokenizer\.json: its SHA-256 is not the one in config\.json"),
         (lambda path: rewrite(path, {"num_heads": 5}), r"config\.json: does not describe a model"),
         (lambda path: rewrite(path, {"width": "wide"}), r"config\.json: does not describe a model"),
         (lambda path: rewrite(path, {"width": 24}), "has shape"),
         (lambda path: shutil.rmtree(path / "tokenizer"), "tokenizer.json"),
-        (lambda path: (path / "config.json").write_text("{"), "no model folder"),
+        (lambda path: (path / "config.json").write_text("{"), "not a model folder"),
     ],
 )
-def test_a_damaged_tower_is_refused(folders, tmp_path, harm, said):
+def test_rejects_a_damaged_encoder(folders, tmp_path, tamper, message):
     path = Path(shutil.copytree(folders["bert"], tmp_path / "bert"))
-    harm(path)
-    with pytest.raises(UserError, match=said):
+    tamper(path)
+    with pytest.raises(UserError, match=message):
         text_encoders.open_text_encoder(path, "bert")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         inference.load_model(path)
 
 
-def test_a_config_without_a_model_describes_none(folders, tmp_path):
+def test_rejects_a_config_without_a_model(folders, tmp_path):
     path = Path(shutil.copytree(folders["bert"], tmp_path / "bert"))
     fields = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**fields, "model": None}))
-    for open_it in (
+    for open_folder in (
         lambda: text_encoders.open_text_encoder(path, "bert"),
         lambda: inference.load_model(path),
     ):
         with pytest.raises(UserError, match=r"config\.json: does not describe a model \(Type"):
-            open_it()
+            open_folder()
 
 
-def test_more_words_in_the_weights_than_in_the_tokenizer_are_fine(encoders):
+def test_the_embedding_table_may_be_larger_than_the_tokenizer(encoders):
     tokenizer = encoders["bert"].tokenizer
-    text_encoders.check_vocabulary(Path("there"), tokenizer, 16)
-    text_encoders.check_vocabulary(Path("there"), tokenizer, 99)
-    said = r"^there: the tokenizer's largest id is 15, the weights have 15 words"
-    with pytest.raises(UserError, match=said):
-        text_encoders.check_vocabulary(Path("there"), tokenizer, 15)
+    text_encoders.check_vocabulary(Path("folder"), tokenizer, 16)
+    text_encoders.check_vocabulary(Path("folder"), tokenizer, 99)
+    message = r"^folder: the tokenizer's largest id is 15, but the weights have 15 words"
+    with pytest.raises(UserError, match=message):
+        text_encoders.check_vocabulary(Path("folder"), tokenizer, 15)
 
 
 @pytest.mark.parametrize(("kind", "longest"), [("bert", 14), ("clip", 10)])
-def test_sentences_longer_than_the_tower_s_positions_are_refused(encoders, kind, longest):
+def test_rejects_a_max_length_above_the_positions_of_the_encoder(encoders, kind, longest):
     encoder = encoders[kind]
     text_encoders.check_text_encoder(encoder, config(max_length=longest))
-    said = rf"model\.text\.max_length: {longest + 1}; .*has {longest} positions; set at most that"
+    message = (
+        rf"model\.text\.max_length: {longest + 1}; .*has {longest} positions; expected at most"
+    )
     for call in (
         text_encoders.check_text_encoder,
-        lambda encoder, asked: text_encoders.encode_splits(asked, TEXTS, encoder),
+        lambda encoder, fields: text_encoders.encode_splits(fields, TEXTS, encoder),
     ):
-        with pytest.raises(UserError, match=said) as caught:
+        with pytest.raises(UserError, match=message) as caught:
             call(encoder, config(max_length=longest + 1))
         assert str(encoder.folder) in str(caught.value)
 
@@ -227,71 +233,71 @@ def test_sentences_longer_than_the_tower_s_positions_are_refused(encoders, kind,
 @pytest.mark.parametrize("trainable", [False, True])
 def test_pooling_over_hidden_state_2_needs_two_layers(encoders, trainable):
     encoder = encoders["bert"]
-    one = encoder._replace(module=encoder.module.clone(num_layers=1))
+    one_layer = encoder._replace(module=encoder.module.clone(num_layers=1))
     for pooling in set(POOLINGS) - {"embedding"}:
-        asked = config(pooling=pooling, trainable=trainable)
+        fields = config(pooling=pooling, trainable=trainable)
         with pytest.raises(
             UserError, match=rf"pooling: '{pooling}' needs hidden state 2.* 1 layer"
         ):
-            text_encoders.encode_splits(asked, TEXTS, one)
+            text_encoders.encode_splits(fields, TEXTS, one_layer)
         text_encoders.check_text_encoder(
-            encoder._replace(module=encoder.module.clone(num_layers=2)), asked
+            encoder._replace(module=encoder.module.clone(num_layers=2)), fields
         )
-    text_encoders.check_text_encoder(one, config(pooling="embedding", trainable=trainable))
+    text_encoders.check_text_encoder(one_layer, config(pooling="embedding", trainable=trainable))
 
 
 @pytest.mark.parametrize("kind", ["bert", pytest.param("clip", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_a_frozen_tower_s_vectors_are_those_of_the_ids(encoders, kind, pooling):
+def test_frozen_features_equal_those_computed_from_ids(encoders, kind, pooling):
     encoder, texts = encoders[kind], ["left lung.", "a", "right upper lung."]
     if kind == "clip":
         texts = ["left", "lung", "left lung"]
     features = text_encoders.frozen_text_features(encoder, config(pooling=pooling), texts)
-    expected = expected_vectors(encoder, texts, pooling)
+    expected = expected_features(encoder, texts, pooling)
     assert features.keys() == set(texts)
-    for text, vector in zip(texts, expected, strict=True):
-        np.testing.assert_allclose(features[text], vector, atol=1e-5)
+    for text, row in zip(texts, expected, strict=True):
+        np.testing.assert_allclose(features[text], row, atol=1e-5)
 
 
-def test_frozen_fields_are_in_the_order_of_the_sentences(encoders, encoded):
+def test_frozen_fields_are_in_the_order_of_the_prompts(encoders, encoded):
     encoder, lines = encoders["bert"], list[str]()
-    found = text_encoders.encode_splits(config(), TEXTS, encoder, log=lines.append)
-    assert found.tokenizer is encoder.tokenizer
-    assert found.encoder_sha256 == encoder.identity
+    result = text_encoders.encode_splits(config(), TEXTS, encoder, log=lines.append)
+    assert result.tokenizer is encoder.tokenizer
+    assert result.encoder_sha256 == encoder.identity
     distinct = {text for split in TEXTS.values() for text in split}
     distinct |= {text_lib.swap_sides(text) for text in distinct}
-    seen = [text for call in encoded for text in call]
-    assert sorted(seen) == sorted(distinct)
+    prompts = [text for call in encoded for text in call]
+    assert sorted(prompts) == sorted(distinct)
     assert len(lines) == 1
-    assert f"{len(distinct)} distinct sentences" in lines[0]
+    assert f"{len(distinct)} distinct prompts" in lines[0]
     for split, texts in TEXTS.items():
-        fields = found.fields[split]
+        fields = result.fields[split]
         names = {"text_features", "has_text"}
         assert set(fields) == names | {f"swapped_{name}" for name in names}
         assert fields["has_text"].all()
         swapped = [text_lib.swap_sides(text) for text in texts]
-        rows, other = expected_vectors(encoder, texts), expected_vectors(encoder, swapped)
-        np.testing.assert_allclose(fields["text_features"], rows, atol=1e-5)
-        np.testing.assert_allclose(fields["swapped_text_features"], other, atol=1e-5)
-    train = found.fields["train"]
+        expected, expected_swapped = (expected_features(encoder, t) for t in (texts, swapped))
+        np.testing.assert_allclose(fields["text_features"], expected, atol=1e-5)
+        np.testing.assert_allclose(fields["swapped_text_features"], expected_swapped, atol=1e-5)
+    train = result.fields["train"]
     assert np.abs(train["text_features"] - train["swapped_text_features"]).max() > 1e-4
 
 
-def test_vectors_are_kept_by_all_that_they_depend_on(encoders, tmp_path, monkeypatch):
+def test_the_feature_cache_key_covers_all_inputs(encoders, tmp_path, monkeypatch):
     calls, encoder = [], encoders["bert"]
 
-    def vectors(pooled, *_):
+    def feature_function(pooled, *_):
         def encode(texts):
             calls.append(pooled.pooling)
             return np.arange(2.0 * len(texts)).reshape(-1, 2)
 
         return encode
 
-    monkeypatch.setattr(text_encoders, "_feature_function", vectors)
+    monkeypatch.setattr(text_encoders, "_feature_function", feature_function)
     first = text_encoders.encode_splits(config(), TEXTS, encoder, tmp_path)
-    again = text_encoders.encode_splits(config(), TEXTS, encoder, tmp_path)
+    second = text_encoders.encode_splits(config(), TEXTS, encoder, tmp_path)
     assert calls == ["all_tokens"]
-    jax.tree.map(np.testing.assert_array_equal, first.fields, again.fields)
+    jax.tree.map(np.testing.assert_array_equal, first.fields, second.fields)
     for changed, other in (
         (config(pooling="masked"), encoder),
         (config(max_length=LENGTH + 1), encoder),
@@ -302,12 +308,12 @@ def test_vectors_are_kept_by_all_that_they_depend_on(encoders, tmp_path, monkeyp
     assert len(calls) == len(list(tmp_path.iterdir())) == 5
 
 
-def test_a_tower_that_is_trained_gets_ids(encoders, encoded):
-    found = text_encoders.encode_splits(config(trainable=True), TEXTS, encoders["bert"])
-    assert found.encoder_sha256 == encoders["bert"].identity
+def test_a_trainable_encoder_gets_ids(encoders, encoded):
+    result = text_encoders.encode_splits(config(trainable=True), TEXTS, encoders["bert"])
+    assert result.encoder_sha256 == encoders["bert"].identity
     assert encoded == []
     for split, texts in TEXTS.items():
-        fields = found.fields[split]
+        fields = result.fields[split]
         ids, mask = text_lib.encode(encoders["bert"].tokenizer, texts, LENGTH)
         np.testing.assert_array_equal(fields["text_ids"], ids)
         np.testing.assert_array_equal(fields["text_mask"], mask)
@@ -315,19 +321,19 @@ def test_a_tower_that_is_trained_gets_ids(encoders, encoded):
         assert set(fields) == names | {f"swapped_{name}" for name in names}
 
 
-def test_without_a_tower_the_words_are_those_of_the_training_sentences():
-    found = text_encoders.encode_splits(config(), TEXTS, None)
-    assert found.encoder_sha256 == ""
+def test_the_scratch_vocabulary_is_that_of_the_training_prompts():
+    result = text_encoders.encode_splits(config(), TEXTS, None)
+    assert result.encoder_sha256 == ""
     words = {"left", "right", "lung", "upper", "infection", ",", "."}
-    assert set(found.tokenizer.get_vocab()) == words | {"[PAD]", "[UNK]", "[CLS]"}
-    assert found.fields["val"]["text_ids"].shape == (2, LENGTH)
-    unknown = found.tokenizer.token_to_id("[UNK]")
-    assert found.fields["val"]["text_ids"][0, 1] == unknown
+    assert set(result.tokenizer.get_vocab()) == words | {"[PAD]", "[UNK]", "[CLS]"}
+    assert result.fields["val"]["text_ids"].shape == (2, LENGTH)
+    unknown = result.tokenizer.token_to_id("[UNK]")
+    assert result.fields["val"]["text_ids"][0, 1] == unknown
 
 
 @pytest.fixture(scope="module")
-def network(encoders):
-    """(model, variables, processor) with the tiny CXR-BERT inside."""
+def loaded_model(encoders):
+    """(model, variables, processor) with the tiny CXR-BERT as text encoder."""
     encoder = encoders["bert"]
     fields = tiny.model_config(text={"encoder": "bert", **config()})
     model = biclip.build(fields, pretrained_text_encoder=encoder.module)
@@ -337,18 +343,18 @@ def network(encoders):
     return model, variables, inference.Processor(encoder.tokenizer, tiny.IMAGE_SIZE, LENGTH)
 
 
-def test_the_encoder_sees_each_distinct_sentence_once(network, encoders, encoded):
-    encode = text_encoders.make_encode(*network)
+def test_each_distinct_prompt_is_encoded_once(loaded_model, encoders, encoded):
+    encode = text_encoders.make_encode(*loaded_model)
     calls = [["a", "left lung.", "a"], ["left lung."], ["right lung.", "a"], ["a"] * 40]
     for texts in calls:
-        vectors = encode(texts)["text_features"]
-        np.testing.assert_allclose(vectors, expected_vectors(encoders["bert"], texts), atol=1e-5)
+        features = encode(texts)["text_features"]
+        np.testing.assert_allclose(features, expected_features(encoders["bert"], texts), atol=1e-5)
     assert encoded == [["a", "left lung."], ["right lung."]]
     assert set(encode(["a"])) == {"text_features", "has_text"}
 
 
-def test_a_sentence_that_is_cut_is_told_of_once(network):
-    encode, long = text_encoders.make_encode(*network), "left lung, " * 9
+def test_warns_once_about_a_truncated_prompt(loaded_model):
+    encode, long = text_encoders.make_encode(*loaded_model), "left lung, " * 9
     with pytest.warns(UserWarning, match=f"longer than {LENGTH} tokens"):
         encode([long])
     with warnings.catch_warnings():
@@ -356,17 +362,17 @@ def test_a_sentence_that_is_cut_is_told_of_once(network):
         encode([long, "a"])
 
 
-def test_without_the_tower_its_parameters_alone_are_gone(network):
-    model, variables, _ = network
+def test_without_text_encoder_removes_only_its_parameters(loaded_model):
+    model, variables, _ = loaded_model
     variables = variables | {"batch_stats": {"x": np.zeros(1)}}
-    kept = text_encoders.without_text_encoder(model, variables)
-    assert set(kept["params"]) == {"unet"}
-    assert kept["batch_stats"] is variables["batch_stats"]
+    result = text_encoders.without_text_encoder(model, variables)
+    assert set(result["params"]) == {"unet"}
+    assert result["batch_stats"] is variables["batch_stats"]
     assert "text_encoder" in variables["params"]
 
 
-def test_the_scratch_encoder_stays_and_gets_ids(network):
-    _, variables, processor = network
+def test_the_scratch_encoder_is_kept_and_gets_ids(loaded_model):
+    _, variables, processor = loaded_model
     model = tiny.model()
     assert text_encoders.without_text_encoder(model, variables) == variables
     fields = text_encoders.make_encode(model, variables, processor)(["left lung.", "a"])
@@ -374,7 +380,7 @@ def test_the_scratch_encoder_stays_and_gets_ids(network):
     assert set(fields) == {"text_ids", "text_mask", "has_text"}
 
 
-def test_weights_for_the_scratch_encoder_are_refused():
+def test_rejects_weights_for_the_scratch_encoder():
     config = {"encoder": "scratch", "weights": "weights/cxr_bert"}
     with pytest.raises(UserError, match=r"model\.text\.encoder is 'scratch'"):
         text_encoders.open_configured(config, "float32")

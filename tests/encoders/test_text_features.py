@@ -1,4 +1,4 @@
-"""Vectors of distinct sentences: encoded once, kept on disk, and never believed when damaged."""
+"""Cached text features: encoded once, stored on disk, recomputed if the file is damaged."""
 
 import os
 import stat
@@ -13,8 +13,8 @@ from biclip_jax.encoders import text_features
 WEIGHTS = {"weights": "abc", "max_length": 5}
 
 
-class Counting:
-    """A tower that gives (length, first letter) and keeps what it was given."""
+class RecordingEncoder:
+    """Encodes a prompt as (length, first letter) and records the calls."""
 
     def __init__(self):
         self.calls = []
@@ -24,13 +24,13 @@ class Counting:
         return np.array([[len(text), ord(text[0])] for text in texts], np.float64)
 
     @property
-    def seen(self):
+    def prompts(self):
         return [text for call in self.calls for text in call]
 
 
-def of(prompts, folder=None, identity=WEIGHTS):
-    """(features, tower)"""
-    encoder = Counting()
+def encode(prompts, folder=None, identity=WEIGHTS):
+    """Returns (features, encoder)."""
+    encoder = RecordingEncoder()
     return text_features.encode_prompts(prompts, encoder, identity=identity, folder=folder), encoder
 
 
@@ -39,10 +39,10 @@ def files(folder):
 
 
 @pytest.mark.parametrize("count", [1, 32, 33, 70])
-def test_each_distinct_sentence_is_encoded_once_in_batches(count):
+def test_each_distinct_prompt_is_encoded_once_in_batches(count):
     distinct = [f"{chr(97 + i % 26)}{'x' * i}" for i in range(count)]
-    features, encoder = of(distinct[::-1] + distinct)
-    assert sorted(encoder.seen) == sorted(distinct)
+    features, encoder = encode(distinct[::-1] + distinct)
+    assert sorted(encoder.prompts) == sorted(distinct)
     sizes = [len(call) for call in encoder.calls]
     assert sizes == [text_features.BATCH_SIZE] * (count // 32) + [count % 32] * (count % 32 > 0)
     assert features.keys() == set(distinct)
@@ -51,14 +51,14 @@ def test_each_distinct_sentence_is_encoded_once_in_batches(count):
         np.testing.assert_array_equal(vector, [len(prompt), ord(prompt[0])])
 
 
-def test_no_sentences_are_no_features(tmp_path):
-    features, encoder = of([], tmp_path)
+def test_no_prompts_give_no_features(tmp_path):
+    features, encoder = encode([], tmp_path)
     assert (features, encoder.calls, files(tmp_path)) == ({}, [], [])
 
 
-def test_a_second_call_reads_and_encodes_nothing(tmp_path):
-    first, _ = of(["b", "ac"], tmp_path)
-    second, encoder = of(iter(["ac", "b", "ac"]), tmp_path)
+def test_a_second_call_reads_the_cache(tmp_path):
+    first, _ = encode(["b", "ac"], tmp_path)
+    second, encoder = encode(iter(["ac", "b", "ac"]), tmp_path)
     assert encoder.calls == []
     assert first.keys() == second.keys()
     for prompt in first:
@@ -68,7 +68,7 @@ def test_a_second_call_reads_and_encodes_nothing(tmp_path):
     assert file.suffix == ".safetensors"
 
 
-def test_another_tower_or_other_sentences_are_another_file(tmp_path):
+def test_each_identity_and_prompt_list_has_its_own_file(tmp_path):
     variants = [
         (["a"], WEIGHTS),
         (["a", "b"], WEIGHTS),
@@ -76,19 +76,19 @@ def test_another_tower_or_other_sentences_are_another_file(tmp_path):
         (["a"], None),
     ]
     for count, (prompts, identity) in enumerate(variants, 1):
-        _, encoder = of(prompts, tmp_path, identity)
+        _, encoder = encode(prompts, tmp_path, identity)
         assert len(encoder.calls) == 1
         assert len(files(tmp_path)) == count
 
 
-def test_another_format_is_another_file(tmp_path, monkeypatch):
-    of(["a"], tmp_path)
+def test_each_format_has_its_own_file(tmp_path, monkeypatch):
+    encode(["a"], tmp_path)
     monkeypatch.setattr(text_features, "FORMAT", text_features.FORMAT + 1)
-    of(["a"], tmp_path)
+    encode(["a"], tmp_path)
     assert len(files(tmp_path)) == 2
 
 
-def flipped(path):
+def flip_a_bit(path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -102,9 +102,9 @@ TWO = np.zeros((2, 2), np.float32)
 
 
 @pytest.mark.parametrize(
-    "harm",
+    "tamper",
     [
-        flipped,
+        flip_a_bit,
         lambda path: path.write_bytes(path.read_bytes()[:-4]),
         lambda path: path.write_bytes(b""),
         lambda path: path.write_text("no safetensors"),
@@ -126,58 +126,56 @@ TWO = np.zeros((2, 2), np.float32)
         "too few",
     ],
 )
-def test_a_damaged_or_foreign_file_is_computed_anew_and_replaced(tmp_path, harm):
-    of(["b", "ac"], tmp_path)
+def test_a_damaged_or_foreign_file_is_recomputed_and_replaced(tmp_path, tamper):
+    encode(["b", "ac"], tmp_path)
     (path,) = files(tmp_path)
     intact = path.read_bytes()
-    harm(path)
+    tamper(path)
     assert path.read_bytes() != intact
-    features, encoder = of(["b", "ac"], tmp_path)
-    assert encoder.seen == ["ac", "b"]
+    features, encoder = encode(["b", "ac"], tmp_path)
+    assert encoder.prompts == ["ac", "b"]
     np.testing.assert_array_equal(features["ac"], [2, ord("a")])
     assert files(tmp_path) == [path]
     assert path.read_bytes() == intact
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
-def test_the_file_is_as_readable_as_the_umask_says(tmp_path, umask, mode):
+def test_file_permissions_follow_the_umask(tmp_path, umask, mode):
     before = os.umask(umask)
     try:
-        of(["a"], tmp_path)
+        encode(["a"], tmp_path)
     finally:
         os.umask(before)
     (path,) = files(tmp_path)
     assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
-@pytest.mark.parametrize("error", [OSError("Read-only file system"), UserError("make room")])
-def test_a_folder_that_takes_nothing_is_told_of_and_the_vectors_are_there(
-    tmp_path, monkeypatch, error
-):
+@pytest.mark.parametrize("error", [OSError("Read-only file system"), UserError("free disk space")])
+def test_warns_if_the_features_cannot_be_cached(tmp_path, monkeypatch, error):
     def refuse(*_):
         raise error
 
     monkeypatch.setattr(text_features.model_folder, "write_tensors", refuse)
-    with pytest.warns(UserWarning, match=rf"vectors are not kept \({error}\)"):
-        features, encoder = of(["b", "ac"], tmp_path)
-    assert encoder.seen == ["ac", "b"]
+    with pytest.warns(UserWarning, match=rf"text features are not cached \({error}\)"):
+        features, encoder = encode(["b", "ac"], tmp_path)
+    assert encoder.prompts == ["ac", "b"]
     np.testing.assert_array_equal(features["ac"], [2, ord("a")])
     assert files(tmp_path) == []
 
 
-def test_a_folder_that_cannot_be_made_is_told_of(tmp_path):
+def test_warns_if_the_folder_cannot_be_created(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.warns(UserWarning, match="vectors are not kept"):
-        features, _ = of(["a"], tmp_path / "file/nowhere")
+    with pytest.warns(UserWarning, match="text features are not cached"):
+        features, _ = encode(["a"], tmp_path / "file/nowhere")
     assert features.keys() == {"a"}
 
 
-def test_a_folder_that_is_not_there_is_made(tmp_path):
-    of(["a"], tmp_path / "new")
+def test_creates_a_missing_folder(tmp_path):
+    encode(["a"], tmp_path / "new")
     assert len(files(tmp_path / "new")) == 1
 
 
-def test_a_tower_that_fails_leaves_nothing(tmp_path):
+def test_a_failing_encoder_leaves_no_file(tmp_path):
     def fails(texts):
         raise RuntimeError("out of memory")
 

@@ -1,4 +1,4 @@
-"""What stays of an earlier evaluation."""
+"""Merging new results into those of a previous evaluation."""
 
 import json
 
@@ -22,7 +22,7 @@ FACTS = {
 }
 
 
-def test_only_the_same_model_on_the_same_pictures_is_the_same_evaluation(tmp_path):
+def test_reads_only_results_of_the_same_model_and_images(tmp_path):
     path = tmp_path / "results.json"
     assert results_file.read(tmp_path, FACTS) == {}
     path.write_text(json.dumps({**FACTS, "tta": {}}))
@@ -35,17 +35,17 @@ def test_only_the_same_model_on_the_same_pictures_is_the_same_evaluation(tmp_pat
         assert results_file.read(tmp_path, FACTS) == {}
 
 
-def test_pictures_of_another_data_set_are_not_lost(tmp_path):
+def test_results_on_other_images_are_not_overwritten(tmp_path):
     results_file.check_same_images(tmp_path, FACTS)
-    for left in ("{", "[]", "{}", json.dumps({**FACTS, "model_sha256": "other"})):
-        (tmp_path / "results.json").write_text(left)
+    for content in ("{", "[]", "{}", json.dumps({**FACTS, "model_sha256": "other"})):
+        (tmp_path / "results.json").write_text(content)
         results_file.check_same_images(tmp_path, FACTS)
     (tmp_path / "results.json").write_text(json.dumps({**FACTS, "images_sha256": "other"}))
-    with pytest.raises(UserError, match=r"holds an evaluation of other pictures .*--output"):
+    with pytest.raises(UserError, match=r"found an evaluation of other images .*--output"):
         results_file.check_same_images(tmp_path, FACTS)
 
 
-def test_sections_and_conditions_that_are_not_made_now_stay():
+def test_keeps_sections_and_conditions_that_are_not_recomputed():
     before = {
         **FACTS,
         "command": "one",
@@ -58,22 +58,22 @@ def test_sections_and_conditions_that_are_not_made_now_stay():
     }
     other = {**CELL, "dice_mean": 0.9}
     now = {**FACTS, "command": "two", "conditions": {"original": other, "swapped": other}}
-    found = results_file.merge_results(
+    merged = results_file.merge_results(
         before, {**now, "unavailable": ["missing_location"], "tta": {"views": [1]}}
     )
-    assert found["conditions"] == {"original": other, "empty": CELL, "swapped": other}
-    assert found["unavailable"] == ["contradictory", "missing_location"]
-    assert found["tta"] == {"views": [1]}
-    assert found["calibration"] == {"temperature": 2.0}
-    assert found["baselines"] == {"mean_mask": CELL}
-    assert found["command"] == "two" and found["previous_commands"] == ["one"]
-    assert "device" not in found
-    again = results_file.merge_results(found, {**now, "command": "one", "unavailable": []})
-    assert again["previous_commands"] == ["two"]
+    assert merged["conditions"] == {"original": other, "empty": CELL, "swapped": other}
+    assert merged["unavailable"] == ["contradictory", "missing_location"]
+    assert merged["tta"] == {"views": [1]}
+    assert merged["calibration"] == {"temperature": 2.0}
+    assert merged["baselines"] == {"mean_mask": CELL}
+    assert merged["command"] == "two" and merged["previous_commands"] == ["one"]
+    assert "device" not in merged
+    merged_again = results_file.merge_results(merged, {**now, "command": "one", "unavailable": []})
+    assert merged_again["previous_commands"] == ["two"]
 
 
 @pytest.mark.parametrize("corrupted", [3, [1], {"empty": {"dice_mean": 1}, "swapped": "x"}])
-def test_damaged_sections_do_not_stay(corrupted):
+def test_drops_damaged_sections(corrupted):
     before = {
         **FACTS,
         "conditions": corrupted,
@@ -81,15 +81,15 @@ def test_damaged_sections_do_not_stay(corrupted):
         "unavailable": 3,
         "command": [1],
     }
-    found = results_file.merge_results(
+    merged = results_file.merge_results(
         before, {"conditions": {"original": CELL}, "unavailable": [], "command": "x"}
     )
-    assert found["conditions"] == {"original": CELL}
-    assert not found.get("baselines")
-    assert found["unavailable"] == found["previous_commands"] == []
+    assert merged["conditions"] == {"original": CELL}
+    assert not merged.get("baselines")
+    assert merged["unavailable"] == merged["previous_commands"] == []
 
 
-def test_columns_of_the_same_pictures_stay(tmp_path):
+def test_keeps_columns_of_the_same_images(tmp_path):
     path = tmp_path / "per_image.csv"
     rows = [
         {"id": "=a", "text": "t", "dice_original": 0.5},
@@ -104,14 +104,9 @@ def test_columns_of_the_same_pictures_stay(tmp_path):
     assert results_file.merge_columns(path, newer) == newer
 
 
-def test_the_digest_is_of_ids_and_sentences_in_order():
+def test_the_digest_covers_ids_and_prompts_in_order():
     one, two = ({"id": i, "text": "t", "variants": {}} for i in "ab")
     assert results_file.digest([one, two]) == results_file.digest([one, two])
     others = [[two, one], [one], [one, {**two, "text": "u"}]]
-    assert (
-        len(
-            {results_file.digest(prompt_records) for prompt_records in others}
-            | {results_file.digest([one, two])}
-        )
-        == 4
-    )
+    digests = {results_file.digest(records) for records in [[one, two], *others]}
+    assert len(digests) == 4

@@ -1,4 +1,4 @@
-"""Batches out of a split on the device: the run of the streamed ones, and what does not fit."""
+"""Batches from a split on the device: same run as with streamed batches; split too large."""
 
 import jax
 import numpy as np
@@ -18,47 +18,48 @@ def metrics_of(workdir):
     return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
 
 
-def by_sgd(config):
-    """Adam would take the sign of a rounding error as it takes a gradient's."""
+def with_sgd(config):
+    """Switches to SGD: Adam would amplify rounding errors to full steps."""
     config.optim.name, config.optim.learning_rate, config.final_test = "sgd", 0.05, False
     return config
 
 
 @pytest.fixture(scope="module")
 def streamed(tmp_path_factory):
-    """The work directory of a run that is sent its batches."""
+    """Work directory of a run with streamed batches."""
     base = tmp_path_factory.mktemp("streamed")
     config = config_lib.load_config("default:smoke", [f"--config.data.cache_dir={base / 'cache'}"])
-    train.train_and_evaluate(by_sgd(config), base / "run")
+    train.train_and_evaluate(with_sgd(config), base / "run")
     return base / "run"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_at_once", [1, 3])  # 3 of the 4 between evaluations
-def test_a_resident_run_is_the_streamed_one(
-    smoke_config, streamed, tmp_path, monkeypatch, capsys, num_at_once
+@pytest.mark.parametrize("steps_per_call", [1, 3])  # 3 of the 4 steps between evaluations
+def test_data_on_device_gives_the_streamed_run(
+    smoke_config, streamed, tmp_path, monkeypatch, capsys, steps_per_call
 ):
-    by_sgd(smoke_config)
-    smoke_config.data.on_device, smoke_config.data.steps_per_call = True, num_at_once
-    # A CPU takes one step at once; the program of several is the same elsewhere.
+    with_sgd(smoke_config)
+    smoke_config.data.on_device, smoke_config.data.steps_per_call = True, steps_per_call
+    # On CPU each call takes one step; pretend to be a GPU to test several.
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     train.train_and_evaluate(smoke_config, tmp_path / "run")
-    assert "32 training records stay on the device" in capsys.readouterr().out
-    for ours, theirs in zip(metrics_of(tmp_path / "run"), metrics_of(streamed), strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in ours.keys() - {"split"}:
-            np.testing.assert_allclose(ours[name], theirs[name], 1e-3, 1e-3, err_msg=name)
-    expected, found = (
+    assert "32 training records on the device" in capsys.readouterr().out
+    rows = zip(metrics_of(tmp_path / "run"), metrics_of(streamed), strict=True)
+    for row, expected_row in rows:
+        assert row.keys() == expected_row.keys()
+        for name in row.keys() - {"split"}:
+            np.testing.assert_allclose(row[name], expected_row[name], 1e-3, 1e-3, err_msg=name)
+    expected, weights = (
         load_file(w / "model/model.safetensors") for w in (streamed, tmp_path / "run")
     )
     for name, value in expected.items():
-        # Of the whole tensor: single weights whose gradient is noise move by it.
-        apart = np.sqrt(np.mean((found[name] - value) ** 2))
-        assert apart < 1e-3, f"{name}: {apart} apart"
+        # RMS over the tensor: single weights whose gradient is mostly noise differ more.
+        rms = np.sqrt(np.mean((weights[name] - value) ** 2))
+        assert rms < 1e-3, f"{name}: RMS difference {rms}"
 
 
-def test_a_split_that_does_not_fit_is_refused(monkeypatch):
+def test_rejects_a_split_that_does_not_fit_on_the_device(monkeypatch):
     monkeypatch.setattr(distributed, "free_bytes", lambda: 1_000_000)
     data = {"image": np.zeros((3, 1000, 1000, 1), np.uint8)}
-    with pytest.raises(UserError, match=r"data.on_device: .* takes 3 MB, and the device has 1 MB"):
+    with pytest.raises(UserError, match=r"data.on_device: .* needs 3 MB, but the device has 1 MB"):
         input_feed._on_device(None, data, None, 0)

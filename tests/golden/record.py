@@ -1,10 +1,9 @@
-"""Records what the package computes, to compare it after a change that must not change any number.
+"""Records what the package computes, for comparison after a refactoring.
 
     python -m tests.golden.record FOLDER [NAME ...]
 
-Bits are comparable on one kind of processor alone; `machine` says which. Every record also has
-values that agree to 1e-6 elsewhere: those are computed in float64, or from parameters that NumPy
-drew.
+Bits are comparable only on one kind of processor, see `machine`. Every record also has values that
+agree to 1e-6 on others: they are computed in float64, or from parameters that NumPy drew.
 """
 
 import ast
@@ -38,7 +37,7 @@ from biclip_jax.weights import model_folder
 
 ROOT = Path(__file__).parent.parent.parent
 OWN_VARIANTS = {"default": ("no_text",), "qata": ("cxr_bert",)}
-SENTENCE = "one large lesion, upper left lung, none in the right one."
+PROMPT = "one large lesion, upper left lung, none in the right one."
 # Smaller than `smoke`.
 MEDCLIPSEG = {
     "model.encoders.patch_size": 14,
@@ -54,24 +53,24 @@ SECTIONS = (
 
 
 def machine():
-    """The processor's instruction set, and the versions that numbers depend on."""
+    """Returns the instruction set of the processor and the version of jax."""
     return {"instructions": files.instruction_set(), "jax": jax.__version__}
 
 
 def configs():
-    """Every config and variant, resolved: whole for the config, differences for its variants."""
-    found = {}
+    """Returns every resolved config, and for its variants the changed fields."""
+    result = {}
     for name in config_lib.config_names():
-        whole = fields_of(name)
-        found[name] = whole
+        base = fields_of(name)
+        result[name] = base
         methods = medclipseg.VARIANTS if name == "medclipseg" else variants.METHODS
-        own = () if name == "medclipseg" else ("small", "smoke", *OWN_VARIANTS.get(name, ()))
-        for variant in (*methods, *own):
+        extra = () if name == "medclipseg" else ("small", "smoke", *OWN_VARIANTS.get(name, ()))
+        for variant in (*methods, *extra):
             fields = fields_of(f"{name}:{variant}")
-            changed = {k: v for k, v in fields.items() if k not in whole or whole[k] != v}
-            changed |= {k: None for k in whole if k not in fields}
-            found[f"{name}:{variant}"] = changed
-    return found
+            changed = {k: v for k, v in fields.items() if k not in base or base[k] != v}
+            changed |= {k: None for k in base if k not in fields}
+            result[f"{name}:{variant}"] = changed
+    return result
 
 
 def fields_of(name):
@@ -79,7 +78,7 @@ def fields_of(name):
 
 
 def rules():
-    """What `cli.check` accepts of each field, and the fields that a resumed run may change."""
+    """Returns the valid values of each field, and the fields that a resumed run may change."""
     return {
         "choices": {name: list(values) for name, values in config_lib.CHOICES.items()},
         "at_least": dict(config_lib.AT_LEAST),
@@ -90,30 +89,30 @@ def rules():
 
 
 def train_steps():
-    """Eight steps of every method and of MedCLIPSeg: losses, gradient and state."""
-    found = {}
+    """Runs eight steps of every method and of MedCLIPSeg: losses, gradient and state."""
+    result = {}
     with tempfile.TemporaryDirectory() as cache:
         for method in variants.METHODS:
-            found[method] = eight_steps(f"default:smoke,{method}", cache, {})
-        found["medclipseg"] = eight_steps("medclipseg:smoke", cache, MEDCLIPSEG)
-    return found
+            result[method] = eight_steps(f"default:smoke,{method}", cache, {})
+        result["medclipseg"] = eight_steps("medclipseg:smoke", cache, MEDCLIPSEG)
+    return result
 
 
 def eight_steps(name, cache, fields):
-    """Bits in float32, values in float64."""
+    """Returns hashes in float32 and values in float64."""
     if name.endswith("semi"):
         fields = {**fields, "data.label_fraction": 0.5}
     overrides = [f"--config.{field}={value}" for field, value in fields.items()]
     config = config_lib.load_config(name, [*overrides, f"--config.data.cache_dir={cache}"])
-    found = {"float32": run_steps(config, "float32")}
+    result = {"float32": run_steps(config, "float32")}
     with jax.enable_x64(True):
-        found["float64"] = run_steps(config, "float64")
-    print(name, found["float64"]["loss"][-1], flush=True)
-    return found
+        result["float64"] = run_steps(config, "float64")
+    print(name, result["float64"]["loss"][-1], flush=True)
+    return result
 
 
 def run_steps(config, dtype):
-    """The first steps of a run, as `train` takes them."""
+    """Runs the first steps as `train` does."""
     config = config.copy_and_resolve_references().unlock()
     config.model.dtype = dtype
     family, data = FAMILIES[config.model.kind], config.data.to_dict()
@@ -129,11 +128,11 @@ def run_steps(config, dtype):
     program = build(config, num_labelled, encoded_text, encoders)
     initial = cast(program.initial, dtype)
     key = stream(config, "augment")
-    # The gradient is taken by plain jit, where no device axis has a name.
-    alone = config.copy_and_resolve_references()
-    alone.parallel.mode = "mesh"
+    # The gradient is computed with jit, without a device axis.
+    unmapped = config.copy_and_resolve_references()
+    unmapped.parallel.mode = "mesh"
     built = family.make_spec(
-        alone, encoded_text, encoders, num_labelled_rows(config) / config.batch_size
+        unmapped, encoded_text, encoders, num_labelled_rows(config) / config.batch_size
     )
     fields = encoded_text.fields["train"]
     first = first_batch(config, program, records, fields)
@@ -147,14 +146,14 @@ def run_steps(config, dtype):
         total, count = jax.device_get(metrics[0]["loss"])
         losses.append(float(total) / float(count))
     values = train_state.inference_variables(state)["params"]
-    found = {"loss": losses, "gradient": norm(grads), "params": norm(values)}
+    result = {"loss": losses, "gradient": norm(grads), "params": norm(values)}
     if dtype == "float32":
-        found |= {"gradient_sha256": digest(grads), "state_sha256": digest(state)}
-    return found
+        result |= {"gradient_sha256": digest(grads), "state_sha256": digest(state)}
+    return result
 
 
 def first_batch(config, program, records, fields):
-    """The batch of step 0, on this process."""
+    """Returns the batch of step 0."""
     rows = pipeline.training_order(
         len(records),
         batch_size=config.batch_size,
@@ -167,22 +166,22 @@ def first_batch(config, program, records, fields):
 
 
 def cast(tree, dtype):
-    """A tree whose floating-point arrays have this dtype."""
+    """Casts the floating-point arrays of a tree."""
 
-    def one(x):
+    def cast_one(x):
         return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(cast_one, tree)
 
 
 def norm(tree):
-    """The square root of the sum of all squares, in float64."""
+    """Returns the square root of the sum of squares, in float64."""
     leaves = [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)]
     return float(np.sqrt(sum(np.square(x).sum() for x in leaves)))
 
 
 def digest(tree):
-    """SHA-256 over all arrays, whatever they are called."""
+    """Returns a SHA-256 over all arrays, independent of their names."""
     arrays = [np.asarray(x) for x in jax.tree.leaves(tree)]
     each = sorted(
         hashlib.sha256(f"{x.dtype}{x.shape}".encode() + x.tobytes()).hexdigest() for x in arrays
@@ -191,8 +190,8 @@ def digest(tree):
 
 
 def evaluations():
-    """results.json and per_image.csv with every section, and predictions on five images."""
-    found = {}
+    """Evaluates with every section, and predicts five images."""
+    result = {}
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         for name, config, fields, options in (
@@ -202,20 +201,20 @@ def evaluations():
         ):
             workdir = drawn_run(base, name, config, fields)
             argv = ["--workdir", workdir, *SECTIONS, *options]
-            found[name] = evaluated(argv, base, workdir / "evaluation/test")
-            found[f"{name}_predictions"] = predictions(workdir)
-        apart = base / "apart"
+            result[name] = evaluated(argv, base, workdir / "evaluation/test")
+            result[f"{name}_predictions"] = predictions(workdir)
+        output = base / "apart"
         argv = ["--workdir", base / "biclip", "--ensemble-with", drawn_run(base, "other", seed=1)]
-        argv += ["--output", apart, "--text-conditions", "original", "--no-baselines", "--tta"]
-        found["together"] = evaluated(argv, base, apart)
+        argv += ["--output", output, "--text-conditions", "original", "--no-baselines", "--tta"]
+        result["ensemble_with"] = evaluated(argv, base, output)
         argv = ["--workdir", base / "biclip", "--subset", "5", "--text-conditions"]
         argv += ["original,shuffled,swapped", "--no-baselines"]
-        found["subset"] = evaluated(argv, base, base / "biclip/evaluation/test-5")
-    return found
+        result["subset"] = evaluated(argv, base, base / "biclip/evaluation/test-5")
+    return result
 
 
 def drawn_run(base, name, config="default:smoke", fields=None, seed=0):
-    """The work directory of a run of one step whose model has parameters drawn by NumPy."""
+    """Returns the work directory of a one-step run whose parameters are replaced by NumPy's."""
     workdir = base / name
     fields = {"num_steps": 1, "eval_every": 1, "final_test": False, **(fields or {})}
     overrides = [f"--config.{field}={value}" for field, value in fields.items()]
@@ -224,16 +223,17 @@ def drawn_run(base, name, config="default:smoke", fields=None, seed=0):
     )
     train.train_and_evaluate(resolved, workdir)
     path = workdir / "model"
-    described, variables = model_folder.read(path)
-    described = {k: v for k, v in described.items() if not k.endswith("sha256")}
+    model_config, variables = model_folder.read(path)
+    for name in ("sha256", "tokenizer_sha256"):
+        model_config.pop(name)
     tokenizer = (path / "tokenizer/tokenizer.json").read_text(encoding="utf-8")
     drawn = jax.tree_util.tree_map_with_path(Draw(seed), variables)
-    model_folder.write(path, config=described, variables=drawn, tokenizer=tokenizer, card="")
+    model_folder.write(path, config=model_config, variables=drawn, tokenizer=tokenizer, card="")
     return workdir
 
 
 class Draw:
-    """Parameters from NumPy's generator, in the order of the tree: the same on every machine."""
+    """Draws parameters by NumPy in the order of the tree, the same on every machine."""
 
     def __init__(self, seed):
         self.rng = np.random.default_rng(seed)
@@ -252,11 +252,11 @@ class Draw:
 
 
 def evaluated(argv, base, folder):
-    """The files of one evaluation, without what tells of the machine and the folder."""
+    """Returns the files of an evaluation, without machine and folder names."""
     try:
         evaluate.main([str(arg) for arg in argv])
-    except SystemExit as stopped:
-        assert not stopped.code, argv
+    except SystemExit as error:
+        assert not error.code, argv
     results = json.loads((folder / "results.json").read_text())
     for name in ("versions", "device", "config"):
         results.pop(name)
@@ -267,22 +267,22 @@ def evaluated(argv, base, folder):
 
 
 def predictions(workdir):
-    """Masks, probabilities and uncertainty of five images: bits, and some of the values."""
+    """Returns hashes and some values of the predictions on five images."""
     segmenter, rng = inference.load(workdir), np.random.default_rng(7)
-    found = []
+    results = []
     for size in ((56, 56), (40, 90), (131, 77), (224, 224), (33, 57)):
         image = rng.integers(0, 256, (*size, 1 + 2 * (size[0] % 2)), np.uint8)
-        prediction = segmenter.predict(image, SENTENCE)
-        views = segmenter.predict_views(image, SENTENCE)
+        prediction = segmenter.predict(image, PROMPT)
+        views = segmenter.predict_views(image, PROMPT)
         arrays = (*prediction, *views)
-        found.append(
+        results.append(
             {
                 "sha256": digest([np.asarray(x) for x in arrays]),
                 "values": [float(x.ravel()[k]) for x in arrays for k in (0, x.size // 2, -1)],
                 "means": [float(np.asarray(x, np.float64).mean()) for x in arrays],
             }
         )
-    return found
+    return results
 
 
 REFUSED = (
@@ -352,7 +352,7 @@ COMMANDS = (
 
 
 def refusals():
-    """What a run says to fields that do not go together, and exit codes of commands."""
+    """Returns the errors for inconsistent fields, and the exit codes of commands."""
     fields, codes = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, override) in enumerate(REFUSED):
@@ -360,30 +360,30 @@ def refusals():
             overrides += ["--config.num_steps=1", "--config.final_test=False"]
             if "semi" in name and "label_fraction" not in override:
                 overrides.append("--config.data.label_fraction=0.5")
-            said = "accepted"
+            outcome = "accepted"
             try:
                 config = config_lib.load_config(name, overrides)
                 train.train_and_evaluate(config, Path(folder) / str(number))
             except Exception as error:
-                said = f"{type(error).__name__}: {error}".replace(folder, "FOLDER")
-            fields[f"{name} {override}"] = said
-            print(name, override, said, flush=True)
+                outcome = f"{type(error).__name__}: {error}".replace(folder, "FOLDER")
+            fields[f"{name} {override}"] = outcome
+            print(name, override, outcome, flush=True)
         for line in COMMANDS:
             command, *argv = line.split()
-            done = subprocess.run(
+            result = subprocess.run(
                 [sys.executable, "-m", f"biclip_jax.{command}", *argv],
                 cwd=folder,
                 capture_output=True,
                 text=True,
                 env={**os.environ, "PYTHONPATH": str(ROOT)},
             )
-            codes[line] = done.returncode
-            assert "Traceback" not in done.stderr, done.stderr
+            codes[line] = result.returncode
+            assert "Traceback" not in result.stderr, result.stderr
     return {"fields": fields, "exit_codes": codes}
 
 
 def names_of_tests():
-    """{file: names of its test functions}."""
+    """Returns {file: names of its test functions}."""
     return {
         str(path.relative_to(ROOT)): [
             node.name
@@ -395,24 +395,24 @@ def names_of_tests():
 
 
 def messages():
-    """Every `raise` with a message: [file, function, exception, template]."""
-    found = []
+    """Returns [file, function, exception, message template] of every `raise`."""
+    result = []
     for path in sorted((ROOT / "biclip_jax").rglob("*.py")):
         if "configs" in path.relative_to(ROOT / "biclip_jax").parts:
             continue
         tree = ast.parse(path.read_text())
-        visit(tree, str(path.relative_to(ROOT / "biclip_jax")), "", found)
-    return found
+        visit(tree, str(path.relative_to(ROOT / "biclip_jax")), "", result)
+    return result
 
 
-def visit(node, file, function, found):
-    """Adds the messages below a node, in the order of the file."""
+def visit(node, file, function, result):
+    """Appends the messages below a node, in the order of the file."""
     for child in ast.iter_child_nodes(node):
-        inside = child.name if isinstance(child, ast.FunctionDef) else function
+        scope = child.name if isinstance(child, ast.FunctionDef) else function
         if isinstance(child, ast.Raise) and isinstance(child.exc, ast.Call):
             template = " ".join(ast.unparse(argument) for argument in child.exc.args)
-            found.append([file, inside, ast.unparse(child.exc.func), tidy(template)])
-        visit(child, file, inside, found)
+            result.append([file, scope, ast.unparse(child.exc.func), tidy(template)])
+        visit(child, file, scope, result)
 
 
 def tidy(template):
@@ -432,7 +432,7 @@ RECORDS = {
 
 
 def main(argv):
-    """Writes the records that are named, or all of them."""
+    """Writes the named records, or all of them."""
     folder = Path(argv[0])
     folder.mkdir(parents=True, exist_ok=True)
     for name in argv[1:] or RECORDS:

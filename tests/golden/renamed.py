@@ -1,4 +1,7 @@
-"""What the records call by the names of before: config fields, result keys, flags, files."""
+"""New names of the config fields, result keys, flags and modules in the records.
+
+`records/messages_renamed.json` lists the new wording of every error message.
+"""
 
 import re
 
@@ -43,11 +46,12 @@ FLAGS = {
     "right": "original",
     "mirrored": "swapped",
 }
-# Errors that are gone, by module: {exception: how many}.
+# Removed errors by module: {exception: count}.
 GONE = {
-    "evaluation/arguments": {"UserError": 2},  # of evaluate --prompts; --text-conditions remains
+    # Two of evaluate --prompts; --batch-size, --num-samples and --subset share one.
+    "evaluation/arguments": {"UserError": 3},
 }
-# Module of before -> modules of today, where that is not the same file.
+# Old module -> new modules, if they differ.
 MODULES = {
     "assembly": ["experiment/model_spec", "core/rng"],
     "biclip_program": ["experiment/biclip_spec"],
@@ -96,7 +100,7 @@ MODULES = {
 
 
 def field(name):
-    """Today's name of a config field."""
+    """Returns the new name of a config field."""
     for old, new in FIELDS.items():
         if name == old or name.startswith(f"{old}."):
             return new + name.removeprefix(old)
@@ -104,7 +108,7 @@ def field(name):
 
 
 def fields(values):
-    """{field: value} under today's names."""
+    """Returns {field: value} with new names."""
     found = {}
     for name, value in values.items():
         new = field(name)
@@ -114,14 +118,14 @@ def fields(values):
 
 
 def keys(value):
-    """Nested results under today's keys."""
+    """Returns nested results with new keys."""
     if isinstance(value, dict):
         return {KEYS.get(name, name): keys(part) for name, part in value.items()}
     return [keys(part) for part in value] if isinstance(value, list) else value
 
 
 def columns(line):
-    """A line of per_image.csv under today's columns."""
+    """Returns a line of per_image.csv with new columns."""
     found = {}
     for name, value in line.items():
         for old, new in COLUMNS.items():
@@ -131,6 +135,6 @@ def columns(line):
 
 
 def command(text):
-    """A recorded command with today's flags."""
+    """Returns a recorded command with new flags."""
     words = text.split(" ")
     return " ".join(",".join(FLAGS.get(part, part) for part in word.split(",")) for word in words)

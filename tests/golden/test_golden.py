@@ -1,6 +1,6 @@
-"""The package computes what it computed before modules, names and words changed.
+"""The package computes what it computed before its modules and names changed.
 
-On the processor of the records bit for bit, on others to 1e-6.
+Bit for bit on the processor of the records, to 1e-6 on others.
 """
 
 import json
@@ -31,7 +31,7 @@ def is_same_machine():
 
 
 def close(found, expected, where=""):
-    """Asserts equal structures whose numbers agree to `TOLERANCE`; hashes only on one machine."""
+    """Asserts equal structures with numbers within `TOLERANCE`; compares hashes on one machine."""
     if isinstance(expected, dict):
         assert set(found) == set(expected), where
         for name, value in expected.items():
@@ -61,8 +61,10 @@ def test_every_config_and_variant_resolves_to_the_same_values():
 def test_fields_have_the_same_ranges_and_choices():
     expected = recorded("rules")
     choices = {
-        renamed.field(name): [renamed.VALUES.get(renamed.field(name), {}).get(v, v) for v in legal]
-        for name, legal in expected["choices"].items()
+        renamed.field(name): [
+            renamed.VALUES.get(renamed.field(name), {}).get(v, v) for v in allowed
+        ]
+        for name, allowed in expected["choices"].items()
     }
     found = as_json(record.rules())
     assert found["choices"] == choices
@@ -78,7 +80,7 @@ def test_no_test_is_lost():
 
 
 def test_every_error_is_still_raised():
-    """By module and exception: the words may change, the refusal may not go."""
+    """Counts by module and exception: wording may change, errors may not disappear."""
 
     def count(messages):
         counts = {}
@@ -88,11 +90,11 @@ def test_every_error_is_still_raised():
 
     found = count(record.messages())
     for module, expected in count(recorded("messages")).items():
-        today = renamed.MODULES.get(module, [module])
-        have = sum((found.get(name, Counter()) for name in today), Counter())
-        missing = expected - have - Counter(renamed.GONE.get(module))
-        # A helper that makes the error may have another name.
-        assert missing.total() <= (have - expected).total(), f"{module}: {missing}"
+        modules = renamed.MODULES.get(module, [module])
+        present = sum((found.get(name, Counter()) for name in modules), Counter())
+        missing = expected - present - Counter(renamed.GONE.get(module))
+        # A helper that creates the error may have another name.
+        assert missing.total() <= (present - expected).total(), f"{module}: {missing}"
 
 
 @pytest.mark.slow
@@ -115,6 +117,7 @@ def evaluations():
 @pytest.mark.parametrize("name", recorded("evaluations"))
 def test_evaluations_and_predictions_are_the_same(evaluations, name):
     expected = recorded("evaluations")[name]
+    name = renamed.KEYS.get(name, name)
     if "results" in expected:
         expected["results"] = renamed.keys(expected["results"])
         expected["results"]["command"] = renamed.command(expected["results"]["command"])
@@ -126,12 +129,12 @@ def test_evaluations_and_predictions_are_the_same(evaluations, name):
 def test_the_same_fields_are_refused_and_exit_codes_stay():
     found, expected = record.refusals(), recorded("refusals")
     kinds = {
-        " ".join((name.split(" ")[0], renamed.field(name.split(" ")[1].split("=")[0]))): said
-        for name, said in expected["fields"].items()
+        " ".join((name.split(" ")[0], renamed.field(name.split(" ")[1].split("=")[0]))): error
+        for name, error in expected["fields"].items()
     }
-    for name, said in found["fields"].items():
+    for name, error in found["fields"].items():
         source, override = name.split(" ")
         before = kinds[f"{source} {override.split('=')[0]}"]
-        assert said.split(":")[0] == before.split(":")[0], name
+        assert error.split(":")[0] == before.split(":")[0], name
     assert len(found["fields"]) == len(expected["fields"])
     assert found["exit_codes"] == expected["exit_codes"]

@@ -1,4 +1,4 @@
-"""Parameters of noise, and layers in NumPy to compare with."""
+"""Random parameters, and NumPy references of layers."""
 
 import jax
 import jax.numpy as jnp
@@ -6,18 +6,20 @@ import numpy as np
 
 
 def noise(model, *inputs, seed=0, amount=0.3):
-    """Variables without running or compiling `init`: scales and variances near 1, the rest near 0.
+    """Returns random variables without running or compiling `init`.
+
+    Scales and variances are near 1, everything else near 0.
 
     Args:
-      model: a module.
-      inputs: of its call.
-      seed: of the noise.
-      amount: its standard deviation.
+      model: A module.
+      inputs: Inputs of its call.
+      seed: Seed of the noise.
+      amount: Standard deviation of the noise.
     """
     rng = np.random.default_rng(seed)
 
-    def leaf(path, shaped):
-        values = amount * rng.normal(size=shaped.shape)
+    def leaf(path, shape):
+        values = amount * rng.normal(size=shape.shape)
         if path[-1].key in ("scale", "var"):
             values = 1 + np.abs(values)
         return jnp.asarray(values, jnp.float32)
@@ -27,12 +29,12 @@ def noise(model, *inputs, seed=0, amount=0.3):
 
 
 def dense(params, x):
-    """x W + b."""
+    """Computes x W + b."""
     return np.asarray(x, float) @ np.asarray(params["kernel"]) + np.asarray(params["bias"])
 
 
 def norm(params, x, epsilon):
-    """LayerNorm over the last axis."""
+    """Computes LayerNorm over the last axis."""
     x = np.asarray(x, float)
     scaled = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
     return scaled * np.asarray(params["scale"]) + np.asarray(params["bias"])

@@ -1,4 +1,4 @@
-"""BiCLIP assembled: shapes, parameter counts of the paper, sentences, legal sizes."""
+"""BiCLIP: shapes, published parameter counts, prompts, valid sizes."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from biclip_jax.models import biclip, fusion
 from biclip_jax.training.state import num_parameters
 from tests import tiny
 
-# Parts of the published network, by the specification of its checkpoint.
+# Parameter counts of the published network, from the specification of its checkpoint.
 PUBLISHED = {
     "unet": 31_039_361,
     "image_encoder": 149_504,
@@ -42,7 +42,7 @@ def test_published_parameter_counts():
     assert {k: num_parameters(v) for k, v in shapes["params"].items()} == PUBLISHED
 
 
-def test_inference_gives_logits_and_named_intermediates(initialised):
+def test_inference_returns_logits_and_named_intermediates(initialised):
     model, variables = initialised
     image, prompt = inputs()
     logits, aux = model.apply(variables, image, **prompt)
@@ -63,32 +63,32 @@ def test_call_is_fuse_and_segment(initialised):
     logits, _ = model.apply(variables, image, **prompt)
     fused = model.apply(variables, image, **prompt, method=model.fuse)
     view = biclip.View(image, fused.pseudo_image, fused.refined_text)
-    again, _ = model.apply(variables, view, method=model.segment)
-    np.testing.assert_array_equal(logits, again)
+    segmented, _ = model.apply(variables, view, method=model.segment)
+    np.testing.assert_array_equal(logits, segmented)
     assert fused.cycle_text is None
 
 
-def test_the_sentence_reaches_the_mask_and_the_picture_reaches_the_sentence(initialised):
+def test_mask_depends_on_prompt_and_refined_text_on_image(initialised):
     model, variables = initialised
     image, prompt = inputs()
     logits, aux = model.apply(variables, image, **prompt)
     other = {**prompt, "text_ids": prompt["text_ids"][::-1]}
     assert np.abs(model.apply(variables, image, **other)[0] - logits).max() > 1e-6
-    _, seen = model.apply(variables, image * 0.5, **prompt)
-    np.testing.assert_array_equal(seen["text"], aux["text"])
-    assert np.abs(seen["refined_text"] - aux["refined_text"]).max() > 1e-6
+    _, darker = model.apply(variables, image * 0.5, **prompt)
+    np.testing.assert_array_equal(darker["text"], aux["text"])
+    assert np.abs(darker["refined_text"] - aux["refined_text"]).max() > 1e-6
 
 
-def test_padding_does_not_change_the_sentence(initialised):
+def test_padding_does_not_change_the_logits(initialised):
     model, variables = initialised
     image, prompt = inputs()
-    scrambled = jnp.where(prompt["text_mask"], prompt["text_ids"], 9)
+    other_padding = jnp.where(prompt["text_mask"], prompt["text_ids"], 9)
     logits, _ = model.apply(variables, image, **prompt)
-    again, _ = model.apply(variables, image, scrambled, prompt["text_mask"])
-    np.testing.assert_allclose(logits, again, atol=1e-6)
+    other_logits, _ = model.apply(variables, image, other_padding, prompt["text_mask"])
+    np.testing.assert_allclose(logits, other_logits, atol=1e-6)
 
 
-def test_an_empty_sentence_is_legal(initialised):
+def test_empty_prompt_gives_finite_logits(initialised):
     model, variables = initialised
     image, prompt = inputs()
     only_cls = jnp.arange(tiny.MAX_LENGTH)[None] < jnp.ones((2, 1))
@@ -96,7 +96,7 @@ def test_an_empty_sentence_is_legal(initialised):
     assert np.isfinite(logits).all()
 
 
-def test_text_features_take_the_place_of_ids():
+def test_accepts_text_features_instead_of_ids():
     model = biclip.BiCLIP(56, (2, 4, 8), encoder_widths=(2, 8), cycle_widths=(1, 2))
     image, features = jnp.zeros((1, 56, 56, 3)), jnp.ones((1, 24))
     variables = jax.jit(model.init)(jax.random.key(0), image, text_features=features)
@@ -104,7 +104,7 @@ def test_text_features_take_the_place_of_ids():
     assert logits.shape == (1, 56, 56, 1)
 
 
-def test_a_training_pass_is_segment_with_the_heads_embeddings(initialised):
+def test_training_pass_is_segment_with_consistency_heads(initialised):
     model, variables = initialised
     image, prompt = inputs()
     pseudo = model.apply(variables, image, **prompt, method=model.fuse).pseudo_image
@@ -112,11 +112,11 @@ def test_a_training_pass_is_segment_with_the_heads_embeddings(initialised):
     found, updates = model.apply(
         variables, view, method=model.training_pass, mutable=["batch_stats"]
     )
-    (logits, features), same = model.apply(
+    (logits, features), expected_updates = model.apply(
         variables, view, train=True, method=model.segment, mutable=["batch_stats"]
     )
     np.testing.assert_array_equal(found.logits, logits)
-    jax.tree.map(np.testing.assert_array_equal, updates, same)
+    jax.tree.map(np.testing.assert_array_equal, updates, expected_updates)
     head = variables["params"]["consistency_head"]
     pooled = np.asarray(features["decoder_0"]).mean((1, 2))
     x = pooled @ head["out"]["kernel"] + head["out"]["bias"]
@@ -133,8 +133,8 @@ def test_generator_widths(size, hidden):
 
 
 @pytest.mark.parametrize(
-    ("size", "levels", "named"), [(200, 5, "224"), (28, 3, "56"), (56, 5, r"one of \[112, 224")]
+    ("size", "levels", "message"), [(200, 5, "224"), (28, 3, "56"), (56, 5, r"one of \[112, 224")]
 )
-def test_illegal_sizes_are_refused_with_the_legal_ones(size, levels, named):
-    with pytest.raises(ValueError, match=named):
+def test_rejects_invalid_sizes_and_lists_valid_ones(size, levels, message):
+    with pytest.raises(ValueError, match=message):
         tiny.model(image_size=size, num_levels=levels)

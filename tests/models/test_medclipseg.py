@@ -1,4 +1,4 @@
-"""MedCLIPSeg: its attention, adapters and head by hand; noise, samples, what is differentiated."""
+"""MedCLIPSeg: attention, adapters and head against NumPy; noise, samples, gradients, errors."""
 
 import functools
 import math
@@ -26,7 +26,7 @@ def normal(*shape):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def precise():
+def exact_matmul():
     with jax.default_matmul_precision("highest"):
         yield
 
@@ -37,14 +37,14 @@ def variables():
 
 
 @pytest.fixture(scope="module")
-def given():
-    """Pictures in [0, 1] and ids."""
+def inputs():
+    """Returns images in [0, 1] and ids."""
     batch = tiny.batch()
     return batch["image"].astype(jnp.float32) / 255, batch["text_ids"]
 
 
-def drawn(keys):
-    """The arrays of noise that keys stand for: number i of an example from its key and i."""
+def noise_arrays(keys):
+    """Returns the noise arrays equivalent to keys; array i depends on the example's key and i."""
     shapes = medclipseg.noise_shapes(MODEL, len(keys), tiny.MAX_LENGTH)
     return [
         jnp.stack([jax.random.normal(jax.random.fold_in(key, i), shape[1:]) for key in keys])
@@ -53,16 +53,16 @@ def drawn(keys):
 
 
 @pytest.fixture(scope="module")
-def whole(variables, given):
-    """Logits and intermediates of a pass with noise."""
-    return apply(variables, *given, noise=drawn(tiny.keys()))
+def outputs(variables, inputs):
+    """Returns logits and intermediates of a pass with noise."""
+    return apply(variables, *inputs, noise=noise_arrays(tiny.keys()))
 
 
-# --- by hand ---
+# --- NumPy references ---
 
 
 def attention(params, x, context, noise, beta):
-    """The probabilistic attention as its formulas stand in the paper and its code, in float64."""
+    """Computes the probabilistic attention from the formulas of the paper and its code."""
     width = x.shape[-1]
     query = dense(params["query"], x)
     key, value = (dense(params[name], context) for name in ("key", "value"))
@@ -81,7 +81,7 @@ def attention(params, x, context, noise, beta):
 
 
 @pytest.mark.parametrize("beta", [0.0, 2.35])
-def test_attention_is_its_formula(beta):
+def test_attention_matches_numpy(beta):
     x, context, noise = normal(2, 5, 4), normal(2, 3, 4), normal(2, 3, 4)
     module = adapters.ProbabilisticAttention(4, beta)
     variables = by_hand.noise(module, x, context, amount=0.6)
@@ -93,17 +93,17 @@ def test_attention_is_its_formula(beta):
 
 
 def adapt(params, x, u, noise, update=True):
-    """An adapter by hand; `update` false: the sentence asks the picture as it was."""
+    """Computes an adapter; without `update`, the text attends to the original image stream."""
     image, text = (
         np.asarray(s, float) @ params[f"{n}_down"]["kernel"] for s, n in ((x, "image"), (u, "text"))
     )
     updated = attention(params["image_from_text"], image, text, noise[0], 2.35)
-    asked = updated if update else image
-    text = attention(params["text_from_image"], text, asked, noise[1], 2.35)
+    context = updated if update else image
+    text = attention(params["text_from_image"], text, context, noise[1], 2.35)
     return updated @ params["image_up"]["kernel"], text @ params["text_up"]["kernel"]
 
 
-def test_the_sentence_asks_the_picture_that_has_asked_the_sentence():
+def test_text_attends_to_the_updated_image_stream():
     x, u, noise = normal(2, 5, 6), normal(2, 3, 7), [normal(2, 3, 4), normal(2, 5, 4)]
     adapter = adapters.Adapter(6, 7, 4)
     variables = by_hand.noise(adapter, x, u, amount=0.6)
@@ -114,16 +114,16 @@ def test_the_sentence_asks_the_picture_that_has_asked_the_sentence():
     np.testing.assert_allclose(du, text, atol=1e-5)
     _, other = adapt(params, x, u, noise, update=False)
     assert np.abs(other - text).max() > 1e-2
-    cut, _ = adapter.apply(variables, x, u[:, :2])
+    shorter, _ = adapter.apply(variables, x, u[:, :2])
     dx, du = adapter.apply(variables, x, u)
-    assert np.abs(cut - dx).max() > 1e-2  # no token is padding here
+    assert np.abs(shorter - dx).max() > 1e-2  # padding is attended to
     image, text = adapt(params, x, u, [0 * part for part in noise])
     np.testing.assert_allclose(dx, image, atol=1e-5)
     np.testing.assert_allclose(du, text, atol=1e-5)
 
 
 def upscaled(params, x):
-    """An upscaler by hand, pixel by pixel."""
+    """Computes an upscaler pixel by pixel."""
     x = np.asarray(x, float)
     b, h, w, c = x.shape
     y = np.zeros((b, 2 * h, 2 * w, c))
@@ -137,7 +137,7 @@ def upscaled(params, x):
     return norm(params["norm"], out, 1e-6)
 
 
-def test_the_upscaler_is_its_formula():
+def test_upscaler_matches_numpy():
     x, module = normal(2, 3, 2, 4), medclipseg.Upscaler(4)
     variables = by_hand.noise(module, x, amount=0.6)
     expected = upscaled(jax.tree.map(np.asarray, variables["params"]), x)
@@ -145,7 +145,7 @@ def test_the_upscaler_is_its_formula():
 
 
 @pytest.mark.parametrize("num_upscales", [0, 1])
-def test_the_head_compares_unit_patches_in_rows_with_the_unit_sentence(num_upscales):
+def test_head_matches_numpy(num_upscales):
     features, text = normal(2, 4, 6), normal(2, 6)
     module = medclipseg.Head(num_upscales)
     variables = by_hand.noise(module, features, text, amount=0.6)
@@ -162,12 +162,12 @@ def test_the_head_compares_unit_patches_in_rows_with_the_unit_sentence(num_upsca
     found = module.apply(variables, features, text)
     assert found.shape == (2, 2 * 2**num_upscales, 2 * 2**num_upscales)
     np.testing.assert_allclose(found, expected, atol=5e-5)
-    longer = module.apply(variables, 3.0 * features, 0.1 * text)
-    np.testing.assert_allclose(longer, expected, atol=5e-5)
+    rescaled = module.apply(variables, 3.0 * features, 0.1 * text)
+    np.testing.assert_allclose(rescaled, expected, atol=5e-5)
 
 
-def test_new_weights_have_the_bounds_of_the_published_framework():
-    """U(-1 / sqrt(fan_in), ...), where a transposed kernel counts its outputs: 4 x 32."""
+def test_initialisation_has_the_published_bounds():
+    """U(-1 / sqrt(fan_in), ...); the fan-in of a transposed kernel is its outputs: 4 x 32."""
     module, x = medclipseg.Upscaler(32), jnp.zeros((1, 2, 2, 32))
     params = jax.jit(module.init)(jax.random.key(0), x)["params"]
     attention, x = adapters.ProbabilisticAttention(32, gate_init=-0.02), jnp.ones((1, 1, 32))
@@ -182,11 +182,11 @@ def test_new_weights_have_the_bounds_of_the_published_framework():
         assert value.std() == pytest.approx(bound / math.sqrt(3), rel=0.25)
 
 
-# --- the pass ---
+# --- forward pass ---
 
 
-def test_a_pass_gives_logits_and_what_they_came_from(whole):
-    logits, aux = whole
+def test_pass_returns_logits_and_intermediates(outputs):
+    logits, aux = outputs
     assert logits.shape == (4, 32, 32, 1)
     assert {name: value.shape for name, value in aux.items()} == {
         "features": (4, 16, 12),
@@ -194,16 +194,16 @@ def test_a_pass_gives_logits_and_what_they_came_from(whole):
         "low_logits": (4, 8, 8),
     }
     low = np.asarray(aux["low_logits"], float)
-    # Half-pixel centres: pixel 4 i + k lies (k + 0.5) / 4 - 0.5 away from i, clamped at the edge.
-    at = np.clip((np.arange(32) + 0.5) / 4 - 0.5, 0, 7)
-    first = np.minimum(at.astype(int), 6)
-    weight = np.zeros((32, 8))
-    weight[np.arange(32), first], weight[np.arange(32), first + 1] = 1 - (at - first), at - first
+    # Half-pixel centres: pixel 4 i + k is (k + 0.5) / 4 - 0.5 away from i, clamped at the edge.
+    position = np.clip((np.arange(32) + 0.5) / 4 - 0.5, 0, 7)
+    first = np.minimum(position.astype(int), 6)
+    weight, rows, fraction = np.zeros((32, 8)), np.arange(32), position - first
+    weight[rows, first], weight[rows, first + 1] = 1 - fraction, fraction
     expected = np.einsum("ih,bhw,jw->bij", weight, low, weight)
     np.testing.assert_allclose(logits[..., 0], expected, atol=1e-5)
 
 
-def test_noise_is_two_arrays_an_adapter_the_sentence_s_first():
+def test_noise_has_a_text_and_an_image_array_per_adapter():
     shapes = medclipseg.noise_shapes(MODEL, 4, tiny.MAX_LENGTH)
     assert shapes == [(4, 6, 8), (4, 17, 8), (4, 6, 8), (4, 17, 8)]
     full = medclipseg.build(
@@ -212,36 +212,39 @@ def test_noise_is_two_arrays_an_adapter_the_sentence_s_first():
     assert medclipseg.noise_shapes(full, 2, 77) == [(2, 77, 256), (2, 197, 256)] * 10
 
 
-def test_all_noise_matters(variables, given, whole):
-    arrays = drawn(tiny.keys())
+def test_logits_depend_on_every_noise_array(variables, inputs, outputs):
+    arrays, (logits, _) = noise_arrays(tiny.keys()), outputs
     for i in range(len(arrays)):
-        one, _ = apply(variables, *given, noise=[(i != j) * part for j, part in enumerate(arrays)])
-        assert np.abs(one - whole[0]).max() > 1e-4 * np.abs(whole[0]).max(), i
+        noise = [(i != j) * part for j, part in enumerate(arrays)]
+        without, _ = apply(variables, *inputs, noise=noise)
+        assert np.abs(without - logits).max() > 1e-4 * np.abs(logits).max(), i
 
 
 @pytest.mark.slow
-def test_keys_stand_for_arrays_and_none_for_zeros(variables, given, whole):
-    by_keys, _ = apply(variables, *given, noise=tiny.keys())
-    np.testing.assert_allclose(by_keys, whole[0], atol=1e-5)
-    zeros, _ = apply(variables, *given, noise=[0 * part for part in drawn(tiny.keys())])
-    none, _ = apply(variables, *given)
+def test_keys_are_equivalent_to_arrays_and_none_to_zeros(variables, inputs, outputs):
+    with_keys, _ = apply(variables, *inputs, noise=tiny.keys())
+    np.testing.assert_allclose(with_keys, outputs[0], atol=1e-5)
+    zeros, _ = apply(variables, *inputs, noise=[0 * part for part in noise_arrays(tiny.keys())])
+    none, _ = apply(variables, *inputs)
     np.testing.assert_allclose(none, zeros, atol=1e-5)
-    assert np.abs(none - by_keys).max() > 1e-2 * np.abs(none).max()
+    assert np.abs(none - with_keys).max() > 1e-2 * np.abs(none).max()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["unimedclip", "clip"])
-def test_padding_changes_the_logits(given, variant):
-    """Cutting it off would save time and give another answer."""
+def test_padding_changes_the_logits(inputs, variant):
+    """Padding cannot be truncated to save time."""
     model = medclipseg.build(tiny.fields(variant))
-    variables, (image, ids) = tiny.variables(model), given
+    variables, (image, ids) = tiny.variables(model), inputs
     assert not ids[:, 5:].any()
-    whole, cut = (jax.jit(model.apply)(variables, image, part)[0] for part in (ids, ids[:, :5]))
-    assert np.abs(whole - cut).max() > 1e-3 * np.abs(whole).max()
+    padded, truncated = (
+        jax.jit(model.apply)(variables, image, part)[0] for part in (ids, ids[:, :5])
+    )
+    assert np.abs(padded - truncated).max() > 1e-3 * np.abs(padded).max()
 
 
 @pytest.mark.parametrize("input", ["clip", "imagenet_bgr"])
-def test_pictures_are_normalised_inside(input):
+def test_model_normalises_images(input):
     image = np.random.default_rng(0).random((1, 2, 2, 3)).astype(np.float32)
     model = MODEL.clone(input=input)
     expected = (image - np.array(clip.MEAN)) / np.array(clip.STD)
@@ -250,8 +253,8 @@ def test_pictures_are_normalised_inside(input):
     np.testing.assert_allclose(model.normalise(jnp.asarray(image)), expected, atol=1e-5)
 
 
-def test_dropout_goes_by_the_keys_of_the_examples():
-    """A share of the values is 0 and the others grow for it, so that the mean stays."""
+def test_dropout_depends_on_the_key_of_the_example():
+    """A share `rate` of the values is 0; the others are scaled by 1 / (1 - rate)."""
     x, keys = jnp.ones((3, 51, 41)), tiny.keys(3)
     dropped = np.asarray(transformer.drop(x, keys, 0.1))
     assert set(np.unique(dropped).tolist()) == {0.0, np.float32(1 / 0.9).item()}
@@ -260,33 +263,33 @@ def test_dropout_goes_by_the_keys_of_the_examples():
     assert (dropped[0] != dropped[1]).any()
 
 
-def test_a_block_drops_only_where_there_are_keys_and_a_rate():
+def test_block_dropout_needs_keys_and_a_rate():
     x, keys = normal(2, 4, 6), tiny.keys(2)
     block = transformer.Block(2, 8, dropout=0.5)
     variables = by_hand.noise(block, x)
-    still = transformer.Block(2, 8).apply(variables, x)
-    np.testing.assert_array_equal(block.apply(variables, x), still)
-    np.testing.assert_array_equal(transformer.Block(2, 8).apply(variables, x, keys=keys), still)
+    expected = transformer.Block(2, 8).apply(variables, x)
+    np.testing.assert_array_equal(block.apply(variables, x), expected)
+    np.testing.assert_array_equal(transformer.Block(2, 8).apply(variables, x, keys=keys), expected)
     first, second = (block.apply(variables, x, keys=keys) for _ in range(2))
     np.testing.assert_array_equal(first, second)
-    assert np.abs(first - still).max() > 0.1
+    assert np.abs(first - expected).max() > 0.1
 
 
 @pytest.mark.parametrize("post_norm", [False, True])
 @pytest.mark.slow
-def test_one_row_of_a_block_is_that_row_of_all(post_norm):
+def test_block_with_row_computes_that_row(post_norm):
     x, rows = normal(3, 4, 6), jnp.array([2, 0, 3])
     block = transformer.Block(2, 8, post_norm=post_norm)
     variables = by_hand.noise(block, x)
     causal = jnp.tril(jnp.ones((1, 1, 4, 4), bool))
     padded = (jnp.arange(4) < jnp.array([[3], [4], [4]]))[:, None, None]
     for mask in (None, causal, padded):
-        whole = block.apply(variables, x, mask)
+        expected = block.apply(variables, x, mask)
         found = block.apply(variables, x, mask, row=rows)
-        np.testing.assert_allclose(found[:, 0], whole[jnp.arange(3), rows], atol=1e-5)
+        np.testing.assert_allclose(found[:, 0], expected[jnp.arange(3), rows], atol=1e-5)
 
 
-def test_values_alone_are_every_token_s_own():
+def test_values_only_returns_projected_values():
     x = normal(2, 4, 6)
     block = transformer.Block(2, 8)
     variables = by_hand.noise(block, x)
@@ -311,13 +314,16 @@ def statistics(chunk, variables, image, ids, keys):
 
 
 @pytest.fixture(scope="module")
-def samples(variables, given):
-    """Of four passes two at a time: three would leave one over."""
-    return statistics(3, variables, *given, tiny.keys())
+def samples(variables, inputs):
+    """Returns statistics of four passes in chunks of two, because 3 does not divide 4."""
+    return statistics(3, variables, *inputs, tiny.keys())
 
 
-def test_samples_are_single_passes_with_folded_keys(variables, given, samples):
-    passes = [apply(variables, *given, noise=drawn(fold_keys(tiny.keys(), s)))[0] for s in range(4)]
+def test_samples_match_single_passes_with_folded_keys(variables, inputs, samples):
+    passes = [
+        apply(variables, *inputs, noise=noise_arrays(fold_keys(tiny.keys(), s)))[0]
+        for s in range(4)
+    ]
     probs = expit(np.asarray(passes, float))
     assert probs.std(0).max() > 1e-3
     np.testing.assert_allclose(samples.mean, probs.mean(0), atol=1e-5)
@@ -325,22 +331,22 @@ def test_samples_are_single_passes_with_folded_keys(variables, given, samples):
     np.testing.assert_allclose(samples.aleatoric, entropy(probs).mean(0), atol=1e-5)
 
 
-def test_an_example_does_not_know_its_neighbours(variables, given, samples):
-    image, ids = given
+def test_samples_do_not_depend_on_other_examples(variables, inputs, samples):
+    image, ids = inputs
     order = jnp.array([0, 3, 3, 2])
-    moved = statistics(3, variables, image[order], ids[order], tiny.keys()[order])
-    for found, expected in zip(moved, samples, strict=True):
+    reordered = statistics(3, variables, image[order], ids[order], tiny.keys()[order])
+    for found, expected in zip(reordered, samples, strict=True):
         np.testing.assert_allclose(found, expected[order], atol=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 4, 10])
-def test_chunks_change_no_number(variables, given, samples, chunk):
-    found = statistics(chunk, variables, *given, tiny.keys())
+def test_chunk_size_does_not_change_the_statistics(variables, inputs, samples, chunk):
+    found = statistics(chunk, variables, *inputs, tiny.keys())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, samples)
 
 
-def test_uncertainty_is_the_sum_of_its_parts_and_has_its_range(samples):
+def test_uncertainty_is_the_sum_of_its_parts_and_bounded(samples):
     assert samples.mean.shape == samples.epistemic.shape == (4, 32, 32, 1)
     np.testing.assert_allclose(samples.aleatoric + samples.epistemic, samples.total, atol=1e-6)
     for part in samples:
@@ -349,37 +355,37 @@ def test_uncertainty_is_the_sum_of_its_parts_and_has_its_range(samples):
     assert np.asarray(samples.epistemic).max() > 1e-4
 
 
-# --- what is differentiated, what is refused ---
+# --- gradients and errors ---
 
 
-def dots(function, params):
-    """Matrix products that a derivative adds to its function."""
+def num_backward_products(function, params):
+    """Counts the matrix products that the backward pass adds to a function."""
 
-    def backwards(params):
-        found, pull = jax.vjp(function, params)
-        return pull(found)
+    def forward_and_backward(params):
+        output, vjp_fn = jax.vjp(function, params)
+        return vjp_fn(output)
 
-    found = [jax.jit(one).lower(params).as_text() for one in (function, backwards)]
-    return found[1].count("dot_general") - found[0].count("dot_general")
+    programs = [jax.jit(fn).lower(params).as_text() for fn in (function, forward_and_backward)]
+    return programs[1].count("dot_general") - programs[0].count("dot_general")
 
 
-def test_nothing_below_the_first_adapter_is_differentiated(variables, given):
-    """Before the first noise the derivative is that of one adapter's beginning, no more."""
+def test_blocks_before_the_first_adapter_are_not_differentiated(variables, inputs):
+    """Up to the first noise the backward pass contains only one adapter's `prepare`."""
     params = {k: v for k, v in variables["params"].items() if k not in medclipseg.FROZEN}
     frozen = {k: v for k, v in variables["params"].items() if k in medclipseg.FROZEN}
-    image, ids = given
+    image, ids = inputs
     adapter = adapters.Adapter(tiny.IMAGE_WIDTH, tiny.TEXT_WIDTH, tiny.ADAPTER_WIDTH)
     x, u = normal(4, 17, tiny.IMAGE_WIDTH), normal(4, 6, tiny.TEXT_WIDTH)
 
     def begin(params):
-        both = {"params": {**params, **frozen}}
-        return MODEL.apply(both, image, ids, method=MODEL.begin)._replace(mask=0.0, row=0.0)
+        merged = {"params": {**params, **frozen}}
+        return MODEL.apply(merged, image, ids, method=MODEL.begin)._replace(mask=0.0, row=0.0)
 
     def prepare(params):
         return adapter.apply({"params": params["adapters_0"]}, x, u, method=adapter.prepare)
 
     assert set(params) == {"adapters_0", "adapters_1", "head"}
-    assert dots(begin, params) == dots(prepare, params) > 0
+    assert num_backward_products(begin, params) == num_backward_products(prepare, params) > 0
 
 
 RESNET = {"kind": "resnet", "image_size": 32, "width": 2, "stages": (1, 1, 1, 1)}
@@ -387,22 +393,22 @@ RESNET |= {"num_heads": 1, "embedding_size": 12}
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"image": RESNET}, "a resnet; MedCLIPSeg needs a ViT"),
         ({"image": FIELDS["image"] | {"num_layers": 4}}, "have 4 and 3 blocks, and there are 2"),
-        ({"num_layers": 3}, "have 3 and 3 blocks, and there are 3 adapters; expected towers of"),
+        ({"num_layers": 3}, "have 3 and 3 blocks, and there are 3 adapters; expected encoders of"),
         ({"num_layers": 0}, "there are 0 adapters"),
     ],
 )
-def test_what_does_not_go_together_is_refused(changes, said):
-    with pytest.raises(ValueError, match=said):
+def test_rejects_incompatible_fields(changes, message):
+    with pytest.raises(ValueError, match=message):
         medclipseg.build({**FIELDS, **changes})
 
 
 @pytest.mark.parametrize("variant", medclipseg.ENCODERS)
-def test_narrow_values_stay_narrow_and_logits_near(variant):
-    """bfloat16 keeps 8 bits: a hundredth or two of the largest logit are lost on the way."""
+def test_bfloat16_streams_give_close_logits(variant):
+    """bfloat16 has 8 bits of precision: the error is one or two percent of the largest logit."""
     ids = tiny.batch(2)["text_ids"]
     image = jnp.asarray(np.random.default_rng(1).random((2, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3)))
     wide, narrow = (
@@ -410,27 +416,27 @@ def test_narrow_values_stay_narrow_and_logits_near(variant):
     )
     variables = tiny.variables(wide)
     expected, _ = jax.jit(wide.apply)(variables, image, ids)
-    begun = jax.eval_shape(lambda *args: narrow.apply(*args, method="begin"), variables, image, ids)
-    assert {part.dtype for part in (begun.image, begun.text)} == {jnp.dtype("bfloat16")}
+    state = jax.eval_shape(lambda *args: narrow.apply(*args, method="begin"), variables, image, ids)
+    assert {part.dtype for part in (state.image, state.text)} == {jnp.dtype("bfloat16")}
     found, _ = jax.jit(narrow.apply)(variables, image, ids)
     assert found.dtype == jnp.float32
     difference = np.abs(found - expected).max() / np.abs(expected).max()
     assert 0 < difference < 0.05
 
 
-def test_noise_of_other_shapes_is_refused(variables, given):
-    arrays = drawn(tiny.keys())
+def test_rejects_noise_of_other_shapes(variables, inputs):
+    arrays = noise_arrays(tiny.keys())
     with pytest.raises(ValueError, match=r"has 3 arrays; expected 4 \(see noise_shapes\)"):
-        MODEL.apply(variables, *given, noise=arrays[:3])
-    one = [part[:1] for part in arrays]  # would do for all pictures
+        MODEL.apply(variables, *inputs, noise=arrays[:3])
+    shared = [part[:1] for part in arrays]  # would broadcast to all images
     with pytest.raises(ValueError, match=r"adapter 0 has the shapes .*expected \[\(4, 6, 8\)"):
-        MODEL.apply(variables, *given, noise=one)
-    with pytest.raises(ValueError, match=r"keys \(2,\); expected one an example, \(4,\)"):
-        # Not by `apply`, whose annotations the tests check, and a user's program does not.
-        MODEL.apply(variables, tiny.keys(2), 0, jnp.ones((4, 6, 2)), given[0], method="_noise")
+        MODEL.apply(variables, *inputs, noise=shared)
+    with pytest.raises(ValueError, match=r"keys of shape \(2,\); expected one per example, \(4,\)"):
+        # Not through `__call__`: the tests check its annotations, other programs do not.
+        MODEL.apply(variables, tiny.keys(2), 0, jnp.ones((4, 6, 2)), inputs[0], method="_noise")
 
 
-def test_pictures_of_another_size_are_refused(variables, given):
-    image, ids = given
-    with pytest.raises(ValueError, match="pictures of 24 x 32; expected 32 x 32, the image tower"):
+def test_rejects_images_of_another_size(variables, inputs):
+    image, ids = inputs
+    with pytest.raises(ValueError, match="images are 24 x 32; expected 32 x 32, the size of the"):
         MODEL.apply(variables, image[:, :24], ids)

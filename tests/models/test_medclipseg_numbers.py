@@ -1,7 +1,7 @@
-"""Adapter, head and losses against the authors' own numbers at toy size.
+"""Adapter, head and losses against the authors' numbers at toy size.
 
-tests/fixtures/medclipseg_toy.npz: random weights under the released names, random inputs, and
-what the authors' code (arXiv 2602.20423) made of them in float32.
+tests/fixtures/medclipseg_toy.npz: random weights under the released names, random inputs, and the
+outputs of the authors' code (arXiv 2602.20423) in float32.
 """
 
 from pathlib import Path
@@ -19,40 +19,40 @@ TOY = np.load(Path(__file__).parent.parent / "fixtures/medclipseg_toy.npz")
 
 
 @pytest.fixture(autouse=True)
-def exact():
+def exact_matmul():
     with jax.default_matmul_precision("highest"):
         yield
 
 
-def parameters(table, ours, names):
-    """Our parameters below `ours`, by the table that converts released checkpoints."""
+def parameters(table, prefix, fixture_name):
+    """Converts the parameters below `prefix` with the table for released checkpoints."""
     tree = {}
     for name, rule in table.items():
-        if not name.startswith(f"params/{ours}"):
+        if not name.startswith(f"params/{prefix}"):
             continue
         (source,) = rule.sources
-        *path, leaf = name.removeprefix(f"params/{ours}").split("/")
-        place = tree
+        *path, leaf = name.removeprefix(f"params/{prefix}").split("/")
+        node = tree
         for part in path:
-            place = place.setdefault(part, {})
-        place[leaf] = jnp.asarray(convert.LAYOUTS[rule.layout](TOY[names(source)]))
+            node = node.setdefault(part, {})
+        node[leaf] = jnp.asarray(convert.LAYOUTS[rule.layout](TOY[fixture_name(source)]))
     return {"params": tree}
 
 
-def test_the_adapter_s_answer_to_both_streams():
+def test_adapter_matches_the_authors():
     table = keys.medclipseg(1, 0)
     variables = parameters(
         table, "adapters_0/", lambda name: name.replace("pvl_adapters.0.", "ad_w/")
     )
     module = adapters.Adapter(24, 20, 8)
     noise = [jnp.asarray(TOY["ad_eps_txt"]), jnp.asarray(TOY["ad_eps_img"])]
-    given = jnp.asarray(TOY["ad_in_img"]), jnp.asarray(TOY["ad_in_txt"])
-    image, text = module.apply(variables, *given, noise)
+    inputs = jnp.asarray(TOY["ad_in_img"]), jnp.asarray(TOY["ad_in_txt"])
+    image, text = module.apply(variables, *inputs, noise)
     np.testing.assert_allclose(image, TOY["ad_out_img"], atol=1e-6)
     np.testing.assert_allclose(text, TOY["ad_out_txt"], atol=1e-6)
 
 
-def test_the_head_s_map_and_its_enlargement():
+def test_head_and_resized_logits_match_the_authors():
     def fixture_name(name):
         return name.replace("upscale.", "hd_up/").replace("mask_head.", "hd_mlp/")
 
@@ -64,7 +64,7 @@ def test_the_head_s_map_and_its_enlargement():
     np.testing.assert_allclose(logits, TOY["hd_logits_times3"], atol=1e-5)
 
 
-def test_the_losses_as_released():
+def test_losses_match_the_authors():
     logits = jnp.asarray(TOY["hd_logits_times3"])[..., None]
     mask = jnp.asarray(TOY["ls_mask"])[..., None]
     pooled = losses.pooled_patches(jnp.asarray(TOY["hd_feats"]))

@@ -1,4 +1,4 @@
-"""CLIP's ModifiedResNet: sizes of the maps, average and attention pooling by hand."""
+"""CLIP's ModifiedResNet: sizes of the maps; average and attention pooling against NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,8 @@ import pytest
 from biclip_jax.models.resnet import AttentionPool, Bottleneck, ModifiedResNet, average_pool_2x2
 from tests.models import by_hand
 
-TOWER = ModifiedResNet(image_size=64, width=4, stages=(1, 2, 1, 1), num_heads=2, embedding_size=6)
-apply = jax.jit(TOWER.apply)
+ENCODER = ModifiedResNet(image_size=64, width=4, stages=(1, 2, 1, 1), num_heads=2, embedding_size=6)
+apply = jax.jit(ENCODER.apply)
 
 
 def images(*shape):
@@ -18,11 +18,11 @@ def images(*shape):
 
 @pytest.fixture(scope="module")
 def variables():
-    return by_hand.noise(TOWER, images(1, 64, 64, 3), amount=0.2)
+    return by_hand.noise(ENCODER, images(1, 64, 64, 3), amount=0.2)
 
 
 @pytest.mark.parametrize("size", [(64, 96), (224, 224)])
-def test_the_maps_shrink_from_a_quarter_to_a_thirtysecond(variables, size):
+def test_maps_shrink_from_a_quarter_to_a_thirty_second(variables, size):
     embedding, aux = apply(variables, images(1, *size, 3))
     shapes = [state.shape[1:] for state in aux["hidden_states"]]
     factors, channels = (4, 4, 8, 16, 32), (4, 16, 32, 64, 128)
@@ -34,7 +34,7 @@ def test_the_maps_shrink_from_a_quarter_to_a_thirtysecond(variables, size):
     assert aux["tokens"].shape == (1, size[0] * size[1] // 32**2, 128)
 
 
-def test_average_pooling_is_the_mean_of_four():
+def test_average_pooling_is_the_mean_of_2x2_blocks():
     x = images(2, 4, 6, 3)
     expected = np.zeros((2, 2, 3, 3))
     for i, j in np.ndindex(2, 3):
@@ -42,16 +42,16 @@ def test_average_pooling_is_the_mean_of_four():
     np.testing.assert_allclose(average_pool_2x2(x), expected, atol=1e-6)
 
 
-def test_a_constant_picture_gives_one_token_away_from_the_borders(variables):
+def test_constant_image_gives_constant_interior_tokens(variables):
     _, aux = apply(variables, jnp.full((1, 224, 224, 3), 0.7))
     last = np.asarray(aux["hidden_states"][-1])[0]
-    inside = last[2:-2, 2:-2].reshape(-1, 128)
-    assert len(inside) == 9
-    np.testing.assert_allclose(inside, np.broadcast_to(inside[:1], inside.shape), rtol=1e-4)
-    assert np.abs(last[0, 0] - inside[0]).max() > 1e-3
+    interior = last[2:-2, 2:-2].reshape(-1, 128)
+    assert len(interior) == 9
+    np.testing.assert_allclose(interior, np.broadcast_to(interior[:1], interior.shape), rtol=1e-4)
+    assert np.abs(last[0, 0] - interior[0]).max() > 1e-3
 
 
-def test_attention_pooling_is_that_of_the_mean_over_everything():
+def test_attention_pooling_matches_numpy():
     pool, x = AttentionPool(side=2, num_heads=2, embedding_size=3), images(2, 2, 2, 8)
     variables = by_hand.noise(pool, x)
     params = variables["params"]
@@ -60,8 +60,8 @@ def test_attention_pooling_is_that_of_the_mean_over_everything():
         return by_hand.dense(params[name], x)
 
     expected = []
-    for places in np.asarray(x, float).reshape(2, 4, 8):
-        tokens = np.concatenate([places.mean(0, keepdims=True), places])
+    for pixels in np.asarray(x, float).reshape(2, 4, 8):
+        tokens = np.concatenate([pixels.mean(0, keepdims=True), pixels])
         tokens = tokens + np.asarray(params["positions"])
         query, key, value = dense("query", tokens[0]), dense("key", tokens), dense("value", tokens)
         mixed = []
@@ -72,7 +72,7 @@ def test_attention_pooling_is_that_of_the_mean_over_everything():
     np.testing.assert_allclose(pool.apply(variables, x), expected, atol=1e-5)
 
 
-def test_training_moves_every_running_statistic_of_a_block():
+def test_training_updates_every_running_statistic_of_a_block():
     block, x = Bottleneck(2, stride=2), images(2, 4, 4, 3)
     variables = by_hand.noise(block, x, False)
     train = jax.jit(lambda v, x: block.apply(v, x, True, mutable=["batch_stats"])[1])
@@ -83,8 +83,8 @@ def test_training_moves_every_running_statistic_of_a_block():
             assert np.abs(value - updated["batch_stats"][name][statistic]).max() > 1e-3
 
 
-def test_a_tower_with_stages_from_json_can_be_compiled(variables):
-    listed = ModifiedResNet(
+def test_encoder_with_stages_from_json_can_be_compiled(variables):
+    encoder = ModifiedResNet(
         image_size=64, width=4, stages=[1, 2, 1, 1], num_heads=2, embedding_size=6
     )
-    jax.jit(listed.apply).trace(variables, images(2, 64, 64, 3))
+    jax.jit(encoder.apply).trace(variables, images(2, 64, 64, 3))

@@ -1,6 +1,6 @@
-"""Towers of the true architecture, random weights, against transformers and OpenAI's layout.
+"""Encoders of the published sizes with random weights, against transformers and OpenAI's layout.
 
-Hidden states to 1e-4 in float32; gradients of a scalar to 1e-3 of each parameter's largest.
+Hidden states agree to 1e-4 in float32, gradients of a scalar to 1e-3 of each parameter's maximum.
 """
 
 import gc
@@ -25,26 +25,26 @@ END = 49407
 
 
 @pytest.fixture(autouse=True)
-def precise():
+def exact_matmul():
     with jax.default_matmul_precision("highest"):
         yield
     gc.collect()
 
 
 def converted_from(folder, kind):
-    """(config, variables) of what transformers saved."""
+    """Returns (config, variables) of a checkpoint written by transformers."""
     convert = {"bert": architectures.convert_bert, "clip": architectures.convert_clip}[kind]
-    found = convert(readers.open_checkpoint(folder), read_hf_config(folder, None))
-    assert found.report.fresh == ()
-    return found.config, unflatten_dict(found.variables, sep="/")
+    converted = convert(readers.open_checkpoint(folder), read_hf_config(folder, None))
+    assert converted.report.fresh == ()
+    return converted.config, unflatten_dict(converted.variables, sep="/")
 
 
-def picture(size, batch=2):
+def random_images(size, batch=2):
     image = np.random.default_rng(0).normal(size=(batch, size, size, 3)).astype(np.float32)
     return jnp.asarray(image), torch.tensor(image).permute(0, 3, 1, 2)
 
 
-def prompts(length, vocab, end=None):
+def random_ids(length, vocab, end=None):
     ids = np.random.default_rng(1).integers(5, vocab - 5, (2, length))
     ids[0, length // 2 :] = 0
     if end:
@@ -52,15 +52,15 @@ def prompts(length, vocab, end=None):
     return jnp.asarray(ids, jnp.int32), torch.tensor(ids)
 
 
-def assert_states(ours, theirs, atol=1e-4):
-    assert len(ours) == len(theirs)
-    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+def assert_states(found, expected, atol=1e-4):
+    assert len(found) == len(expected)
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
         difference = np.abs(np.asarray(a) - b.detach().numpy()).max()
         assert difference <= atol, f"state {i}: {difference}"
 
 
 def assert_gradients(grads, model, config, kind):
-    """Ours, by name, are the model's own, brought to our layout by the same tables."""
+    """Compares with the gradients of `model`, converted like parameters; returns their number."""
     named = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     zeros = {n: torch.zeros_like(p) for n, p in model.named_parameters() if p.grad is None}
     tensors = {
@@ -70,18 +70,17 @@ def assert_gradients(grads, model, config, kind):
     checkpoint = readers.Checkpoint(None, "torch", tensors)
     assert standard_names(checkpoint).keys() == tensors.keys()
     convert = {"bert": architectures.convert_bert, "clip": architectures.convert_clip}[kind]
-    wanted = convert(checkpoint, config).variables
-    found = flatten_dict(grads, sep="/")
-    compared = 0
-    for name, value in found.items():
-        expected = wanted[f"params/{name}"]
+    converted = convert(checkpoint, config).variables
+    num_compared = 0
+    for name, value in flatten_dict(grads, sep="/").items():
+        expected = converted[f"params/{name}"]
         scale = np.abs(expected).max()
-        if scale < 1e-7:  # no gradient reaches it, but for rounding
+        if scale < 1e-7:  # zero up to rounding
             assert np.abs(value).max() < 1e-6, name
             continue
-        compared += 1
+        num_compared += 1
         np.testing.assert_allclose(value / scale, expected / scale, atol=1e-3, err_msg=name)
-    return compared
+    return num_compared
 
 
 def hf_clip(patch_size):
@@ -97,7 +96,7 @@ def hf_clip(patch_size):
 
 @pytest.fixture(scope="module")
 def vit_b16(tmp_path_factory):
-    """The model of transformers, and the folder that it saved."""
+    """Returns a model of transformers and the folder where it is saved."""
     folder = tmp_path_factory.mktemp("vit_b16")
     model = hf_clip(16)
     model.save_pretrained(folder)
@@ -108,25 +107,25 @@ def test_clip_vit_b16_states_and_embeddings(vit_b16):
     model, folder = vit_b16
     config, variables = converted_from(folder, "clip")
     assert config["image"] == clip.VIT_B16 | {"activation": "quick_gelu", "epsilon": 1e-5}
-    image, image_t = picture(224)
-    ids, ids_t = prompts(77, 49408, END)
+    image, image_t = random_images(224)
+    ids, ids_t = random_ids(77, 49408, END)
     logits, aux = jax.jit(clip.build(config).apply)(variables, image, ids)
     with torch.no_grad():
-        seen = model.vision_model(image_t, output_hidden_states=True)
-        read = model.text_model(ids_t, output_hidden_states=True)
-        both = model(input_ids=ids_t, pixel_values=image_t)
-    assert_states(aux["image"]["hidden_states"], seen.hidden_states)
-    assert_states(aux["text"]["hidden_states"], read.hidden_states)
-    assert_states([aux["image_embedding"]], [both.image_embeds])
-    assert_states([aux["text_embedding"]], [both.text_embeds])
-    assert_states([logits], [both.logits_per_image])
+        vision_outputs = model.vision_model(image_t, output_hidden_states=True)
+        text_outputs = model.text_model(ids_t, output_hidden_states=True)
+        outputs = model(input_ids=ids_t, pixel_values=image_t)
+    assert_states(aux["image"]["hidden_states"], vision_outputs.hidden_states)
+    assert_states(aux["text"]["hidden_states"], text_outputs.hidden_states)
+    assert_states([aux["image_embedding"]], [outputs.image_embeds])
+    assert_states([aux["text_embedding"]], [outputs.text_embeds])
+    assert_states([logits], [outputs.logits_per_image])
 
 
 def test_clip_vit_b16_gradients(vit_b16):
     model, folder = vit_b16
     config, variables = converted_from(folder, "clip")
-    image, image_t = picture(224)
-    ids, ids_t = prompts(20, 49408, END)
+    image, image_t = random_images(224)
+    ids, ids_t = random_ids(20, 49408, END)
 
     def scalar(params):
         _, aux = clip.build(config).apply({"params": params}, image, ids)
@@ -137,26 +136,29 @@ def test_clip_vit_b16_gradients(vit_b16):
 
     grads = jax.jit(jax.grad(scalar))(variables["params"])
     model.zero_grad()
-    seen = model.vision_model(image_t, output_hidden_states=True)
-    both = model(input_ids=ids_t, pixel_values=image_t)
-    tokens = seen.hidden_states[-1]
-    ((tokens * tokens.cos()).mean() + (both.image_embeds * both.text_embeds).sum()).backward()
-    compared = assert_gradients(grads, model, read_hf_config(folder, None), "clip")
-    assert compared >= 24 * 12
+    vision_outputs = model.vision_model(image_t, output_hidden_states=True)
+    outputs = model(input_ids=ids_t, pixel_values=image_t)
+    tokens = vision_outputs.hidden_states[-1]
+    similarity = (outputs.image_embeds * outputs.text_embeds).sum()
+    ((tokens * tokens.cos()).mean() + similarity).backward()
+    num_compared = assert_gradients(grads, model, read_hf_config(folder, None), "clip")
+    assert num_compared >= 24 * 12
 
 
 def test_clip_vit_b16_at_another_size(vit_b16):
     model, folder = vit_b16
     config, variables = converted_from(folder, "clip")
-    image, image_t = picture(288, batch=1)
+    image, image_t = random_images(288, batch=1)
     encoder = clip.build_image_encoder(config["image"])
     _, aux = jax.jit(encoder.apply)({"params": variables["params"]["image_encoder"]}, image)
     with torch.no_grad():
-        seen = model.vision_model(image_t, output_hidden_states=True, interpolate_pos_encoding=True)
-    assert_states(aux["hidden_states"], seen.hidden_states)
+        outputs = model.vision_model(
+            image_t, output_hidden_states=True, interpolate_pos_encoding=True
+        )
+    assert_states(aux["hidden_states"], outputs.hidden_states)
 
 
-def test_clip_round_trips_give_the_same_parameters(vit_b16, tmp_path):
+def test_clip_file_formats_give_the_same_parameters(vit_b16, tmp_path):
     model, folder = vit_b16
     _, expected = converted_from(folder, "clip")
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
@@ -173,14 +175,14 @@ def test_clip_vit_b32_states():
         name: tensor.Tensor(tuple(t.shape), np.dtype("float32"), t.numpy)
         for name, t in model.state_dict().items()
     }
-    found = architectures.convert_clip(readers.Checkpoint(None, "torch", tensors))
-    image, image_t = picture(224)
-    encoder = clip.build_image_encoder(found.config["image"])
-    variables = unflatten_dict(found.variables, sep="/")
+    converted = architectures.convert_clip(readers.Checkpoint(None, "torch", tensors))
+    image, image_t = random_images(224)
+    encoder = clip.build_image_encoder(converted.config["image"])
+    variables = unflatten_dict(converted.variables, sep="/")
     _, aux = jax.jit(encoder.apply)({"params": variables["params"]["image_encoder"]}, image)
     with torch.no_grad():
-        seen = model.vision_model(image_t, output_hidden_states=True)
-    assert_states(aux["hidden_states"], seen.hidden_states)
+        outputs = model.vision_model(image_t, output_hidden_states=True)
+    assert_states(aux["hidden_states"], outputs.hidden_states)
 
 
 def test_clip_rn50_states_and_gradients(tmp_path):
@@ -190,8 +192,8 @@ def test_clip_rn50_states_and_gradients(tmp_path):
     torch.save(model.state_dict(), tmp_path / "RN50.pt")
     config, variables = converted_from(tmp_path / "RN50.pt", "clip")
     assert config["image"] == clip.RN50 | {"stages": [3, 4, 6, 3]}
-    image, image_t = picture(224)
-    ids, ids_t = prompts(20, 49408, END)
+    image, image_t = random_images(224)
+    ids, ids_t = random_ids(20, 49408, END)
     logits, aux = jax.jit(clip.build(config).apply)(variables, image, ids)
     with torch.no_grad():
         _, image_states = model.visual(image_t)
@@ -210,17 +212,17 @@ def test_clip_rn50_states_and_gradients(tmp_path):
 
     grads = jax.jit(jax.grad(scalar))(variables["params"]["image_encoder"])
     torch.sin(model.visual(image_t)[0]).sum().backward()
-    named = dict(model.visual.named_parameters())
-    for ours, theirs in (
+    torch_params = dict(model.visual.named_parameters())
+    for name, torch_name in (
         ("stem/conv_0/kernel", "conv1.weight"),
         ("stage_0_0/conv_skip/kernel", "layer1.0.downsample.0.weight"),
         ("stage_1_0/conv_1/kernel", "layer2.0.conv2.weight"),
         ("stage_3_2/conv_2/kernel", "layer4.2.conv3.weight"),
     ):
-        found = flatten_dict(grads, sep="/")[ours].transpose(3, 2, 0, 1)
-        wanted = named[theirs].grad.numpy()
-        scale = np.abs(wanted).max()
-        np.testing.assert_allclose(found / scale, wanted / scale, atol=1e-3, err_msg=ours)
+        found = flatten_dict(grads, sep="/")[name].transpose(3, 2, 0, 1)
+        expected = torch_params[torch_name].grad.numpy()
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(found / scale, expected / scale, atol=1e-3, err_msg=name)
 
 
 def test_bert_base_states_and_gradients(tmp_path):
@@ -230,11 +232,11 @@ def test_bert_base_states_and_gradients(tmp_path):
     model = BertModel(BertConfig(), add_pooling_layer=False).eval()
     model.save_pretrained(tmp_path)
     config, variables = converted_from(tmp_path, "bert")
-    ids, ids_t = prompts(32, 30522)
+    ids, ids_t = random_ids(32, 30522)
     encoder = bert.build(config)
     _, aux = jax.jit(encoder.apply)(variables, ids, ids > 0)
-    read = model(ids_t, attention_mask=ids_t > 0, output_hidden_states=True)
-    assert_states(aux["hidden_states"], read.hidden_states)
+    outputs = model(ids_t, attention_mask=ids_t > 0, output_hidden_states=True)
+    assert_states(aux["hidden_states"], outputs.hidden_states)
 
     def scalar(params):
         _, aux = encoder.apply({"params": params}, ids, ids > 0)
@@ -244,6 +246,6 @@ def test_bert_base_states_and_gradients(tmp_path):
         )
 
     grads = jax.jit(jax.grad(scalar))(variables["params"])
-    last, first = read.hidden_states[-1], read.hidden_states[1]
+    last, first = outputs.hidden_states[-1], outputs.hidden_states[1]
     ((3 * last[:, :9]).sin().sum() + first[1].sin().sum()).backward()
     assert assert_gradients(grads, model, read_hf_config(tmp_path, None), "bert") >= 12 * 12

@@ -1,4 +1,4 @@
-"""The published network's own checkpoint, at full size with its CXR-BERT: names, report, logits."""
+"""A checkpoint of the published network at full size, with its CXR-BERT: report and logits."""
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,17 @@ from reference.torch_biclip import TorchBiCLIP, randomize_
 
 pytestmark = pytest.mark.slow
 WORDS = ["[PAD]", "[unused0]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", "left", "lung", "upper", ","]
-SENTENCES = ["upper left lung, lung", "left"]
+PROMPTS = ["upper left lung, lung", "left"]
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """(twin, text tower, path): a Lightning checkpoint as the published code writes it."""
+    """Returns (PyTorch model, text encoder, path of a checkpoint in the published format)."""
     from transformers import BertConfig, BertForMaskedLM
 
     folder = tmp_path_factory.mktemp("lightning")
     torch.manual_seed(0)
-    twin = randomize_(TorchBiCLIP(), 0).eval()
+    torch_model = randomize_(TorchBiCLIP(), 0).eval()
     encoder = BertForMaskedLM(BertConfig()).eval()
     head = torch.nn.ModuleDict(
         {
@@ -31,11 +31,11 @@ def saved(tmp_path_factory):
             "dense_to_output": torch.nn.Linear(128, 128),
         }
     )
-    state = {f"model.{name}": value for name, value in twin.state_dict().items()}
-    inside = "model.text_encoder.model."
-    state |= {f"{inside}{name}": value for name, value in encoder.state_dict().items()}
-    state |= {f"{inside}cls_projection_head.{k}": v for k, v in head.state_dict().items()}
-    state[f"{inside}bert.embeddings.position_ids"] = torch.arange(512)[None]
+    state = {f"model.{name}": value for name, value in torch_model.state_dict().items()}
+    prefix = "model.text_encoder.model."
+    state |= {f"{prefix}{name}": value for name, value in encoder.state_dict().items()}
+    state |= {f"{prefix}cls_projection_head.{k}": v for k, v in head.state_dict().items()}
+    state[f"{prefix}bert.embeddings.position_ids"] = torch.arange(512)[None]
     checkpoint = {
         "epoch": 149,
         "global_step": 53550,
@@ -48,36 +48,35 @@ def saved(tmp_path_factory):
     }
     torch.save(checkpoint, folder / "last.ckpt")
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    return twin, encoder, folder / "last.ckpt"
+    return torch_model, encoder, folder / "last.ckpt"
 
 
-def test_the_published_checkpoint_gives_the_published_logits(saved, tmp_path, capsys):
-    twin, encoder, path = saved
+def test_published_checkpoint_gives_the_published_logits(saved, tmp_path, capsys):
+    torch_model, encoder, path = saved
     with pytest.raises(SystemExit, match="0"):
         convert.main(["biclip", str(path), str(tmp_path / "out")])
-    arrays = [name for name in twin.state_dict() if "num_batches_tracked" not in name]
+    arrays = [name for name in torch_model.state_dict() if "num_batches_tracked" not in name]
     printed = capsys.readouterr().out
     assert f"biclip, {len(arrays)} loaded" in printed
     assert "18 unused, 0 fresh" in printed
 
     model, variables, processor = inference.load_model(tmp_path / "out")
     rng = np.random.default_rng(0)
-    images = [rng.integers(0, 256, (224, 224, 1)).astype(np.uint8) for _ in SENTENCES]
-    inputs = {name: jnp.asarray(x) for name, x in processor(images, SENTENCES).items()}
+    images = [rng.integers(0, 256, (224, 224, 1)).astype(np.uint8) for _ in PROMPTS]
+    inputs = {name: jnp.asarray(x) for name, x in processor(images, PROMPTS).items()}
     image = inputs["image"].astype(jnp.float32) / 255
     with jax.default_matmul_precision("highest"):
         logits, _ = jax.jit(model.apply)(variables, image, inputs["text_ids"], inputs["text_mask"])
 
     with torch.no_grad():
         ids = torch.tensor(np.asarray(inputs["text_ids"])).long()
-        read = encoder.bert(ids, attention_mask=(ids > 0).long(), output_hidden_states=True)
-        states = [read.hidden_states[i].mean(dim=1) for i in (1, 2, -1)]
+        outputs = encoder.bert(ids, attention_mask=(ids > 0).long(), output_hidden_states=True)
+        states = [outputs.hidden_states[i].mean(dim=1) for i in (1, 2, -1)]
         features = torch.stack(states).mean(dim=0)
         x = torch.tensor(np.asarray(image)).permute(0, 3, 1, 2)
-        expected = twin(x, features).permute(0, 2, 3, 1).numpy()
-    spread = expected.std()
-    assert np.abs(np.asarray(logits) - expected).max() < 1e-4 * spread
+        expected = torch_model(x, features).permute(0, 2, 3, 1).numpy()
+    assert np.abs(np.asarray(logits) - expected).max() < 1e-4 * expected.std()
 
-    # The command line's way: the tower's vectors of distinct sentences, then the network.
-    found = inference.load(tmp_path / "out").predict(images[0], SENTENCES[0]).probability
+    # As the command line does: text features of distinct prompts first, then the network.
+    found = inference.load(tmp_path / "out").predict(images[0], PROMPTS[0]).probability
     np.testing.assert_allclose(found, 1 / (1 + np.exp(-expected[0, ..., 0])), atol=1e-4)

@@ -1,4 +1,4 @@
-"""The published network against its twin in PyTorch: forward, losses, gradients, statistics."""
+"""The published network against the PyTorch reference: logits, losses, gradients, statistics."""
 
 import copy
 import functools
@@ -21,7 +21,7 @@ from reference.torch_biclip import TorchBiCLIP, published_loss, randomize_
 
 WEIGHTS = {"gen": 0.1, "iac": 0.05, "cycle": 0.07}
 
-# Names of the twin and of ours; {i} stands for a number that both share.
+# PyTorch and Flax parameter names; {...} fields depend on the number in the PyTorch name.
 NAMES = [
     (r"image_feature_extractor\.conv\.(\d)", "image_encoder/conv_{half}"),
     (r"text_encoder\.project_head\.(\d)", "text_projection/{mlp}"),
@@ -44,15 +44,15 @@ IAC = {2: "out", 3: "norm"}
 
 
 def flax_name(name: str, levels: int) -> tuple[str, str, str]:
-    """(collection, path, kind of leaf) of a name of the twin's."""
+    """Converts a PyTorch name to (collection, path, kind of leaf)."""
     stem, leaf = name.rsplit(".", 1)
-    for pattern, ours in NAMES:
+    for pattern, flax_path in NAMES:
         match = re.fullmatch(pattern, stem)
         if match:
             last = match.groups()[-1] if match.groups() else ""
             number = int(last) if last.isdigit() else 0
             groups = match.groupdict()
-            path = ours.format(
+            path = flax_path.format(
                 half=number // 2,
                 mlp=MLP.get(number),
                 double=DOUBLE.get(number),
@@ -66,7 +66,7 @@ def flax_name(name: str, levels: int) -> tuple[str, str, str]:
 
 
 def to_flax(model) -> dict:
-    """The twin's parameters and statistics as our variables."""
+    """Converts the PyTorch model's parameters and statistics to Flax variables."""
     transposed = {n for n, m in model.named_modules() if isinstance(m, torch.nn.ConvTranspose2d)}
     levels = sum(name.endswith(".up.weight") for name in model.state_dict()) + 1
     flat = {}
@@ -75,29 +75,31 @@ def to_flax(model) -> dict:
             continue
         collection, path, leaf = flax_name(name, levels)
         value = tensor.detach().numpy()
-        ours = {"running_mean": "mean", "running_var": "var", "bias": "bias"}.get(leaf, "scale")
+        flax_leaf = {"running_mean": "mean", "running_var": "var", "bias": "bias"}.get(
+            leaf, "scale"
+        )
         if leaf == "weight" and value.ndim == 2:
-            ours, value = "kernel", value.T
+            flax_leaf, value = "kernel", value.T
         elif leaf == "weight" and value.ndim == 4:
             order = (2, 3, 0, 1) if name.rsplit(".", 1)[0] in transposed else (2, 3, 1, 0)
-            ours, value = "kernel", value.transpose(order)
-        flat[f"{collection}/{path}/{ours}"] = jnp.asarray(value)
+            flax_leaf, value = "kernel", value.transpose(order)
+        flat[f"{collection}/{path}/{flax_leaf}"] = jnp.asarray(value)
     return unflatten_dict(flat, sep="/")
 
 
 @functools.cache
 def pair(image_size: int = 112, width: int = 8, levels: int = 5):
-    """The twin with random values, and our model with the same."""
+    """Returns the PyTorch model with random values, and the Flax model with the same ones."""
     torch.manual_seed(0)
     widths = tuple(width * 2**i for i in range(levels))
     sizes = {"widths": widths, "encoder_widths": (width, 4 * width)}
     sizes |= {"cycle_widths": (width // 2, width), "image_size": image_size}
-    twin = randomize_(TorchBiCLIP(text_feature_dim=48, **sizes), seed=1)
-    return twin, biclip.BiCLIP(**sizes), to_flax(twin)
+    torch_model = randomize_(TorchBiCLIP(text_feature_dim=48, **sizes), seed=1)
+    return torch_model, biclip.BiCLIP(**sizes), to_flax(torch_model)
 
 
 def inputs(image_size: int, batch: int = 2, seed: int = 0):
-    """A picture, text features and a mask, as (B, H, W, C) arrays."""
+    """Returns images, text features and masks as (B, H, W, C) arrays."""
     rng = np.random.default_rng(seed)
     image = rng.random((batch, image_size, image_size, 3), np.float32)
     mask = (rng.random((batch, image_size, image_size, 1)) > 0.7).astype(np.float32)
@@ -120,16 +122,16 @@ def nhwc(x) -> np.ndarray:
 @pytest.mark.parametrize(
     ("image_size", "levels"), [(56, 4), pytest.param(112, 5, marks=pytest.mark.slow)]
 )
-def test_whole_network_matches_the_twin(image_size, levels):
-    twin, model, variables = pair(image_size, levels=levels)
-    twin.eval()
+def test_network_matches_pytorch(image_size, levels):
+    torch_model, model, variables = pair(image_size, levels=levels)
+    torch_model.eval()
     image, text, _ = inputs(image_size)
     with torch.no_grad(), jax.default_matmul_precision("highest"):
-        fused = twin.fuse(nchw(image), to_torch(text))
-        logits, features = twin.segment(nchw(image), fused["pseudo_image"])
-        ours, aux = model.apply(variables, image, text_features=text)
-    scale = float(logits.std())
-    assert np.abs(nhwc(logits) - ours).max() <= 1e-4 * scale
+        fused = torch_model.fuse(nchw(image), to_torch(text))
+        expected, features = torch_model.segment(nchw(image), fused["pseudo_image"])
+        logits, aux = model.apply(variables, image, text_features=text)
+    scale = float(expected.std())
+    assert np.abs(nhwc(expected) - logits).max() <= 1e-4 * scale
     np.testing.assert_allclose(aux["text"], fused["text"].numpy(), atol=1e-5)
     np.testing.assert_allclose(aux["refined_text"], fused["refined_text"].numpy(), atol=1e-5)
     np.testing.assert_allclose(aux["pseudo_image"], nhwc(fused["pseudo_image"]), atol=1e-5)
@@ -137,32 +139,31 @@ def test_whole_network_matches_the_twin(image_size, levels):
 
 
 @pytest.mark.slow
-def test_whole_network_at_full_size_matches_the_twin():
-    twin, model, variables = pair(224, width=64)
-    twin.eval()
+def test_network_matches_pytorch_at_full_size():
+    torch_model, model, variables = pair(224, width=64)
+    torch_model.eval()
     image, text, _ = inputs(224, batch=1)
     with torch.no_grad(), jax.default_matmul_precision("highest"):
-        logits = twin(nchw(image), to_torch(text))
-        ours, _ = model.apply(variables, image, text_features=text)
-    assert np.abs(nhwc(logits) - ours).max() <= 1e-4 * float(logits.std())
+        expected = torch_model(nchw(image), to_torch(text))
+        logits, _ = model.apply(variables, image, text_features=text)
+    assert np.abs(nhwc(expected) - logits).max() <= 1e-4 * float(expected.std())
 
 
-def test_every_parameter_has_a_name_in_the_twin():
+def test_every_parameter_has_a_pytorch_name():
     _, model, variables = pair()
     image, text = jnp.zeros((1, 112, 112, 3)), jnp.zeros((1, 48))
-    fresh = jax.eval_shape(lambda: model.init(jax.random.key(0), image, text_features=text))
-    want = {k: v.shape for k, v in flatten_dict(fresh, sep="/").items()}
-    have = {k: v.shape for k, v in flatten_dict(variables, sep="/").items()}
-    assert have == want
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image, text_features=text))
+    expected = {k: v.shape for k, v in flatten_dict(shapes, sep="/").items()}
+    found = {k: v.shape for k, v in flatten_dict(variables, sep="/").items()}
+    assert found == expected
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("double_sigmoid", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_losses_gradients_and_statistics_match_the_twin(monkeypatch, double_sigmoid):
-    """The objective that training uses, with a flip for geometry and a fixed change of light."""
+def test_losses_gradients_and_statistics_match_pytorch(monkeypatch, double_sigmoid):
+    """Uses the training objective with a flip as geometry and a fixed photometric change."""
     monkeypatch.setattr(views, "published_photometric", lambda _, image: darker(image))
-    # In double precision: in single one rounding may flip a ReLU, and one flip
-    # changes a gradient by a part in a thousand.
+    # In float64: in float32 rounding may switch a ReLU, which changes a gradient by 0.1 %.
     with jax.enable_x64(True):
         check_training_step(double_sigmoid)
 
@@ -172,11 +173,11 @@ def darker(image):
 
 
 def check_training_step(double_sigmoid):
-    twin, model, _ = pair()
-    twin = copy.deepcopy(twin).double().train()
-    model, variables = model.clone(dtype=jnp.float64), to_flax(twin)
+    torch_model, model, _ = pair()
+    torch_model = copy.deepcopy(torch_model).double().train()
+    model, variables = model.clone(dtype=jnp.float64), to_flax(torch_model)
     pixels, text, mask = inputs(112)
-    # Black and white alone: k / 255 may round differently under jit, enough to flip a ReLU.
+    # Only black and white: k / 255 may round differently under jit, enough to switch a ReLU.
     pixels, text = jnp.where(pixels > 0.5, 255, 0).astype(jnp.uint8), text.astype(jnp.float64)
     image, double = biclip.to_unit_rgb(pixels), torch.float64
 
@@ -184,7 +185,7 @@ def check_training_step(double_sigmoid):
         return nchw(x[:, :, ::-1]).to(double)
 
     total, parts = published_loss(
-        twin,
+        torch_model,
         nchw(image).to(double),
         to_torch(text),
         nchw(mask).to(double),
@@ -193,12 +194,12 @@ def check_training_step(double_sigmoid):
         double_sigmoid,
     )
     total.backward()
-    statistics = flatten_dict(to_flax(twin)["batch_stats"], sep="/")
-    for parameter in twin.parameters():
+    statistics = flatten_dict(to_flax(torch_model)["batch_stats"], sep="/")
+    for parameter in torch_model.parameters():
         parameter.data = parameter.grad
-    gradients = flatten_dict(to_flax(twin)["params"], sep="/")
+    gradients = flatten_dict(to_flax(torch_model)["params"], sep="/")
 
-    bound = functools.partial(
+    loss_fn = functools.partial(
         objective.objective,
         model=model,
         recipe=objective.Recipe(
@@ -209,7 +210,7 @@ def check_training_step(double_sigmoid):
     )
     batch = {"image": pixels, "mask": mask.astype(jnp.uint8), "text_features": text}
     keys = jax.random.split(jax.random.key(0), len(pixels))
-    step = jax.jit(jax.value_and_grad(bound, has_aux=True))
+    step = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     state = train_state.create(variables, optax.sgd(1.0))
     (loss, (updated, values)), grads = step(variables["params"], state, batch, keys)
     assert float(loss) == pytest.approx(total.item(), rel=1e-6)
@@ -224,39 +225,42 @@ def check_training_step(double_sigmoid):
 
 
 @pytest.mark.parametrize(
-    ("module", "stock"),
+    ("module", "torch_fields"),
     [
         (layers.UpConv2x2(5), {"kernel_size": 2, "stride": 2}),
         (layers.UpConv4x4(5), {"kernel_size": 4, "stride": 2, "padding": 1}),
     ],
 )
-def test_transposed_convolutions_match_the_twin(module, stock):
+def test_transposed_convolutions_match_pytorch(module, torch_fields):
     torch.manual_seed(0)
-    twin = torch.nn.ConvTranspose2d(3, 5, **stock)
+    torch_model = torch.nn.ConvTranspose2d(3, 5, **torch_fields)
     x = np.random.default_rng(0).standard_normal((2, 7, 9, 3))
     x = jnp.asarray(x, jnp.float32)
     params = {
-        "kernel": twin.weight.detach().numpy().transpose(2, 3, 0, 1),
-        "bias": twin.bias.detach().numpy(),
+        "kernel": torch_model.weight.detach().numpy().transpose(2, 3, 0, 1),
+        "bias": torch_model.bias.detach().numpy(),
     }
     with jax.default_matmul_precision("highest"):
-        ours = module.apply({"params": params}, x)
-    np.testing.assert_allclose(ours, nhwc(twin(nchw(x))), atol=1e-5)
+        found = module.apply({"params": params}, x)
+    np.testing.assert_allclose(found, nhwc(torch_model(nchw(x))), atol=1e-5)
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_batch_norm_matches_the_twin_running_statistics_included(train):
-    twin = randomize_(torch.nn.BatchNorm2d(4), seed=0).train(train)
+def test_batch_norm_and_running_statistics_match_pytorch(train):
+    torch_model = randomize_(torch.nn.BatchNorm2d(4), seed=0).train(train)
     x = np.random.default_rng(0).standard_normal((3, 5, 6, 4)) * 3 + 1
     x = jnp.asarray(x, jnp.float32)
     variables = {
-        "params": {"scale": twin.weight.detach().numpy(), "bias": twin.bias.detach().numpy()},
+        "params": {
+            "scale": torch_model.weight.detach().numpy(),
+            "bias": torch_model.bias.detach().numpy(),
+        },
         "batch_stats": {
-            "mean": twin.running_mean.numpy().copy(),
-            "var": twin.running_var.numpy().copy(),
+            "mean": torch_model.running_mean.numpy().copy(),
+            "var": torch_model.running_var.numpy().copy(),
         },
     }
-    ours, updates = layers.BatchNorm().apply(variables, x, train, mutable=["batch_stats"])
-    np.testing.assert_allclose(ours, nhwc(twin(nchw(x))), atol=1e-5)
-    np.testing.assert_allclose(updates["batch_stats"]["mean"], twin.running_mean, rtol=1e-5)
-    np.testing.assert_allclose(updates["batch_stats"]["var"], twin.running_var, rtol=1e-5)
+    found, updates = layers.BatchNorm().apply(variables, x, train, mutable=["batch_stats"])
+    np.testing.assert_allclose(found, nhwc(torch_model(nchw(x))), atol=1e-5)
+    np.testing.assert_allclose(updates["batch_stats"]["mean"], torch_model.running_mean, rtol=1e-5)
+    np.testing.assert_allclose(updates["batch_stats"]["var"], torch_model.running_var, rtol=1e-5)

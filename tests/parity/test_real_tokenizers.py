@@ -1,7 +1,7 @@
-"""The tokenizers of CXR-BERT and CLIP on their own vocabularies, with the sentences of data sets.
+"""The tokenizers of CXR-BERT and CLIP with their vocabularies, on the captions of datasets.
 
-Set BICLIP_TOKENIZERS to a folder that holds *vocab.txt and *bpe_simple_vocab_16e6.txt.gz, and
-BICLIP_SENTENCES to text files with a sentence on each line (separated as in PATH).
+Set BICLIP_TOKENIZERS to a folder with *vocab.txt and *bpe_simple_vocab_16e6.txt.gz, and
+BICLIP_CAPTIONS to text files with one caption per line (separated as in PATH).
 """
 
 import gzip
@@ -14,24 +14,24 @@ from biclip_jax.data import text, tokenizers
 from biclip_jax.data.tokenizers import read_tokenizer
 from tests.data.test_tokenizers import plain_bpe
 
-FOLDER, FILES = os.environ.get("BICLIP_TOKENIZERS"), os.environ.get("BICLIP_SENTENCES")
+FOLDER, FILES = os.environ.get("BICLIP_TOKENIZERS"), os.environ.get("BICLIP_CAPTIONS")
 
 pytestmark = pytest.mark.skipif(
-    not (FOLDER and FILES), reason="BICLIP_TOKENIZERS and BICLIP_SENTENCES are not set"
+    not (FOLDER and FILES), reason="BICLIP_TOKENIZERS and BICLIP_CAPTIONS are not set"
 )
 
 
 @pytest.fixture(scope="module")
 def prompts():
-    """The distinct sentences of all files, in order."""
+    """Returns the distinct captions of all files, sorted."""
     files = [Path(name) for name in FILES.split(os.pathsep)]
     lines = [line for file in files for line in file.read_text("utf-8").split("\n")]
     return sorted({line for line in lines if line.strip()})
 
 
 def vocabulary_file(ending):
-    (found,) = Path(FOLDER).glob(f"*{ending}")
-    return found
+    (path,) = Path(FOLDER).glob(f"*{ending}")
+    return path
 
 
 def clip_merges():
@@ -40,15 +40,15 @@ def clip_merges():
 
 
 def differing(tokenizer, prompts, reference):
-    """The sentences whose ids differ; says how many were compared."""
+    """Returns the captions whose ids differ; prints how many were compared."""
     encodings = tokenizer.encode_batch(prompts)
     pairs = zip(prompts, encodings, strict=True)
-    different = [prompt for prompt, ours in pairs if ours.ids != reference(prompt)]
-    print(f"{len(prompts)} distinct sentences compared, {len(different)} differ")
+    different = [prompt for prompt, encoding in pairs if encoding.ids != reference(prompt)]
+    print(f"{len(prompts)} distinct captions compared, {len(different)} differ")
     return different
 
 
-def test_cxr_bert(prompts):
+def test_cxr_bert_matches_transformers(prompts):
     from transformers import BertTokenizer
 
     file = vocabulary_file("vocab.txt")
@@ -61,7 +61,7 @@ def test_cxr_bert(prompts):
     assert differing(tokenizer, prompts, lambda s: reference(s)["input_ids"]) == []
 
 
-def test_clip_against_plain_python(prompts):
+def test_clip_matches_plain_python(prompts):
     tokenizer = read_tokenizer("clip", FOLDER)
     assert tokenizer.get_vocab_size() == 49408
     ids = [tokenizer.token_to_id(token) for token in ("<|startoftext|>", "<|endoftext|>")]
@@ -71,7 +71,7 @@ def test_clip_against_plain_python(prompts):
     assert differing(tokenizer, prompts, encode) == []
 
 
-def test_clip_against_transformers(prompts):
+def test_clip_matches_transformers(prompts):
     from transformers import CLIPTokenizer
 
     merges = [tuple(line.split()) for line in clip_merges()]
@@ -82,11 +82,11 @@ def test_clip_against_transformers(prompts):
 
 
 @pytest.mark.parametrize("kind", ["bert", "clip"])
-def test_stored_and_loaded_it_encodes_the_same(prompts, kind, tmp_path):
+def test_loaded_tokenizer_encodes_like_the_stored_one(prompts, kind, tmp_path):
     tokenizer = read_tokenizer(kind, vocabulary_file("vocab.txt") if kind == "bert" else FOLDER)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     loaded = tokenizers.load_tokenizer(tmp_path)
-    for ours, stored in zip(
+    for expected, found in zip(
         text.encode(tokenizer, prompts, 77), text.encode(loaded, prompts, 77), strict=True
     ):
-        assert (ours == stored).all()
+        assert (expected == found).all()

@@ -1,4 +1,4 @@
-"""The objective over a few numbers in place of the network, so that answers can be worked out."""
+"""The BiCLIP objective with a few numbers as the model, so that tests can compute the results."""
 
 from functools import partial
 
@@ -13,12 +13,12 @@ from biclip_jax.training import views
 from biclip_jax.training.objectives import biclip as objective
 
 SIZE, NUM, TEXT = 8, 4, 5
-STILL = views.Geometry(0.0, 0.0, 0.0)
+IDENTITY = views.Geometry(0.0, 0.0, 0.0)
 PARTS = {"gen": 0.3, "iac": 0.5, "cycle": 0.7, "pseudo_labels": 1.1, "mean_teacher": 1.3}
 
 
 class Plain:
-    """A few numbers in the place of the network."""
+    """A model with a few scalar parameters."""
 
     fuse, training_pass = "fuse", "training_pass"
 
@@ -57,11 +57,11 @@ def plain_state(step=0, average=True, seed=0):
 def plain_batch(labelled=NUM, seed=0):
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 256, (NUM, SIZE, SIZE, 1)).astype(np.uint8)
-    known = np.arange(NUM) < labelled
+    is_labelled = np.arange(NUM) < labelled
     return {
         "image": jnp.asarray(image),
-        "mask": jnp.asarray((image > 127) & known[:, None, None, None]).astype(jnp.uint8),
-        "labelled": jnp.asarray(known),
+        "mask": jnp.asarray((image > 127) & is_labelled[:, None, None, None]).astype(jnp.uint8),
+        "labelled": jnp.asarray(is_labelled),
         "text_features": jnp.asarray(rng.standard_normal((NUM, TEXT)), jnp.float32),
         "swapped_text_features": jnp.asarray(rng.standard_normal((NUM, TEXT)), jnp.float32),
         "has_text": jnp.ones(NUM, bool),
@@ -70,10 +70,10 @@ def plain_batch(labelled=NUM, seed=0):
 
 
 def recipe(weights=None, **changes):
-    """Both views learn, nothing moves, and only CutMix makes the strong view."""
-    made = objective.Recipe(
+    """Returns a recipe: both views learn, no geometry, CutMix as the only strong augmentation."""
+    default = objective.Recipe(
         weights or {},
-        geometry=STILL,
+        geometry=IDENTITY,
         strong=views.Strong(photometric=False, cutmix=1.0),
         segment_strong=True,
         iac_learner="strong",
@@ -81,43 +81,43 @@ def recipe(weights=None, **changes):
         labelled=0.5,
         confidence=0.5,
     )
-    return made._replace(**changes)
+    return default._replace(**changes)
 
 
 def bind(recipe, state=None, batch=None, model=None):
-    """The objective and its arguments."""
+    """Returns the objective and its arguments."""
     state = state or plain_state()
     batch = batch or plain_batch(round(NUM * recipe.labelled))
     keys = jax.random.split(jax.random.key(3), NUM)
-    bound = partial(objective.objective, model=model or Plain(), recipe=recipe)
-    return bound, (state.params, state, batch, keys)
+    loss_fn = partial(objective.objective, model=model or Plain(), recipe=recipe)
+    return loss_fn, (state.params, state, batch, keys)
 
 
 def run(*args, **kwargs):
-    """The loss, the values of each example, and the gradients; compiling would take longer."""
-    bound, inputs = bind(*args, **kwargs)
-    (loss, (_, values)), grads = jax.value_and_grad(bound, has_aux=True)(*inputs)
+    """Returns loss, per-example values and gradients; not compiled, which would take longer."""
+    loss_fn, inputs = bind(*args, **kwargs)
+    (loss, (_, values)), grads = jax.value_and_grad(loss_fn, has_aux=True)(*inputs)
     return float(loss), {k: np.asarray(v) for k, v in values.items()}, grads
 
 
 def values_of(*args, **kwargs):
-    """The values of each example alone."""
-    bound, inputs = bind(*args, **kwargs)
-    return {name: np.asarray(value) for name, value in bound(*inputs)[1][1].items()}
+    """Returns the per-example values."""
+    loss_fn, inputs = bind(*args, **kwargs)
+    return {name: np.asarray(value) for name, value in loss_fn(*inputs)[1][1].items()}
 
 
 def names_of(*args, **kwargs):
-    """Names of the values, without their computation."""
-    bound, inputs = bind(*args, **kwargs)
-    return set(jax.eval_shape(bound, *inputs)[1][1])
+    """Returns the names of the values without computing them."""
+    loss_fn, inputs = bind(*args, **kwargs)
+    return set(jax.eval_shape(loss_fn, *inputs)[1][1])
 
 
 def strong_keys():
-    """Of the strong views of `run`."""
+    """Returns the keys of the strong views in `run`."""
     keys = jax.random.split(jax.random.key(3), NUM)
     return jax.vmap(jax.random.split, out_axes=1)(keys)[1]
 
 
 def boxes():
-    """What CutMix drew for `run`."""
+    """Returns the deformation (CutMix boxes) in `run`."""
     return views.random_deformation(strong_keys(), SIZE, SIZE, recipe().strong)

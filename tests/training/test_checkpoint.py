@@ -1,4 +1,4 @@
-"""Checkpoints: bit-equal, damage found, interruption harmless, signals and locks."""
+"""Checkpoints: bit-exact restoring, damaged and incomplete steps, signals and locks."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ def make_state(step, size=5):
     return jax.tree.map(np.asarray, state.replace(step=jnp.int32(step)))
 
 
-def assert_same(a, b):
+def assert_trees_equal(a, b):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert x.dtype == y.dtype
         np.testing.assert_array_equal(x, y)
@@ -34,25 +34,25 @@ def assert_same(a, b):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three saves, of which the newest two stay."""
+    """Returns a folder after three saves, which keeps the newest two steps."""
     for step in (1, 2, 3):
         checkpoint.save(tmp_path / "last", make_state(step), {"note": step})
     return tmp_path / "last"
 
 
-def restore(folder, said=None):
-    said = [] if said is None else said
-    return checkpoint.restore_latest(folder, make_state(0), said.append)
+def restore(folder, messages=None):
+    messages = [] if messages is None else messages
+    return checkpoint.restore_latest(folder, make_state(0), messages.append)
 
 
-def test_the_newest_comes_back_bit_for_bit_and_two_stay(folder):
+def test_restores_the_newest_step_bit_for_bit_and_keeps_two(folder):
     state, meta = restore(folder)
-    assert_same(state, make_state(3))
+    assert_trees_equal(state, make_state(3))
     assert meta == {"note": 3}
     assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["2", "3"]
 
 
-def test_nothing_there_is_none(tmp_path):
+def test_restore_of_an_empty_folder_is_none(tmp_path):
     assert restore(tmp_path / "empty") is None
 
 
@@ -61,41 +61,41 @@ def largest_file(step):
 
 
 @pytest.mark.parametrize("fault", ["flip", "zero", "truncate", "delete", "swap", "manifest"])
-def test_damage_is_found_and_the_older_step_taken(folder, fault):
-    victim = largest_file(folder / "3")
-    data = bytearray(victim.read_bytes())
+def test_damaged_step_is_skipped_for_the_older_one(folder, fault):
+    path = largest_file(folder / "3")
+    data = bytearray(path.read_bytes())
     if fault == "flip":
         data[len(data) // 2] ^= 1
-        victim.write_bytes(data)
+        path.write_bytes(data)
     elif fault == "zero":
-        victim.write_bytes(bytes(len(data)))
+        path.write_bytes(bytes(len(data)))
     elif fault == "truncate":
-        victim.write_bytes(data[:-1])
+        path.write_bytes(data[:-1])
     elif fault == "delete":
-        victim.unlink()
+        path.unlink()
     elif fault == "swap":
-        victim.write_bytes(largest_file(folder / "2").read_bytes() + b"x")
+        path.write_bytes(largest_file(folder / "2").read_bytes() + b"x")
     else:
         (folder / "3.sha256.json").write_text("{")
-    said = []
-    state, meta = restore(folder, said)
-    assert_same(state, make_state(2))
+    messages = []
+    state, meta = restore(folder, messages)
+    assert_trees_equal(state, make_state(2))
     assert meta == {"note": 2}
-    assert len(said) == 1
-    assert str(folder / "3") in said[0]
-    # The damaged step takes no place among those that are kept.
+    assert len(messages) == 1
+    assert str(folder / "3") in messages[0]
+    # The damaged step does not count towards the steps to keep.
     checkpoint.save(folder, make_state(4), {"note": 4})
     assert [step.name for step in checkpoint.complete_steps(folder)] == ["2", "4"]
 
 
-def test_no_intact_step_is_an_error_that_names_the_folder(folder):
+def test_no_intact_step_raises_with_the_folder(folder):
     for step in ("2", "3"):
         largest_file(folder / step).unlink()
     with pytest.raises(UserError, match=str(folder)):
         restore(folder)
 
 
-def test_a_step_without_manifest_does_not_count_and_is_cleaned(folder):
+def test_step_without_manifest_is_ignored_and_removed(folder):
     (folder / "3.sha256.json").unlink()
     (folder / "4.orbax-checkpoint-tmp").mkdir()
     assert restore(folder)[1] == {"note": 2}
@@ -103,18 +103,18 @@ def test_a_step_without_manifest_does_not_count_and_is_cleaned(folder):
     assert sorted(p.name for p in folder.iterdir()) == ["2", "2.sha256.json"]
 
 
-def test_another_model_s_checkpoint_is_refused_by_name(folder):
-    with pytest.raises(UserError, match="another model"):
+def test_rejects_a_checkpoint_of_another_model(folder):
+    with pytest.raises(UserError, match="does not match the model of the config"):
         checkpoint.restore_latest(folder, make_state(0, size=7), print)
 
 
-def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+def test_unwritable_folder_raises_user_error(tmp_path):
     (tmp_path / "last").write_text("a file, not a folder")
-    with pytest.raises(UserError, match="could not be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         checkpoint.save(tmp_path / "last", make_state(1), {})
 
 
-def test_stop_signal_remembers_and_gives_the_handlers_back():
+def test_stop_signal_records_and_restores_the_handlers():
     before = signal.getsignal(signal.SIGTERM)
     with checkpoint.StopSignal() as stop:
         assert stop.received is None
@@ -123,7 +123,7 @@ def test_stop_signal_remembers_and_gives_the_handlers_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_second_job_is_refused_and_a_dead_owner_s_lock_is_free(tmp_path):
+def test_lock_rejects_a_second_job_and_is_released_with_its_process(tmp_path):
     code = (
         "import sys, pathlib\nfrom biclip_jax.training import checkpoint\n"
         "with checkpoint.lock(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n"
@@ -137,8 +137,8 @@ def test_a_second_job_is_refused_and_a_dead_owner_s_lock_is_free(tmp_path):
     )
     try:
         assert holder.stdout.readline() == "held\n"
-        refused = pytest.raises(UserError, match=f"process {holder.pid}")
-        with refused, checkpoint.lock(tmp_path):
+        raises = pytest.raises(UserError, match=f"process {holder.pid}")
+        with raises, checkpoint.lock(tmp_path):
             pass
     finally:
         holder.kill()

@@ -1,4 +1,4 @@
-"""K models in one program: each is the model that its seed gives alone."""
+"""K models in one program: each member equals the model trained alone with its seed."""
 
 import flax.linen as nn
 import jax
@@ -17,24 +17,24 @@ MEMBERS, STEPS = 3, 5
 
 @pytest.fixture(scope="module")
 def runs():
-    """Five SGD steps of three members together, and of each alone."""
+    """Runs five SGD steps of three members, as an ensemble and individually."""
     step, *_ = tiny.train_step(optimizer="sgd")
     members = [
         train_state.create(tiny.init(tiny.model(), seed), tiny_optimizer())
         for seed in range(MEMBERS)
     ]
     keys = [jax.random.key(seed) for seed in range(MEMBERS)]
-    single, ensemble_with = jax.jit(step), jax.jit(steps.ensemble_step(step))
-    stacked, alone = train_state.stack(members), list(members)
-    sums = []
+    single_step, ensemble_step = jax.jit(step), jax.jit(steps.ensemble_step(step))
+    stacked, singles = train_state.stack(members), list(members)
+    metrics = []
     for number in range(STEPS):
         batches = [tiny.batch(seed=10 * number + member) for member in range(MEMBERS)]
         joined = jax.tree.map(lambda *rows: jnp.stack(rows), *batches)
-        stacked, metrics = ensemble_with(stacked, joined, jnp.stack(keys))
-        taken = [single(*one) for one in zip(alone, batches, keys, strict=True)]
-        alone = [state for state, _ in taken]
-        sums.append((metrics, [values for _, values in taken]))
-    return stacked, alone, sums
+        stacked, ensemble_metrics = ensemble_step(stacked, joined, jnp.stack(keys))
+        results = [single_step(*args) for args in zip(singles, batches, keys, strict=True)]
+        singles = [state for state, _ in results]
+        metrics.append((ensemble_metrics, [values for _, values in results]))
+    return stacked, singles, metrics
 
 
 def tiny_optimizer():
@@ -43,52 +43,52 @@ def tiny_optimizer():
 
 
 @pytest.mark.slow
-def test_three_in_one_program_are_three_runs(runs):
-    stacked, alone, _ = runs
+def test_members_equal_individually_trained_models(runs):
+    stacked, singles, _ = runs
     assert train_state.step_of(stacked) == STEPS
-    for member, state in enumerate(alone):
-        ours = jax.tree.map(lambda x, k=member: x[k], (stacked.params, stacked.batch_stats))
+    for member, state in enumerate(singles):
+        found = jax.tree.map(lambda x, k=member: x[k], (stacked.params, stacked.batch_stats))
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5),
-            ours,
+            found,
             (state.params, state.batch_stats),
         )
-    first, second = (jax.tree.leaves(state.params) for state in alone[:2])
+    first, second = (jax.tree.leaves(state.params) for state in singles[:2])
     assert any(np.abs(a - b).max() > 1e-3 for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.slow
 def test_metrics_are_summed_over_the_members(runs):
-    for ensemble_with, single in runs[2]:
-        total, count = ensemble_with["loss"]
-        assert float(count) == sum(float(values["loss"][1]) for values in single)
-        wanted = sum(float(values["loss"][0]) for values in single)
-        assert float(total) == pytest.approx(wanted, rel=1e-5)
+    for ensemble_metrics, single_metrics in runs[2]:
+        total, count = ensemble_metrics["loss"]
+        assert float(count) == sum(float(values["loss"][1]) for values in single_metrics)
+        expected = sum(float(values["loss"][0]) for values in single_metrics)
+        assert float(total) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow
-def test_the_ensemble_answers_with_the_mean_of_its_members_probabilities(runs):
-    stacked, alone, _ = runs
+def test_ensemble_probability_is_the_mean_over_its_members(runs):
+    stacked, singles, _ = runs
     batch, member = tiny.batch(2), tiny.model()
     image = jnp.asarray(batch["image"] / 255.0, jnp.float32).repeat(3, -1)
     text = {name: batch[name] for name in ("text_ids", "text_mask", "has_text")}
     variables = ensemble.stacked(train_state.inference_variables(stacked))
     model = ensemble.Ensemble(member, MEMBERS)
     logits, aux = jax.jit(model.apply)(variables, image, **text)
-    answers = [
+    member_probs = [
         jax.nn.sigmoid(member.apply(train_state.inference_variables(state), image, **text)[0])
-        for state in alone
+        for state in singles
     ]
-    np.testing.assert_allclose(jax.nn.sigmoid(logits), np.mean(answers, axis=0), atol=1e-5)
+    np.testing.assert_allclose(jax.nn.sigmoid(logits), np.mean(member_probs, axis=0), atol=1e-5)
     assert aux["member_logits"].shape == (MEMBERS, 2, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 1)
-    for index, answer in enumerate(answers):
-        one = ensemble.member_of(variables, index)
-        again = jax.nn.sigmoid(member.apply(one, image, **text)[0])
-        np.testing.assert_allclose(again, answer, atol=1e-5)
+    for index, expected in enumerate(member_probs):
+        member_variables = ensemble.member_of(variables, index)
+        found = jax.nn.sigmoid(member.apply(member_variables, image, **text)[0])
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_a_shared_text_tower_encodes_once_for_all_members():
+def test_shared_text_encoder_encodes_once_for_all_members():
     batch, encoder = tiny.batch(2), TextEncoder(tiny.VOCAB_SIZE, tiny.MAX_LENGTH, 8, 1, 2)
     member = tiny.model().clone(text_encoder=None)
     ids = {name: batch[name] for name in ("text_ids", "text_mask")}
@@ -97,22 +97,23 @@ def test_a_shared_text_tower_encodes_once_for_all_members():
     variables = jax.jit(model.init)(jax.random.key(0), image, **ids)
     assert set(variables["params"]) == {"member", "text_encoder"}
     logits, _ = model.apply(variables, image, **ids)
-    alone = {"params": {"member": variables["params"]["member"]}}
-    alone["batch_stats"] = variables["batch_stats"]
-    vectors = encoder.apply({"params": variables["params"]["text_encoder"]}, *ids.values())
-    again, _ = ensemble.Ensemble(member, 2).apply(alone, image, text_features=vectors)
-    np.testing.assert_allclose(logits, again, atol=1e-6)
+    member_variables = {"params": {"member": variables["params"]["member"]}}
+    member_variables["batch_stats"] = variables["batch_stats"]
+    features = encoder.apply({"params": variables["params"]["text_encoder"]}, *ids.values())
+    model = ensemble.Ensemble(member, 2)
+    expected, _ = model.apply(member_variables, image, text_features=features)
+    np.testing.assert_allclose(logits, expected, atol=1e-6)
 
 
 class Pixel(nn.Module):
-    """One weight a channel in the place of a network."""
+    """A linear layer per pixel as a minimal model."""
 
     @nn.compact
     def __call__(self, image):
         return nn.Dense(1, name="out")(image), {}
 
 
-def test_parameters_of_an_ensemble_are_initialised_apart():
+def test_members_are_initialised_differently():
     image = jnp.asarray(np.random.default_rng(0).random((1, 2, 2, 3)), jnp.float32)
     model = ensemble.Ensemble(Pixel(), 2)
     variables = model.init(jax.random.key(0), image)

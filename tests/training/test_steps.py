@@ -1,4 +1,4 @@
-"""The train step: accumulation, skipped steps, schedules of keys, metrics as (sum, count)."""
+"""The train step: accumulation, skipped steps, random keys, metrics as (sum, count)."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def flat(tree):
 
 
 def quadratic(params, state, batch, keys):
-    """mean((w - x)^2) over the batch: a loss whose gradient is known by hand."""
+    """mean((w - x)^2) over the batch, a loss with a known gradient."""
     value = jnp.square(params["w"] - batch["x"])
     stats = {"seen": state.batch_stats["seen"] + batch["x"].size}
     return value.mean(), (stats, {"loss": value})
@@ -31,7 +31,7 @@ def quadratic_state(optimizer):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
-def test_a_step_is_gradient_descent_on_the_mean_whatever_the_parts(accumulate):
+def test_step_is_gradient_descent_for_any_accumulation(accumulate):
     sgd = optax.sgd(0.1)
     batch = {"x": jnp.array([0.0, 1.0, 2.0, 5.0]), "row": jnp.arange(4, dtype=jnp.int32)}
     state, metrics = steps.train_step(
@@ -52,7 +52,7 @@ def test_a_step_is_gradient_descent_on_the_mean_whatever_the_parts(accumulate):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_step_that_is_not_finite_leaves_everything_but_the_counters(bad):
+def test_non_finite_step_changes_only_the_counters(bad):
     adam = optax.adam(0.1)
     before = quadratic_state(adam)
     batch = {"x": jnp.array([0.0, bad]), "row": jnp.arange(2, dtype=jnp.int32)}
@@ -66,28 +66,28 @@ def test_a_step_that_is_not_finite_leaves_everything_but_the_counters(bad):
     assert float(metrics["skipped"][0]) == 1
 
 
-def test_means_leave_skipped_steps_out():
-    taken = {"loss": (6.0, 3.0), "skipped": (0.0, 1.0)}
-    other = {"loss": (4.0, 2.0), "skipped": (0.0, 1.0)}
+def test_mean_metrics_exclude_skipped_steps():
+    first = {"loss": (6.0, 3.0), "skipped": (0.0, 1.0)}
+    second = {"loss": (4.0, 2.0), "skipped": (0.0, 1.0)}
     skipped = {"loss": (float("nan"), 3.0), "skipped": (1.0, 1.0)}
-    assert steps.mean_metrics([taken, skipped, other]) == {"loss": 2.0, "skipped": 1}
+    assert steps.mean_metrics([first, skipped, second]) == {"loss": 2.0, "skipped": 1}
     assert steps.mean_metrics([skipped]) == {"skipped": 1}
 
 
-def test_keys_follow_stream_step_and_global_row_alone():
+def test_keys_depend_only_on_stream_step_and_global_row():
     key, rows = jax.random.key(7), jnp.arange(6, dtype=jnp.int32)
-    whole = jax.random.key_data(steps.example_keys(key, jnp.int32(3), rows))
+    all_keys = jax.random.key_data(steps.example_keys(key, jnp.int32(3), rows))
     parts = [
         jax.random.key_data(steps.example_keys(key, jnp.int32(3), rows[i : i + 2]))
         for i in (0, 2, 4)
     ]
-    np.testing.assert_array_equal(whole, np.concatenate(parts))
-    later = jax.random.key_data(steps.example_keys(key, jnp.int32(4), rows))
-    assert len(np.unique(np.concatenate([whole, later]), axis=0)) == 12
+    np.testing.assert_array_equal(all_keys, np.concatenate(parts))
+    next_keys = jax.random.key_data(steps.example_keys(key, jnp.int32(4), rows))
+    assert len(np.unique(np.concatenate([all_keys, next_keys]), axis=0)) == 12
 
 
 @pytest.mark.slow
-def test_the_loss_falls_and_its_parts_add_up(tiny_step):
+def test_loss_decreases_and_is_the_weighted_sum_of_its_parts(tiny_step):
     step, state, batch, key = tiny_step
     step, first = jax.jit(step), None
     for _ in range(30):
@@ -96,19 +96,19 @@ def test_the_loss_falls_and_its_parts_add_up(tiny_step):
     parts = {k: float(v[0] / v[1]) for k, v in metrics.items()}
     weighted = sum(w * parts[f"loss_{name}"] for name, w in tiny.WEIGHTS.items())
     assert parts["loss"] == pytest.approx(parts["loss_seg"] + weighted, rel=1e-5)
-    # The other terms follow targets that move with the network.
+    # The targets of the other terms change with the network.
     assert parts["loss_seg"] < 0.9 * float(first["loss_seg"][0] / first["loss_seg"][1])
 
 
 @pytest.mark.slow
-def test_no_gradient_enters_through_the_strong_view():
+def test_iac_has_no_gradient_through_the_strong_view():
     """L_IAC's gradient is that of 1 - cos(p_w, p_s) with p_s a constant."""
     _, state, batch, key = tiny.train_step()
     model = tiny.model()
     recipe = objective.Recipe({"iac": 1.0}, views.Geometry(0.0, 0.0, 0.0))
     keys = steps.example_keys(key, state.step, batch["row"])
 
-    def ours(params):
+    def iac(params):
         _, (_, values) = objective.objective(params, state, batch, keys, model=model, recipe=recipe)
         return values["loss_iac"].mean()
 
@@ -119,28 +119,28 @@ def test_no_gradient_enters_through_the_strong_view():
         photometric = jax.vmap(lambda k, x: views.published_photometric(jax.random.split(k)[1], x))(
             keys, image
         )
-        seen = [biclip.View(image, pseudo), biclip.View(photometric, pseudo)]
-        out, _ = objective.forward_passes(model, variables, seen, recipe)
+        passes = [biclip.View(image, pseudo), biclip.View(photometric, pseudo)]
+        out, _ = objective.forward_passes(model, variables, passes, recipe)
         return [part.embeddings["decoder_0"] for part in out]
 
-    _, fixed = embeddings(state.params)
+    _, target = embeddings(state.params)
 
-    def expected(params):
+    def iac_with_constant_target(params):
         weak, _ = embeddings(params)
-        norms = jnp.linalg.norm(weak, axis=-1) * jnp.linalg.norm(fixed, axis=-1)
-        return (1 - (weak * fixed).sum(-1) / norms).mean()
+        norms = jnp.linalg.norm(weak, axis=-1) * jnp.linalg.norm(target, axis=-1)
+        return (1 - (weak * target).sum(-1) / norms).mean()
 
-    grads = flat(jax.jit(jax.grad(ours))(state.params))
-    wanted = flat(jax.jit(jax.grad(expected))(state.params))
+    found = flat(jax.jit(jax.grad(iac))(state.params))
+    expected = flat(jax.jit(jax.grad(iac_with_constant_target))(state.params))
     for name in ("consistency_head/out/bias", "consistency_head/norm/scale"):
-        assert np.abs(wanted[name]).max() > 0
+        assert np.abs(expected[name]).max() > 0
         np.testing.assert_allclose(
-            grads[name], wanted[name], atol=1e-2 * np.abs(wanted[name]).max(), err_msg=name
+            found[name], expected[name], atol=1e-2 * np.abs(expected[name]).max(), err_msg=name
         )
 
 
 @pytest.mark.slow
-def test_grey_and_colour_pictures_give_the_same_where_colours_are_equal(tiny_step):
+def test_greyscale_and_equal_rgb_images_give_the_same_step(tiny_step):
     step, state, batch, key = tiny_step
     colour = {**batch, "image": np.repeat(batch["image"], 3, axis=-1)}
     step = jax.jit(step)
@@ -151,7 +151,7 @@ def test_grey_and_colour_pictures_give_the_same_where_colours_are_equal(tiny_ste
 
 
 @pytest.mark.slow
-def test_bfloat16_computes_narrow_and_keeps_parameters_and_statistics_wide():
+def test_bfloat16_keeps_parameters_and_statistics_in_float32():
     model = tiny.model(dtype="bfloat16")
     variables = jax.jit(model.init)(
         jax.random.key(0),
@@ -169,47 +169,47 @@ def test_bfloat16_computes_narrow_and_keeps_parameters_and_statistics_wide():
     assert 0 < np.abs(narrow - wide).max() < 0.1 * float(wide.std()) + 0.05
 
 
-def test_a_batch_is_picked_by_record():
+def test_gather_batch_selects_records():
     data = {"image": jnp.arange(6.0), "mask": jnp.arange(1, 7, dtype=jnp.uint8).reshape(6, 1, 1, 1)}
     rows = {"index": jnp.array([4, 0]), "row": jnp.array([0, 1]), "labelled": jnp.array([1, 0])}
     batch = steps.gather_batch(data, rows)
     assert batch["image"].tolist() == [4.0, 0.0]
     assert batch["mask"].ravel().tolist() == [5, 1] and batch["mask"].dtype == jnp.uint8
     assert batch["row"].tolist() == [0, 1] and batch["labelled"].tolist() == [1, 0]
-    # Members of an ensemble come first.
+    # The member axis of an ensemble is the first.
     stacked = steps.gather_batch(data, {name: jnp.stack([x, x[::-1]]) for name, x in rows.items()})
     assert stacked["image"].tolist() == [[4.0, 0.0], [0.0, 4.0]]
     assert stacked["mask"].shape == (2, 2, 1, 1, 1)
 
 
 @pytest.mark.parametrize("length", [1, 4])
-def test_several_steps_are_single_ones_and_compile_once(length):
+def test_multi_step_equals_single_steps_and_compiles_once(length):
     adam = optax.adam(0.1)
 
-    def picked_loss(params, state, batch, keys):
+    def noisy_loss(params, state, batch, keys):
         noise = jax.vmap(jax.random.normal)(keys)
         return quadratic(params, state, {"x": batch["image"] + noise}, keys)
 
     traces = []
 
-    def step(*given):
+    def step(*args):
         traces.append(0)
-        return steps.train_step(*given, objective=picked_loss, optimizer=adam)
+        return steps.train_step(*args, objective=noisy_loss, optimizer=adam)
 
     data = {"image": jnp.arange(6.0), "mask": jnp.ones((6, 1, 1, 1), jnp.uint8)}
     index = jnp.array([[0, 5], [1, 1], [3, 2], [4, 0]])
     rows = {"index": index, "row": jnp.tile(jnp.arange(2), (4, 1)), "labelled": index >= 0}
     rows = jax.tree.map(lambda x: x[:length], rows)
-    several, key = jax.jit(steps.multi_step(step, length)), jax.random.key(3)
-    several(quadratic_state(adam), data, rows, np.int32(1), key)
-    before = len(traces)
+    multi_step, key = jax.jit(steps.multi_step(step, length)), jax.random.key(3)
+    multi_step(quadratic_state(adam), data, rows, np.int32(1), key)
+    num_traces = len(traces)
     for count in range(1, length + 1):
         expected, losses = quadratic_state(adam), []
-        state, metrics = several(expected, data, rows, np.int32(count), key)
+        state, metrics = multi_step(expected, data, rows, np.int32(count), key)
         for i in range(count):
             batch = steps.gather_batch(data, jax.tree.map(lambda x, i=i: x[i], rows))
             expected, single = steps.train_step(
-                expected, batch, key, objective=picked_loss, optimizer=adam
+                expected, batch, key, objective=noisy_loss, optimizer=adam
             )
             losses.append(float(single["loss"][0]))
         assert int(state.step) == count
@@ -217,4 +217,4 @@ def test_several_steps_are_single_ones_and_compile_once(length):
         found = metrics["loss"][0]
         assert found.shape == (length,)
         np.testing.assert_allclose(found[:count], losses, rtol=1e-6)
-    assert len(traces) == before
+    assert len(traces) == num_traces

@@ -1,4 +1,4 @@
-"""The strong view: boxes, elastic deformation against SciPy, what is bounded and what is off."""
+"""The strong view: CutMix boxes, elastic deformation against SciPy, ranges and disabled parts."""
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +23,20 @@ def deformation(keys=KEYS, height=HEIGHT, width=WIDTH, **strong):
 
 @pytest.fixture(scope="module")
 def boxes():
-    """500 boxes of pictures of 64 x 64, drawn with certainty."""
+    """Returns 500 boxes in 64 x 64 images, sampled_deformation with probability 1."""
     keys = jax.random.split(jax.random.key(0), 500)
     return np.asarray(jax.vmap(lambda key: views.random_box(key, 64, 64, 1.0))(keys))[..., 0]
 
 
-def test_boxes_are_rectangles_of_the_area_and_shape_that_are_said(boxes):
+def test_boxes_are_rectangles_with_the_documented_area_and_shape(boxes):
     rows, columns = boxes.any(2), boxes.any(1)
     np.testing.assert_array_equal(boxes, rows[:, :, None] & columns[:, None, :])
-    for ends in (rows, columns):  # in one piece
-        assert (np.abs(np.diff(ends.astype(int), axis=1)).sum(1) <= 2).all()
+    for extent in (rows, columns):  # contiguous
+        assert (np.abs(np.diff(extent.astype(int), axis=1)).sum(1) <= 2).all()
     sides = rows.sum(1), columns.sum(1)
     area = sides[0] * sides[1] / 64**2
     low, high = views.CUTMIX_AREA
-    # A side is off by up to a pixel: of the 64 * sqrt(area) that it has.
+    # The error of a side is up to one pixel of its 64 * sqrt(area).
     assert area.min() > low * 0.9
     assert area.max() < high * 1.1
     assert area.mean() == pytest.approx((low + high) / 2, abs=0.02)
@@ -44,52 +44,54 @@ def test_boxes_are_rectangles_of_the_area_and_shape_that_are_said(boxes):
     assert 0.45 < shape.min() < 0.6 < 1.7 < shape.max() < 2.2
 
 
-def test_boxes_lie_anywhere_and_come_with_their_probability(boxes):
-    middle = [np.argwhere(box).mean(0) for box in boxes]
-    np.testing.assert_allclose(np.mean(middle, 0), [31.5, 31.5], atol=2)
+def test_boxes_are_anywhere_and_drawn_with_their_probability(boxes):
+    centres = [np.argwhere(box).mean(0) for box in boxes]
+    np.testing.assert_allclose(np.mean(centres, 0), [31.5, 31.5], atol=2)
     assert boxes[:, 0].any() and boxes[:, -1].any() and boxes[:, :, 0].any()
     keys = jax.random.split(jax.random.key(1), 500)
-    some = jax.vmap(lambda key: views.random_box(key, 16, 16, 0.3))(keys)
-    assert some.any((1, 2, 3)).mean() == pytest.approx(0.3, abs=0.06)
+    small_boxes = jax.vmap(lambda key: views.random_box(key, 16, 16, 0.3))(keys)
+    assert small_boxes.any((1, 2, 3)).mean() == pytest.approx(0.3, abs=0.06)
 
 
-def test_a_pair_exchanges_the_same_box():
-    drawn = deformation(cutmix=1.0)
-    assert drawn.source is None
-    box = np.asarray(drawn.box)
+def test_pair_exchanges_the_same_box():
+    sampled_deformation = deformation(cutmix=1.0)
+    assert sampled_deformation.source is None
+    box = np.asarray(sampled_deformation.box)
     assert box.any((1, 2, 3)).all()
     np.testing.assert_array_equal(box, box[PARTNER])
     assert (box[0] != box[2]).any()
-    image, mask = views.deform([IMAGES, MASKS], drawn)
+    image, mask = views.deform([IMAGES, MASKS], sampled_deformation)
     np.testing.assert_array_equal(image, np.where(box, IMAGES[np.array(PARTNER)], IMAGES))
     np.testing.assert_array_equal(mask, np.where(box, MASKS[np.array(PARTNER)], MASKS))
-    np.testing.assert_array_equal(views.deform([image], drawn)[0], IMAGES)  # and back
+    np.testing.assert_array_equal(
+        views.deform([image], sampled_deformation)[0], IMAGES
+    )  # an involution
 
 
 def test_vectors_are_mixed_by_the_area_of_the_box():
-    drawn = deformation(cutmix=1.0)
+    sampled_deformation = deformation(cutmix=1.0)
     vectors = RNG.standard_normal((NUM, 5)).astype(np.float32)
-    found = views.mix_vectors(jnp.asarray(vectors), drawn)
+    found = views.mix_vectors(jnp.asarray(vectors), sampled_deformation)
     for row, other in enumerate(PARTNER):
-        area = np.asarray(drawn.box[row]).sum() / (HEIGHT * WIDTH)
+        area = np.asarray(sampled_deformation.box[row]).sum() / (HEIGHT * WIDTH)
         expected = (1 - area) * vectors[row] + area * vectors[other]
         np.testing.assert_allclose(found[row], expected, rtol=1e-5)
-    still = jnp.asarray(vectors)
-    np.testing.assert_array_equal(views.mix_vectors(still, deformation(elastic=0.1)), still)
+    unmixed = views.mix_vectors(jnp.asarray(vectors), deformation(elastic=0.1))
+    np.testing.assert_array_equal(unmixed, jnp.asarray(vectors))
 
 
-def test_pairs_are_exchanged_whatever_the_shape():
+def test_swap_pairs_works_for_any_shape():
     for shape in [(NUM,), (NUM, 3), (NUM, 2, 3, 1)]:
         x = RNG.standard_normal(shape)
         np.testing.assert_allclose(views.swap_pairs(jnp.asarray(x)), x[PARTNER], rtol=1e-6)
 
 
-def test_elastic_deformation_is_scipy_s_map_coordinates():
-    drawn = deformation(elastic=0.05)
-    assert drawn.box is None
-    image, mask = views.deform([IMAGES, MASKS], drawn)
+def test_elastic_deformation_matches_scipy():
+    sampled_deformation = deformation(elastic=0.05)
+    assert sampled_deformation.box is None
+    image, mask = views.deform([IMAGES, MASKS], sampled_deformation)
     for row in range(NUM):
-        source = np.asarray(drawn.source[row]).transpose(2, 0, 1)
+        source = np.asarray(sampled_deformation.source[row]).transpose(2, 0, 1)
         for found, maps in ((image, IMAGES), (mask, MASKS)):
             for channel in range(maps.shape[-1]):
                 expected = ndimage.map_coordinates(
@@ -98,41 +100,45 @@ def test_elastic_deformation_is_scipy_s_map_coordinates():
                 np.testing.assert_allclose(found[row, ..., channel], expected, atol=1e-4)
 
 
-def test_the_elastic_field_is_smooth_and_as_large_as_is_said():
+def test_elastic_field_is_smooth_and_has_the_configured_scale():
     keys = jax.random.split(jax.random.key(0), 200)
     source = jax.vmap(lambda key: views.elastic_source(key, 56, 112, 0.01))(keys)
     grid = np.stack(np.meshgrid(np.arange(56), np.arange(112), indexing="ij"), -1)
     shift = np.asarray(source) - grid
-    # At a control point the field is its own shift, between them less.
+    # The field equals the displacements at the control points and is smaller between them.
     for axis, side in enumerate((56, 112)):
         assert 0.6 < shift[..., axis].std() / (0.01 * side) < 1.05
-        # Smooth: rows and columns keep their order, so that nothing is folded over.
+        # Smooth: rows and columns keep their order, so the field does not fold.
         assert np.diff(np.asarray(source)[..., axis], axis=1 + axis).min() > 0
     assert np.abs(shift.mean((0, 1, 2))).max() < 0.1
     assert abs(np.corrcoef(shift[:, 28, 56, 0], shift[:, 28, 56, 1])[0, 1]) < 0.25
 
 
-def test_picture_and_mask_move_alike_through_both():
-    drawn = deformation(elastic=0.05, cutmix=1.0)
-    image, mask = views.deform([jnp.repeat(MASKS, 3, -1), MASKS], drawn)
+def test_image_and_mask_are_deformed_identically():
+    sampled_deformation = deformation(elastic=0.05, cutmix=1.0)
+    image, mask = views.deform([jnp.repeat(MASKS, 3, -1), MASKS], sampled_deformation)
     np.testing.assert_array_equal(image, np.repeat(mask, 3, -1))
-    (elastic,) = views.deform([MASKS], drawn._replace(box=None))
-    np.testing.assert_array_equal(mask, np.where(drawn.box, elastic[np.array(PARTNER)], elastic))
+    (elastic,) = views.deform([MASKS], sampled_deformation._replace(box=None))
+    np.testing.assert_array_equal(
+        mask, np.where(sampled_deformation.box, elastic[np.array(PARTNER)], elastic)
+    )
 
 
-def test_what_is_off_is_the_identity():
-    drawn = deformation()
-    assert drawn == views.Deformation(None, None)
-    for found, maps in zip(views.deform([IMAGES, MASKS], drawn), (IMAGES, MASKS), strict=True):
+def test_disabled_deformation_is_the_identity():
+    sampled_deformation = deformation()
+    assert sampled_deformation == views.Deformation(None, None)
+    for found, maps in zip(
+        views.deform([IMAGES, MASKS], sampled_deformation), (IMAGES, MASKS), strict=True
+    ):
         np.testing.assert_array_equal(found, maps)
     np.testing.assert_array_equal(views.strong_photometric(KEYS[0], IMAGES[0], OFF), IMAGES[0])
 
 
-def test_rows_are_drawn_by_their_own_keys():
-    """So that a device that has rows 2 and 3 draws what one with all rows does."""
-    whole, part = (deformation(keys, elastic=0.05, cutmix=1.0) for keys in (KEYS, KEYS[2:]))
-    np.testing.assert_array_equal(whole.source[2:], part.source)
-    np.testing.assert_array_equal(whole.box[2:], part.box)
+def test_rows_depend_only_on_their_own_keys():
+    """A device with the rows 2 and 3 draws the same as one with all rows."""
+    full, part = (deformation(keys, elastic=0.05, cutmix=1.0) for keys in (KEYS, KEYS[2:]))
+    np.testing.assert_array_equal(full.source[2:], part.source)
+    np.testing.assert_array_equal(full.box[2:], part.box)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +149,7 @@ def test_rows_are_drawn_by_their_own_keys():
     ],
     ids=lambda strong: next(iter(strong)),
 )
-def test_strong_changes_stay_in_range_and_follow_the_key(strong):
+def test_strong_photometric_changes_are_in_range_and_depend_on_the_key(strong):
     change = jax.vmap(lambda key: views.strong_photometric(key, IMAGES[0], OFF._replace(**strong)))
     found = np.asarray(change(jax.random.split(jax.random.key(0), 16)))
     assert found.min() >= 0
@@ -152,23 +158,23 @@ def test_strong_changes_stay_in_range_and_follow_the_key(strong):
     assert np.abs(found[0] - found[1]).max() > 1e-4
 
 
-def test_each_change_is_its_formula():
+def test_each_photometric_change_matches_its_definition():
     grey = jnp.asarray(RNG.uniform(0.4, 0.6, (64, 64, 1)), jnp.float32).repeat(3, -1)
     keys = jax.random.split(jax.random.key(0), 200)
 
-    def changed(**strong):
-        made = OFF._replace(**strong)
-        return np.asarray(jax.vmap(lambda k: views.strong_photometric(k, grey, made))(keys))
+    def augment(**strong):
+        config = OFF._replace(**strong)
+        return np.asarray(jax.vmap(lambda k: views.strong_photometric(k, grey, config))(keys))
 
     mean = float(grey.mean())
-    bright = changed(brightness=0.2) - np.asarray(grey)
+    bright = augment(brightness=0.2) - np.asarray(grey)
     assert bright.std((1, 2, 3)).max() < 1e-5
     assert 0.18 < np.abs(bright).max() <= 0.2 + 1e-5
-    contrast = (changed(contrast=0.3) - mean) / (np.asarray(grey) - mean)
+    contrast = (augment(contrast=0.3) - mean) / (np.asarray(grey) - mean)
     factor = np.median(contrast, axis=(1, 2, 3))
     assert 0.7 <= factor.min() < 0.75 < 1.25 < factor.max() <= 1.3
-    noise = changed(noise=0.1) - np.asarray(grey)
-    np.testing.assert_allclose(noise[..., 0], noise[..., 2], atol=1e-6)  # one for all channels
+    noise = augment(noise=0.1) - np.asarray(grey)
+    np.testing.assert_allclose(noise[..., 0], noise[..., 2], atol=1e-6)  # shared by the channels
     deviation = noise[..., 0].std((1, 2))
     assert deviation.min() < 0.01 < 0.09 < deviation.max() < 0.105
     assert deviation.mean() == pytest.approx(0.05, abs=0.01)

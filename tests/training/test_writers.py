@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line a measurement, none twice after a resume."""
+"""metrics.jsonl: one line per measurement, without duplicates after a resume."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from biclip_jax.training import writers
 
 
-def test_lines_are_written_and_read_back(tmp_path, capsys):
+def test_written_lines_are_read_back(tmp_path, capsys):
     with writers.Writer(tmp_path, 10, 0) as writer:
         writer.write(2, "train", {"loss": 0.5})
         writer.write(4, "val", {"dice_global": 0.25, "num_images": 3})
@@ -19,7 +19,7 @@ def test_lines_are_written_and_read_back(tmp_path, capsys):
     assert "dice_global 0.2500" in capsys.readouterr().out
 
 
-def test_a_resume_drops_what_came_after_its_checkpoint_and_a_cut_line(tmp_path):
+def test_resume_drops_lines_after_the_checkpoint_and_a_truncated_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": s, "split": "train"}) for s in (2, 4, 6)]
     path.write_text("\n".join(lines) + '\n{"step": 8, "spl')
@@ -28,7 +28,7 @@ def test_a_resume_drops_what_came_after_its_checkpoint_and_a_cut_line(tmp_path):
     assert [row["step"] for row in writers.read_metrics(path)] == [2, 4, 6]
 
 
-def test_tensorboard_gets_the_same_points(tmp_path):
+def test_tensorboard_receives_the_values(tmp_path):
     pytest.importorskip("tensorboardX")
     with writers.Writer(tmp_path, 10, 0) as writer:
         writer.write(4, "val", {"dice_global": 0.25})

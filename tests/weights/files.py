@@ -1,4 +1,4 @@
-"""What the tests of weight files share: written, refused, read back."""
+"""Helpers of the tests of weight files."""
 
 import pytest
 
@@ -6,8 +6,8 @@ from biclip_jax.core.errors import UserError
 from biclip_jax.weights.readers import open_checkpoint
 
 
-def refused(path):
-    """The message, which begins with the file's name."""
+def rejection(path):
+    """Asserts that opening a file fails; returns the message, which begins with its name."""
     with pytest.raises(UserError) as caught:
         open_checkpoint(path)
     message = str(caught.value)
@@ -16,16 +16,16 @@ def refused(path):
 
 
 def write(path, data):
-    """The path, with `data` in it."""
+    """Writes a file and returns its path."""
     path.write_bytes(data)
     return path
 
 
 def assert_same(tensors, expected):
-    """Names, shapes, dtypes and bits of what a file holds are the expected arrays'."""
+    """Asserts that tensors have the names, shapes, dtypes and bits of the expected arrays."""
     assert sorted(tensors) == sorted(expected)
     for name, array in expected.items():
-        read = tensors[name].read()
-        assert tensors[name].shape == read.shape == array.shape, name
-        assert tensors[name].dtype == read.dtype == array.dtype, name
-        assert read.tobytes() == array.tobytes(), name
+        actual = tensors[name].read()
+        assert tensors[name].shape == actual.shape == array.shape, name
+        assert tensors[name].dtype == actual.dtype == array.dtype, name
+        assert actual.tobytes() == array.tobytes(), name

@@ -1,4 +1,4 @@
-"""What a checkpoint is said to be, from its shapes and its config.json, and refusals."""
+"""Architectures detected from shapes and config.json, and errors for invalid checkpoints."""
 
 import re
 from functools import cache
@@ -12,18 +12,18 @@ from biclip_jax.core.errors import UserError
 from biclip_jax.weights import architectures, readers
 from biclip_jax.weights.formats.tensor import Tensor
 
-TOWERS = Path(__file__).parent.parent / "fixtures/encoders"
+ENCODERS = Path(__file__).parent.parent / "fixtures/encoders"
 
 
 @cache
-def opened(name):
-    """(checkpoint, config.json) of a fixture."""
+def open_fixture(name):
+    """Returns (checkpoint, config.json) of a fixture."""
     file = {"openai_vit": "ViT.pt", "openai_resnet": "RN.pt"}.get(name, "")
-    return readers.open_checkpoint(TOWERS / name / file), read_hf_config(TOWERS / name, None)
+    return readers.open_checkpoint(ENCODERS / name / file), read_hf_config(ENCODERS / name, None)
 
 
 def with_tensors(name, change):
-    checkpoint, _ = opened(name)
+    checkpoint, _ = open_fixture(name)
     return checkpoint._replace(tensors=change(dict(checkpoint.tensors)))
 
 
@@ -34,8 +34,8 @@ def without(*patterns):
     return change
 
 
-def test_a_clip_of_hugging_face_is_described_by_shapes_and_config():
-    config = architectures.convert_clip(*opened("hf_clip")).config
+def test_config_of_a_hugging_face_clip():
+    config = architectures.convert_clip(*open_fixture("hf_clip")).config
     assert config == {
         "image": {
             "kind": "vit",
@@ -63,8 +63,8 @@ def test_a_clip_of_hugging_face_is_described_by_shapes_and_config():
     }
 
 
-def test_a_bert_is_described_by_shapes_and_config():
-    checkpoint, hf_config = opened("cxr_bert")
+def test_config_of_a_bert():
+    checkpoint, hf_config = open_fixture("cxr_bert")
     config = architectures.convert_bert(checkpoint, hf_config | {"layer_norm_eps": 1e-6}).config
     assert config == {
         "vocab_size": 16,
@@ -78,27 +78,27 @@ def test_a_bert_is_described_by_shapes_and_config():
         "activation": "gelu",
         "epsilon": 1e-6,
     }
-    assert architectures.convert_bert(*opened("bert_flax")).config["projection_size"] == 0
+    assert architectures.convert_bert(*open_fixture("bert_flax")).config["projection_size"] == 0
 
 
 HEADS = {"vision_config": {"num_attention_heads": 1}, "text_config": {"num_attention_heads": 2}}
 
 
 @pytest.mark.parametrize("name", ["hf_clip", "openai_vit"])
-def test_heads_are_those_of_the_config_and_the_activation_openai_s(name):
-    config = architectures.convert_clip(opened(name)[0], HEADS).config
+def test_heads_come_from_the_config_and_the_activation_defaults_to_openais(name):
+    config = architectures.convert_clip(open_fixture(name)[0], HEADS).config
     assert (config["image"]["num_heads"], config["text"]["num_heads"]) == (1, 2)
     for encoder in ("image", "text"):
         assert (config[encoder]["activation"], config[encoder]["epsilon"]) == ("quick_gelu", 1e-5)
 
 
 @pytest.mark.parametrize("name", ["hf_clip", "openai_vit"])
-def test_activation_and_epsilon_of_each_tower_are_read(name):
+def test_activation_and_epsilon_of_each_encoder_are_read(name):
     hf_config = {
         "vision_config": {"num_attention_heads": 1, "layer_norm_eps": 1e-3, "hidden_act": "gelu"},
         "text_config": {"num_attention_heads": 2, "layer_norm_eps": 1e-4},
     }
-    config = architectures.convert_clip(opened(name)[0], hf_config).config
+    config = architectures.convert_clip(open_fixture(name)[0], hf_config).config
     assert (config["image"]["activation"], config["image"]["epsilon"]) == ("gelu", 1e-3)
     assert (config["text"]["activation"], config["text"]["epsilon"]) == ("quick_gelu", 1e-4)
 
@@ -109,11 +109,11 @@ def test_heads_of_an_unknown_width_are_not_guessed(name, hf_config):
     with pytest.raises(
         UserError, match=r"num_attention_heads is None for a width of .*config\.json"
     ):
-        architectures.convert_clip(opened(name)[0], hf_config)
+        architectures.convert_clip(open_fixture(name)[0], hf_config)
 
 
 def widened(width):
-    """The CXR-BERT of width 12 at another width, all zeros."""
+    """Returns the CXR-BERT of width 12 at another width, all zeros."""
 
     def change(tensors):
         shapes = {k: tuple(width if n == 12 else n for n in v.shape) for k, v in tensors.items()}
@@ -126,19 +126,19 @@ def widened(width):
 
 
 @pytest.mark.parametrize(("width", "heads"), [(512, 8), (640, 10), (768, 12), (1024, 16)])
-def test_of_a_known_width_a_head_is_64_wide(width, heads):
+def test_head_size_is_64_for_known_widths(width, heads):
     assert architectures.convert_bert(widened(width)).config["num_heads"] == heads
 
 
-def test_of_another_width_it_is_asked_for():
+def test_other_widths_require_the_number_of_heads():
     with pytest.raises(UserError, match="num_attention_heads is None for a width of 384"):
         architectures.convert_bert(widened(384))
-    found = architectures.convert_bert(widened(384), {"num_attention_heads": 12})
-    assert found.config["num_heads"] == 12
+    converted = architectures.convert_bert(widened(384), {"num_attention_heads": 12})
+    assert converted.config["num_heads"] == 12
 
 
-def test_a_resnet_is_described_by_its_shapes():
-    image = architectures.convert_clip(*opened("openai_resnet")).config["image"]
+def test_config_of_a_resnet():
+    image = architectures.convert_clip(*open_fixture("openai_resnet")).config["image"]
     assert image == {
         "kind": "resnet",
         "image_size": 64,
@@ -149,17 +149,17 @@ def test_a_resnet_is_described_by_its_shapes():
     }
 
 
-def test_the_kinds_are_not_taken_for_one_another():
+def test_rejects_checkpoints_of_another_kind():
     with pytest.raises(UserError, match=r"no BERT: its arrays are logit_scale"):
-        architectures.convert_bert(opened("hf_clip")[0])
+        architectures.convert_bert(open_fixture("hf_clip")[0])
     with pytest.raises(UserError, match=r"no CLIP: its arrays are bert\.embeddings"):
-        architectures.convert_clip(opened("cxr_bert")[0])
+        architectures.convert_clip(open_fixture("cxr_bert")[0])
     with pytest.raises(UserError, match="no published BiCLIP: its arrays are bert"):
-        architectures.convert_biclip(opened("cxr_bert")[0])
+        architectures.convert_biclip(open_fixture("cxr_bert")[0])
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "hf_config", "said"),
+    ("kind", "name", "hf_config", "message"),
     [
         ("bert", "cxr_bert", {"hidden_act": "relu"}, "hidden_act 'relu'; expected gelu, quick_"),
         (
@@ -181,26 +181,26 @@ def test_the_kinds_are_not_taken_for_one_another():
         ("bert", "cxr_bert", {"position_embedding_type": "relative_key"}, "type relative_key"),
     ],
 )
-def test_what_is_not_built_is_refused(kind, name, hf_config, said):
-    # What the case does not change stays as it is, or the heads would be missed first.
-    checkpoint, own = opened(name)
+def test_rejects_unsupported_config_values(kind, name, hf_config, message):
+    # Fields that the case does not change are kept: without heads the error would be another.
+    checkpoint, base_config = open_fixture(name)
     changed = {
-        key: own[key] | value if key.endswith("_config") else value
+        key: base_config[key] | value if key.endswith("_config") else value
         for key, value in hf_config.items()
     }
-    with pytest.raises(UserError, match=said):
-        getattr(architectures, f"convert_{kind}")(checkpoint, own | changed)
+    with pytest.raises(UserError, match=message):
+        getattr(architectures, f"convert_{kind}")(checkpoint, base_config | changed)
 
 
 @pytest.mark.parametrize("name", ["hf_clip", "openai_vit"])
 @pytest.mark.parametrize("part", ["vision_config", "text_config"])
 @pytest.mark.parametrize("value", [["num_attention_heads"], "x", 3])
-def test_a_part_of_the_config_that_is_no_object_is_refused(name, part, value):
-    checkpoint, own = opened(name)
+def test_rejects_an_encoder_config_that_is_not_an_object(name, part, value):
+    checkpoint, hf_config = open_fixture(name)
     with pytest.raises(
-        UserError, match=r"vision_config or text_config of config\.json is no object"
+        UserError, match=r"vision_config or text_config of config\.json is not an object"
     ):
-        architectures.convert_clip(checkpoint, own | {part: value})
+        architectures.convert_clip(checkpoint, hf_config | {part: value})
 
 
 @pytest.mark.parametrize(
@@ -218,14 +218,14 @@ def test_a_part_of_the_config_that_is_no_object_is_refused(name, part, value):
         ("clip", "openai_resnet", {"text_config": {"num_attention_heads": 7}}),
     ],
 )
-def test_heads_that_do_not_divide_the_width_are_refused(kind, name, hf_config):
+def test_rejects_heads_that_do_not_divide_the_width(kind, name, hf_config):
     convert = getattr(architectures, f"convert_{kind}")
     with pytest.raises(UserError, match="num_attention_heads"):
-        convert(opened(name)[0], hf_config)
+        convert(open_fixture(name)[0], hf_config)
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "lost", "said"),
+    ("kind", "name", "removed", "message"),
     [
         ("bert", "cxr_bert", r"bert\.encoder\.layer\.2\.output", r"layer\.2\.output\.LayerNorm"),
         ("bert", "cxr_bert", r"bert\.encoder\.layer\.0\.inter", r"layer\.0\.intermediate\.dense"),
@@ -241,10 +241,10 @@ def test_heads_that_do_not_divide_the_width_are_refused(kind, name, hf_config):
         ("clip", "openai_resnet", r"visual\.layer1", r"visual\.layer1\.0\.conv1\.weight is mis"),
     ],
 )
-def test_a_file_that_was_cut_names_what_it_lacks(kind, name, lost, said):
+def test_error_names_missing_arrays(kind, name, removed, message):
     convert = getattr(architectures, f"convert_{kind}")
-    with pytest.raises(UserError, match=said):
-        convert(with_tensors(name, without(lost)), opened(name)[1])
+    with pytest.raises(UserError, match=message):
+        convert(with_tensors(name, without(removed)), open_fixture(name)[1])
 
 
 @pytest.mark.parametrize(
@@ -262,62 +262,66 @@ def test_a_file_that_was_cut_names_what_it_lacks(kind, name, lost, said):
         ("bert", "cxr_bert", "bert.embeddings.LayerNorm.weight", (13,)),
     ],
 )
-def test_an_array_of_another_shape_is_named(kind, name, array, shape):
+def test_error_names_an_array_of_the_wrong_shape(kind, name, array, shape):
     def change(tensors):
         return tensors | {array: Tensor(shape, np.dtype("float32"), lambda: np.zeros(shape))}
 
     convert = getattr(architectures, f"convert_{kind}")
     with pytest.raises(UserError, match=re.escape(array)):
-        convert(with_tensors(name, change), opened(name)[1])
+        convert(with_tensors(name, change), open_fixture(name)[1])
 
 
 @pytest.mark.parametrize(
     ("name", "array", "shape", "sizes"),
     [
-        ("hf_clip", "text_projection.weight", (9, 12), "8 numbers, text_projection 9"),
-        ("hf_clip", "visual_projection.weight", (7, 16), "7 numbers, text_projection 8"),
-        ("openai_vit", "text_projection", None, "8 numbers, text_projection 9"),
-        ("openai_resnet", "text_projection", None, "8 numbers, text_projection 9"),
+        ("hf_clip", "text_projection.weight", (9, 12), "8 outputs, text_projection 9"),
+        ("hf_clip", "visual_projection.weight", (7, 16), "7 outputs, text_projection 8"),
+        ("openai_vit", "text_projection", None, "8 outputs, text_projection 9"),
+        ("openai_resnet", "text_projection", None, "8 outputs, text_projection 9"),
     ],
 )
-def test_embeddings_of_two_sizes_are_refused(name, array, shape, sizes):
+def test_rejects_embeddings_of_different_sizes(name, array, shape, sizes):
     def change(tensors):
-        found = shape or (tensors[array].shape[0], 9)
-        return tensors | {array: Tensor(found, np.dtype("float32"), lambda: np.zeros(found))}
+        new_shape = shape or (tensors[array].shape[0], 9)
+        return tensors | {
+            array: Tensor(new_shape, np.dtype("float32"), lambda: np.zeros(new_shape))
+        }
 
     with pytest.raises(UserError, match=sizes):
-        architectures.convert_clip(with_tensors(name, change), opened(name)[1])
+        architectures.convert_clip(with_tensors(name, change), open_fixture(name)[1])
 
 
-def same(first, second):
+def assert_same(first, second):
     assert first.config == second.config
     assert first.variables.keys() == second.variables.keys()
     for name, array in first.variables.items():
         np.testing.assert_array_equal(array, second.variables[name])
 
 
-def test_the_text_prefix_of_open_clip_is_dropped():
-    own = ("visual.", "logit_scale", "input_resolution", "context_length", "vocab_size")
+def test_text_prefix_of_open_clip_is_dropped():
+    unprefixed = ("visual.", "logit_scale", "input_resolution", "context_length", "vocab_size")
 
     def prefixed(tensors):
-        return {k if k.startswith(own) else f"text.{k}": v for k, v in tensors.items()}
+        return {k if k.startswith(unprefixed) else f"text.{k}": v for k, v in tensors.items()}
 
     renamed = with_tensors("openai_vit", prefixed)
     assert "text.transformer.resblocks.0.ln_1.weight" in renamed.tensors
-    expected = architectures.convert_clip(*opened("openai_vit"))
-    same(architectures.convert_clip(renamed, opened("openai_vit")[1]), expected)
+    expected = architectures.convert_clip(*open_fixture("openai_vit"))
+    assert_same(architectures.convert_clip(renamed, open_fixture("openai_vit")[1]), expected)
 
 
-def test_a_bert_without_its_prefix_is_the_same_bert():
-    def bare(tensors):
+def test_a_bert_without_its_prefix_gives_the_same_model():
+    def without_prefix(tensors):
         return {k.removeprefix("bert."): v for k, v in tensors.items()}
 
-    found = architectures.convert_bert(with_tensors("cxr_bert", bare), opened("cxr_bert")[1])
-    same(found, architectures.convert_bert(*opened("cxr_bert")))
+    converted = architectures.convert_bert(
+        with_tensors("cxr_bert", without_prefix), open_fixture("cxr_bert")[1]
+    )
+    assert_same(converted, architectures.convert_bert(*open_fixture("cxr_bert")))
 
 
-def test_what_is_returned_is_float32_and_the_checkpoint_stays_whole():
-    checkpoint, hf_config = opened("hf_clip")
+def test_result_is_float32_and_the_checkpoint_is_unchanged():
+    checkpoint, hf_config = open_fixture("hf_clip")
     count = len(checkpoint.tensors)
     converted = architectures.convert_clip(checkpoint, hf_config)
     assert {array.dtype for array in converted.variables.values()} == {np.dtype("float32")}

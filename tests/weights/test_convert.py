@@ -1,4 +1,4 @@
-"""Foreign arrays to ours: axes, dtypes, names, and what is wrong with a file."""
+"""Conversion of arrays: axes, dtypes, names, and errors for invalid files."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from biclip_jax.weights import convert, keys
 from biclip_jax.weights.formats.tensor import Tensor
 from biclip_jax.weights.readers import Checkpoint
 
-PATH = Path("given.bin")
+PATH = Path("source.bin")
 TABLE = {
     **keys.expand([("linear", "qkv", ("q", "k")), ("norm", "norm", "ln")]),
     **keys.expand([("param", "scale", "scale"), ("conv_no_bias", "conv", "conv")]),
@@ -47,18 +47,18 @@ def arrays():
     }
 
 
-def load(held, unused=(), shapes=SHAPES):
-    tensors = {name: tensor(array) for name, array in held.items()}
+def load(sources, unused=(), shapes=SHAPES):
+    tensors = {name: tensor(array) for name, array in sources.items()}
     variables, report = convert.load(PATH, tensors, TABLE, shapes, unused)
     assert tensors == {}
     return variables, report
 
 
-def test_layouts_move_each_axis_where_it_belongs():
+def test_layouts_permute_the_axes():
     linear = numbers(2, 3)
-    moved = convert.LAYOUTS["linear"](linear)
-    assert moved.shape == (3, 2)
-    assert all(moved[i, o] == linear[o, i] for o, i in np.ndindex(2, 3))
+    transposed_linear = convert.LAYOUTS["linear"](linear)
+    assert transposed_linear.shape == (3, 2)
+    assert all(transposed_linear[i, o] == linear[o, i] for o, i in np.ndindex(2, 3))
     kernel = numbers(2, 3, 4, 5)
     conv = convert.LAYOUTS["conv"](kernel)
     transposed = convert.LAYOUTS["conv_transpose"](kernel)
@@ -73,9 +73,9 @@ def test_layouts_move_each_axis_where_it_belongs():
     np.testing.assert_array_equal(convert.LAYOUTS["same"](kernel), kernel)
 
 
-def test_every_parameter_is_filled_and_the_report_counts_them():
-    needless = {"buffer": numbers(2), "other.buffer": numbers(1)}
-    variables, report = load(arrays() | needless, [r"(.*\.)?buffer"])
+def test_every_parameter_is_loaded_and_reported():
+    unused_arrays = {"buffer": numbers(2), "other.buffer": numbers(1)}
+    variables, report = load(arrays() | unused_arrays, [r"(.*\.)?buffer"])
     assert {name: array.shape for name, array in variables.items()} == SHAPES
     for o, i in np.ndindex(2, 3):
         assert variables["params/qkv/kernel"][i, o] == arrays()["q.weight"][o, i]
@@ -85,15 +85,15 @@ def test_every_parameter_is_filled_and_the_report_counts_them():
     assert variables["params/scale"] == 7
     assert all(array.flags.c_contiguous for array in variables.values())
     assert set(report.loaded) == set(SHAPES)
-    joined = {"params/qkv/kernel", "params/qkv/bias", "params/conv/kernel"}
-    assert set(report.reshaped) == joined
+    reshaped = {"params/qkv/kernel", "params/qkv/bias", "params/conv/kernel"}
+    assert set(report.reshaped) == reshaped
     assert report.unused == ("buffer", "other.buffer")
     assert report.fresh == ()
-    said = "6 loaded, of which 3 reshaped; 2 unused, 0 fresh\nunused: buffer, other.buffer"
-    assert str(report) == said
+    message = "6 loaded, of which 3 reshaped; 2 unused, 0 fresh\nunused: buffer, other.buffer"
+    assert str(report) == message
 
 
-def test_parameters_that_the_table_does_not_fill_are_fresh():
+def test_parameters_outside_the_table_are_fresh():
     _, report = load(arrays(), shapes=SHAPES | {"params/new/b": (2,), "params/new/a": (3,)})
     assert report.fresh == ("params/new/a", "params/new/b")
     assert "0 unused, 2 fresh\nfresh: params/new/a, params/new/b" in str(report)
@@ -101,23 +101,23 @@ def test_parameters_that_the_table_does_not_fill_are_fresh():
 
 @pytest.mark.parametrize("dtype", ["float16", "float64", jnp.bfloat16])
 def test_every_source_becomes_float32(dtype):
-    held = {name: np.asarray(array, dtype) for name, array in arrays().items()}
-    variables, _ = load(held)
+    sources = {name: np.asarray(array, dtype) for name, array in arrays().items()}
+    variables, _ = load(sources)
     assert {array.dtype for array in variables.values()} == {np.dtype("float32")}
     np.testing.assert_array_equal(variables["params/qkv/kernel"][:, 0], [0, 1, 2])
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        ({"k.bias": None}, r"given\.bin: k\.bias is missing; give the whole checkpoint"),
+        ({"k.bias": None}, r"source\.bin: k\.bias is missing; give the whole checkpoint"),
         ({"q.bias": None, "scale": None}, r"q\.bias, scale are missing"),
-        ({"extra": numbers(1)}, r"extra is of no use in this model"),
+        ({"extra": numbers(1)}, r"extra is not used by this model"),
         (
             {f"x{i}": numbers(1) for i in range(7)},
-            r"x0, x1, x2, x3, x4 and 2 more are of no use in this model",
+            r"x0, x1, x2, x3, x4 and 2 more are not used by this model",
         ),
-        ({f"x{i}": numbers(1) for i in range(5)}, r"x0, x1, x2, x3, x4 are of no use"),
+        ({f"x{i}": numbers(1) for i in range(5)}, r"x0, x1, x2, x3, x4 are not used"),
         ({"ln.bias": numbers(4)}, r"ln\.bias has shape \(4,\).*params/norm/bias \(5,\)"),
         ({"k.weight": numbers(2, 4)}, r"q\.weight, k\.weight has shape \(2, 3\), \(2, 4\)"),
         ({"k.weight": numbers(3, 3)}, r"q\.weight, k\.weight has shape .*qkv/kernel \(3, 4\)"),
@@ -127,70 +127,73 @@ def test_every_source_becomes_float32(dtype):
         (dict.fromkeys(arrays()), r" and 3 more are missing"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_named(change, said):
-    held = {name: array for name, array in (arrays() | change).items() if array is not None}
-    with pytest.raises(UserError, match=said):
-        load(held)
+def test_error_names_the_invalid_arrays(change, message):
+    sources = {name: array for name, array in (arrays() | change).items() if array is not None}
+    with pytest.raises(UserError, match=message):
+        load(sources)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int64", "bool", "complex64"])
-def test_an_array_that_is_not_floating_point_is_named(dtype):
-    held = arrays() | {"k.weight": numbers(2, 3, dtype=dtype)}
+def test_rejects_an_array_that_is_not_floating_point(dtype):
+    sources = arrays() | {"k.weight": numbers(2, 3, dtype=dtype)}
     with pytest.raises(
-        UserError, match=rf"given\.bin: k\.weight is of {dtype}; expected .*float32"
+        UserError, match=rf"source\.bin: k\.weight is of {dtype}; expected .*float32"
     ):
-        load(held)
+        load(sources)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["float32", "float16", jnp.bfloat16])
-def test_an_array_of_numbers_that_are_none_is_named(value, dtype):
+def test_rejects_an_array_with_nan_or_infinity(value, dtype):
     array = np.asarray(arrays()["conv.weight"], dtype)
     array[3, 1, 2, 0] = value
-    with pytest.raises(UserError, match=r"given\.bin: conv\.weight holds NaN or infinity"):
+    with pytest.raises(UserError, match=r"source\.bin: conv\.weight contains NaN or infinity"):
         load(arrays() | {"conv.weight": array})
 
 
-def test_a_number_past_float32_is_named():
-    with pytest.raises(UserError, match=r"scale holds NaN or infinity"), np.errstate(over="ignore"):
+def test_rejects_a_number_beyond_float32():
+    with (
+        pytest.raises(UserError, match=r"scale contains NaN or infinity"),
+        np.errstate(over="ignore"),
+    ):
         load(arrays() | {"scale": np.array(1e300)})
 
 
-def test_a_needless_array_may_be_of_integers():
+def test_an_unused_array_may_be_integer():
     _, report = load(arrays() | {"position_ids": numbers(2, dtype="int64")}, ["position_ids"])
     assert report.unused == ("position_ids",)
 
 
-def test_a_needless_name_that_the_table_wants_is_used():
+def test_a_name_in_the_table_is_used_even_if_it_matches_unused():
     _, report = load(arrays(), [r".*"])
     assert report.unused == ()
 
 
 def standard(names, format="torch"):
-    held = {name: tensor(array) for name, array in names.items()}
-    return convert.standard_names(Checkpoint(PATH, format, held))
+    sources = {name: tensor(array) for name, array in names.items()}
+    return convert.standard_names(Checkpoint(PATH, format, sources))
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_the_prefixes_of_wrappers_are_dropped(prefix):
+def test_prefixes_of_wrappers_are_dropped(prefix):
     assert set(standard({f"{prefix}{name}": numbers(1) for name in "ab"})) == {"a", "b"}
 
 
-def test_a_prefix_that_not_all_have_stays():
+def test_a_prefix_that_not_all_names_have_is_kept():
     assert set(standard({"module.a": numbers(1), "b": numbers(1)})) == {"module.a", "b"}
 
 
-def test_the_old_names_of_layer_norm_are_the_new_ones():
-    found = standard({"x.LayerNorm.gamma": numbers(2), "x.LayerNorm.beta": numbers(3)})
-    assert {name: t.shape for name, t in found.items()} == {
+def test_old_names_of_layer_norm_are_replaced():
+    result = standard({"x.LayerNorm.gamma": numbers(2), "x.LayerNorm.beta": numbers(3)})
+    assert {name: t.shape for name, t in result.items()} == {
         "x.LayerNorm.weight": (2,),
         "x.LayerNorm.bias": (3,),
     }
     assert set(standard({"gamma": numbers(1)})) == {"gamma"}
 
 
-def test_flax_s_names_and_axes_become_torch_s():
-    held = {
+def test_flax_names_and_axes_become_those_of_torch():
+    sources = {
         "a/kernel": numbers(2, 3),
         "a/bias": numbers(3),
         "conv/kernel": numbers(2, 3, 4, 5),
@@ -198,8 +201,8 @@ def test_flax_s_names_and_axes_become_torch_s():
         "words/embedding": numbers(4, 3),
         "logit_scale": numbers(),
     }
-    found = standard(held, "flax")
-    assert {name: t.shape for name, t in found.items()} == {
+    result = standard(sources, "flax")
+    assert {name: t.shape for name, t in result.items()} == {
         "a.weight": (3, 2),
         "a.bias": (3,),
         "conv.weight": (5, 4, 2, 3),
@@ -207,10 +210,10 @@ def test_flax_s_names_and_axes_become_torch_s():
         "words.weight": (4, 3),
         "logit_scale": (),
     }
-    np.testing.assert_array_equal(found["a.weight"].read(), held["a/kernel"].T)
-    kernel = found["conv.weight"].read()
+    np.testing.assert_array_equal(result["a.weight"].read(), sources["a/kernel"].T)
+    kernel = result["conv.weight"].read()
     assert all(
-        kernel[o, i, h, w] == held["conv/kernel"][h, w, i, o]
+        kernel[o, i, h, w] == sources["conv/kernel"][h, w, i, o]
         for h, w, i, o in np.ndindex(2, 3, 4, 5)
     )
-    np.testing.assert_array_equal(found["words.weight"].read(), held["words/embedding"])
+    np.testing.assert_array_equal(result["words.weight"].read(), sources["words/embedding"])

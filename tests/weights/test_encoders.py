@@ -1,4 +1,4 @@
-"""Towers out of the files of others against what those answer (tests/fixtures/make_encoders.py)."""
+"""Converted encoders against outputs of the original models (fixtures/make_encoders.py)."""
 
 from functools import cache
 from pathlib import Path
@@ -13,82 +13,87 @@ from biclip_jax.convert import read_hf_config
 from biclip_jax.models import bert, clip
 from biclip_jax.weights import architectures, readers
 
-TOWERS = Path(__file__).parent.parent / "fixtures/encoders"
+ENCODERS = Path(__file__).parent.parent / "fixtures/encoders"
 CLIPS = ("hf_clip", "hf_clip_sharded", "hf_clip_flax", "hf_clip_flax_sharded")
 
 
 @cache
-def opened(name, file=""):
-    """(converted, variables) of a fixture."""
+def open_fixture(name, file=""):
+    """Returns (converted, variables) of a fixture."""
     convert = architectures.convert_bert if "bert" in name else architectures.convert_clip
-    source = TOWERS / name / file
+    source = ENCODERS / name / file
     converted = convert(readers.open_checkpoint(source), read_hf_config(source, None))
     return converted, jax.tree.map(jnp.asarray, unflatten_dict(converted.variables, sep="/"))
 
 
 @cache
-def answers(name):
-    with np.load(TOWERS / name / "expected.npz") as file:
+def expected_outputs(name):
+    with np.load(ENCODERS / name / "expected.npz") as file:
         return {key: jnp.asarray(value) for key, value in file.items()}
 
 
-def close(found, expected, atol=2e-5):
-    np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=atol)
+def assert_close(actual, expected, atol=2e-5):
+    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), atol=atol)
 
 
 @pytest.mark.parametrize("name", CLIPS)
 def test_clip_of_hugging_face_gives_every_hidden_state(name):
-    converted, variables = opened(name)
-    model, expected = clip.build(converted.config), answers("hf_clip")
+    converted, variables = open_fixture(name)
+    model, expected = clip.build(converted.config), expected_outputs("hf_clip")
     logits, aux = jax.jit(model.apply)(variables, expected["image"], expected["ids"])
-    close(jnp.stack(aux["image"]["hidden_states"]), expected["image_states"])
-    close(aux["image"]["pooled"], expected["image_pooled"])
-    close(jnp.stack(aux["text"]["hidden_states"]), expected["text_states"])
-    close(aux["text"]["pooled"], expected["text_pooled"])
-    close(aux["image_embedding"], expected["image_embedding"])
-    close(aux["text_embedding"], expected["text_embedding"])
-    close(logits, expected["logits"])
+    assert_close(jnp.stack(aux["image"]["hidden_states"]), expected["image_states"])
+    assert_close(aux["image"]["pooled"], expected["image_pooled"])
+    assert_close(jnp.stack(aux["text"]["hidden_states"]), expected["text_states"])
+    assert_close(aux["text"]["pooled"], expected["text_pooled"])
+    assert_close(aux["image_embedding"], expected["image_embedding"])
+    assert_close(aux["text_embedding"], expected["text_embedding"])
+    assert_close(logits, expected["logits"])
 
 
-def test_pictures_of_another_size_interpolate_the_positions():
-    converted, variables = opened("hf_clip")
-    encoder, expected = clip.build_image_encoder(converted.config["image"]), answers("hf_clip")
+def test_images_of_another_size_interpolate_the_positions():
+    converted, variables = open_fixture("hf_clip")
+    encoder, expected = (
+        clip.build_image_encoder(converted.config["image"]),
+        expected_outputs("hf_clip"),
+    )
     parts = {"params": variables["params"]["image_encoder"]}
     _, aux = jax.jit(encoder.apply)(parts, expected["large"])
-    close(aux["hidden_states"][-1], expected["large_last"])
+    assert_close(aux["hidden_states"][-1], expected["large_last"])
 
 
 @pytest.mark.parametrize("name", ["cxr_bert", "bert_flax"])
 def test_bert_gives_every_hidden_state(name):
-    converted, variables = opened(name)
-    expected = answers("cxr_bert")
+    converted, variables = open_fixture(name)
+    expected = expected_outputs("cxr_bert")
     embedding, aux = jax.jit(bert.build(converted.config).apply)(
         variables, expected["ids"], expected["mask"]
     )
-    close(jnp.stack(aux["hidden_states"]), expected["states"])
+    assert_close(jnp.stack(aux["hidden_states"]), expected["states"])
     if name == "cxr_bert":
-        close(embedding, expected["projected"])
+        assert_close(embedding, expected["projected"])
     else:
-        close(embedding, expected["states"][-1][:, 0])
+        assert_close(embedding, expected["states"][-1][:, 0])
 
 
 @pytest.mark.parametrize(
     ("name", "file", "atol"), [("openai_vit", "ViT.pt", 5e-3), ("openai_resnet", "RN.pt", 2e-5)]
 )
 def test_clip_of_openai_gives_every_hidden_state(name, file, atol):
-    # The ViT lies in half precision: its answers are those of the rounded weights.
-    converted, variables = opened(name, file)
-    model, expected = clip.build(converted.config), answers(name)
+    # The ViT is stored in half precision: the expected outputs are those of the rounded weights.
+    converted, variables = open_fixture(name, file)
+    model, expected = clip.build(converted.config), expected_outputs(name)
     logits, aux = jax.jit(model.apply)(variables, expected["image"], expected["ids"])
     for i, state in enumerate(aux["image"]["hidden_states"]):
-        wanted = expected[f"image_state_{i}"]
-        close(state, wanted.transpose(0, 2, 3, 1) if wanted.ndim == 4 else wanted, atol)
-    close(jnp.stack(aux["text"]["hidden_states"]), expected["text_states"], atol)
-    close(logits, expected["logits"], atol)
+        reference = expected[f"image_state_{i}"]
+        assert_close(
+            state, reference.transpose(0, 2, 3, 1) if reference.ndim == 4 else reference, atol
+        )
+    assert_close(jnp.stack(aux["text"]["hidden_states"]), expected["text_states"], atol)
+    assert_close(logits, expected["logits"], atol)
 
 
-def test_the_report_counts_and_names():
-    report = opened("cxr_bert")[0].report
+def test_report_has_counts_and_names():
+    report = open_fixture("cxr_bert")[0].report
     assert len(report.loaded) == 5 + 3 * 12 + 6
     assert len(report.reshaped) == 3 * 4 + 3 * 1 + 2
     assert set(report.unused) >= {"bert.embeddings.position_ids", "cls.predictions.bias"}

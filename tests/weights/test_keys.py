@@ -1,4 +1,4 @@
-"""The tables of names: no array used twice, every parameter of the model named, spot checks."""
+"""Name tables: no array used twice, every parameter of the model covered, spot checks."""
 
 import re
 from itertools import pairwise
@@ -58,11 +58,11 @@ def bert_shapes(projection_size):
 
 
 def network_shapes():
-    picture, features = jnp.zeros((1, 56, 56, 3)), jnp.zeros((1, 4))
-    return architectures.shapes_of(biclip.build(NETWORK), picture, text_features=features)
+    image, features = jnp.zeros((1, 56, 56, 3)), jnp.zeros((1, 4))
+    return architectures.shapes_of(biclip.build(NETWORK), image, text_features=features)
 
 
-# name: (table, shapes of the model, patterns of what is left out)
+# name: (table, shapes of the model, patterns of unused names)
 TABLES = {
     "clip hf": (keys.clip(VIT, TEXT, "hf"), lambda: clip_shapes(VIT), keys.CLIP_UNUSED),
     "clip openai": (keys.clip(VIT, TEXT, "openai"), lambda: clip_shapes(VIT), keys.CLIP_UNUSED),
@@ -91,13 +91,13 @@ def sources(table):
 
 
 @every_table
-def test_the_names_are_exactly_the_model_s(name):
+def test_names_are_exactly_those_of_the_model(name):
     table, shapes, _ = TABLES[name]
     assert sorted(table) == sorted(shapes())
 
 
 @every_table
-def test_no_source_is_used_twice_and_none_is_called_needless(name):
+def test_no_source_is_used_twice_or_matches_an_unused_pattern(name):
     table, _, unused = TABLES[name]
     names = sources(table)
     assert len(names) == len(set(names))
@@ -105,14 +105,14 @@ def test_no_source_is_used_twice_and_none_is_called_needless(name):
 
 
 @every_table
-def test_every_layout_is_known_and_fits_the_parameter_s_axes(name):
+def test_every_layout_is_known_and_fits_the_axes_of_the_parameter(name):
     table, shapes, _ = TABLES[name]
     axes = {"linear": 2, "patches": 2, "conv": 4, "conv_transpose": 4}
     for parameter, shape in shapes().items():
         layout = table[parameter].layout
         assert layout in convert.LAYOUTS
         assert len(shape) == axes.get(layout, len(shape))
-        # A kernel that is taken as it stands is one that OpenAI multiplies from the right.
+        # Untransposed kernels are those that OpenAI multiplies from the right.
         if parameter.endswith("/kernel") and layout == "same":
             assert sources({parameter: table[parameter]}) in (["visual.proj"], ["text_projection"])
 
@@ -130,10 +130,11 @@ def test_expand_joins_the_names_of_row_and_layer():
     }
 
 
-def test_blocks_are_numbered_from_nought():
-    table = keys.blocks([("table", "t", "e")], 3, "tower/", "layers.{i}.")
+def test_blocks_are_numbered_from_zero():
+    table = keys.blocks([("table", "t", "e")], 3, "encoder/", "layers.{i}.")
     assert table == {
-        f"params/tower/blocks_{i}/t": keys.Rule((f"layers.{i}.e.weight",), "same") for i in range(3)
+        f"params/encoder/blocks_{i}/t": keys.Rule((f"layers.{i}.e.weight",), "same")
+        for i in range(3)
     }
 
 
@@ -192,11 +193,11 @@ def test_blocks_are_numbered_from_nought():
         ("biclip", "params/text_projection/out/kernel", ["text_encoder.project_head.3.weight"]),
     ],
 )
-def test_the_names_are_those_of_the_published_files(name, parameter, expected):
+def test_names_are_those_of_the_published_files(name, parameter, expected):
     assert list(TABLES[name][0][parameter].sources) == expected
 
 
-def test_the_published_depth_has_four_up_steps_and_three_doublings():
+def test_published_depth_has_four_upsamplings_and_three_doublings():
     table = keys.biclip(5, 3)
     assert table["params/unet/up_0/kernel"].sources == ("up4.up.weight",)
     assert table["params/generator/up_2/kernel"].sources == ("generator.4.weight",)
@@ -204,7 +205,7 @@ def test_the_published_depth_has_four_up_steps_and_three_doublings():
     assert all(a > b for a, b in pairwise(depths))
 
 
-def test_a_tower_knows_the_needless_names_of_its_files():
+def test_unused_patterns_match_names_of_published_files():
     known = {
         keys.CLIP_UNUSED: ("text_model.embeddings.position_ids", "visual.bn1.num_batches_tracked"),
         keys.BERT_UNUSED: ("bert.pooler.dense.weight", "cls.predictions.decoder.bias"),

@@ -1,4 +1,4 @@
-"""Model folders: round trip, damage, wrong files."""
+"""Model folders: round trip, damaged and invalid files, hard links."""
 
 import errno
 import hashlib
@@ -36,7 +36,7 @@ def written(tmp_path):
     return tmp_path / "model"
 
 
-def test_what_is_written_comes_back(written):
+def test_round_trip(written):
     config, variables = model_folder.read(written)
     assert config.items() >= CONFIG.items()
     assert variables["params"]["a"]["kernel"].dtype == np.float32
@@ -45,7 +45,7 @@ def test_what_is_written_comes_back(written):
     np.testing.assert_array_equal(variables["batch_stats"]["a"]["mean"], np.zeros(3))
 
 
-def test_the_card_names_scores_and_limits(written):
+def test_model_card_has_scores_and_intended_use(written):
     card = (written / "README.md").read_text()
     assert "validation dice_global: 0.8750" in card
     assert "Not a medical device" in card
@@ -53,7 +53,7 @@ def test_the_card_names_scores_and_limits(written):
     assert not list(written.rglob("*.part"))
 
 
-def test_the_config_names_both_hashes_and_the_identity_is_over_both(written):
+def test_config_has_both_hashes_and_the_identity_covers_both(written):
     config = model_folder.read_config(written)
     assert config["format"] == model_folder.FORMAT == "biclip_jax.model/3"
     assert (written / model_folder.TOKENIZER).read_text(encoding="utf-8") == TOKENIZER
@@ -63,7 +63,7 @@ def test_the_config_names_both_hashes_and_the_identity_is_over_both(written):
     ):
         assert config[field] == hashlib.sha256((written / name).read_bytes()).hexdigest()
     others = [config | {"sha256": "0"}, config | {"tokenizer_sha256": "0"}]
-    assert len({model_folder.identity(one) for one in (config, *others)}) == 3
+    assert len({model_folder.identity(candidate) for candidate in (config, *others)}) == 3
     assert model_folder.identity(config | {"name": "another"}) == model_folder.identity(config)
 
 
@@ -74,14 +74,14 @@ def flip_a_byte(path):
 
 
 def rewrite(path, **changes):
-    """Changes fields of config.json; None takes one away."""
+    """Changes fields of config.json; None removes a field."""
     config = json.loads((path / "config.json").read_text()) | changes
-    kept = {name: value for name, value in config.items() if value is not None}
-    (path / "config.json").write_text(json.dumps(kept))
+    remaining = {name: value for name, value in config.items() if value is not None}
+    (path / "config.json").write_text(json.dumps(remaining))
 
 
 @pytest.mark.parametrize(
-    ("harm", "said"),
+    ("corrupt", "message"),
     [
         (lambda p: flip_a_byte(p / "model.safetensors"), "SHA-256"),
         (lambda p: (p / "model.safetensors").unlink(), r"model\.safetensors: cannot be read"),
@@ -90,20 +90,23 @@ def rewrite(path, **changes):
         (lambda p: rewrite(p, format="biclip_jax.model/1"), "not of the format"),
         (lambda p: rewrite(p, tokenizer_sha256=None), "not of the format"),
         (lambda p: rewrite(p, sha256=None), "not of the format"),
-        (lambda p: (p / "config.json").unlink(), "no model folder"),
-        (lambda p: (p / "config.json").write_text("{"), "no model folder"),
+        (lambda p: (p / "config.json").unlink(), "not a model folder"),
+        (lambda p: (p / "config.json").write_text("{"), "not a model folder"),
         (lambda p: (p / "config.json").write_text("[]"), "not of the format"),
-        (lambda p: (p / "config.json").write_text('{"num_steps": 9}'), "has saved no model yet"),
+        (
+            lambda p: (p / "config.json").write_text('{"num_steps": 9}'),
+            "a run without a saved model",
+        ),
         (lambda p: (p / "config.json").write_text('{"format": "other"}'), "not of the format"),
     ],
 )
-def test_harm_is_named(written, harm, said):
-    harm(written)
-    with pytest.raises(UserError, match=said):
+def test_error_names_the_damaged_file(written, corrupt, message):
+    corrupt(written)
+    with pytest.raises(UserError, match=message):
         model_folder.read(written)
 
 
-def test_a_file_that_is_no_safetensors_is_named(written):
+def test_rejects_weights_that_are_not_safetensors(written):
     junk = b"\xff" * 64
     (written / "model.safetensors").write_bytes(junk)
     rewrite(written, sha256=hashlib.sha256(junk).hexdigest())
@@ -113,7 +116,7 @@ def test_a_file_that_is_no_safetensors_is_named(written):
 
 @pytest.fixture
 def other(tmp_path):
-    """Another model folder: other weights, another card."""
+    """A model folder with different weights and another card."""
     variables = {"params": {"b": np.float32(3)}}
     model_folder.write(
         tmp_path / "other", config=CONFIG, variables=variables, tokenizer="{}", card="other"
@@ -125,7 +128,7 @@ def contents(path):
     return {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
-def test_a_linked_folder_shares_its_files(written, tmp_path):
+def test_linked_folder_shares_its_files(written, tmp_path):
     inside = tmp_path / "run/text_encoder"
     model_folder.link_folder(written, inside)
     assert contents(inside) == contents(written)
@@ -134,7 +137,7 @@ def test_a_linked_folder_shares_its_files(written, tmp_path):
     assert [p.name for p in inside.parent.iterdir()] == ["text_encoder"]
 
 
-def test_linking_replaces_other_weights_and_leaves_the_same_alone(written, other, tmp_path):
+def test_linking_replaces_other_weights_and_keeps_the_same(written, other, tmp_path):
     inside = tmp_path / "inside"
     model_folder.link_folder(other, inside)
     (inside / "stale.txt").write_text("of the other")
@@ -158,7 +161,7 @@ def test_linking_replaces_the_same_weights_with_another_tokenizer(written, tmp_p
 
 
 @pytest.mark.parametrize(
-    "harm",
+    "corrupt",
     [
         lambda p: (p / "config.json").unlink(),
         lambda p: (p / "config.json").write_text("{"),
@@ -166,17 +169,17 @@ def test_linking_replaces_the_same_weights_with_another_tokenizer(written, tmp_p
         lambda p: rewrite(p, format="biclip_jax.model/1"),
     ],
 )
-def test_linking_replaces_a_damaged_folder(written, other, tmp_path, harm):
+def test_linking_replaces_a_damaged_folder(written, other, tmp_path, corrupt):
     model_folder.write(
         tmp_path / "inside", config=CONFIG, variables=VARIABLES, tokenizer=TOKENIZER, card=""
     )
-    harm(tmp_path / "inside")
+    corrupt(tmp_path / "inside")
     model_folder.link_folder(written, tmp_path / "inside")
     assert contents(tmp_path / "inside") == contents(written)
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_without_hard_links_the_files_are_copied(written, tmp_path, monkeypatch):
+def test_files_are_copied_if_hard_links_fail(written, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
@@ -188,7 +191,7 @@ def test_without_hard_links_the_files_are_copied(written, tmp_path, monkeypatch)
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_disk_that_takes_neither_links_nor_copies_is_an_error(written, other, monkeypatch):
+def test_raises_if_neither_links_nor_copies_are_possible(written, other, monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -200,7 +203,7 @@ def test_a_disk_that_takes_neither_links_nor_copies_is_an_error(written, other, 
     assert contents(other) == before
 
 
-def test_what_an_interrupted_link_left_is_swept_away(written, tmp_path):
+def test_removes_the_remains_of_an_interrupted_link(written, tmp_path):
     (tmp_path / "inside.tmp").mkdir()
     (tmp_path / "inside.tmp/half").write_text("half")
     model_folder.link_folder(written, tmp_path / "inside")
@@ -209,7 +212,7 @@ def test_what_an_interrupted_link_left_is_swept_away(written, tmp_path):
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
-def test_tensors_are_as_readable_as_the_umask_says(tmp_path, umask, mode):
+def test_permissions_of_weights_follow_the_umask(tmp_path, umask, mode):
     path, tensors = tmp_path / "t.safetensors", {"a": np.arange(3.0)}
     before = os.umask(umask)
     try:
@@ -222,7 +225,7 @@ def test_tensors_are_as_readable_as_the_umask_says(tmp_path, umask, mode):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "t.safetensors"
     model_folder.write_tensors(path, {"a": np.zeros(3, np.float32)})
     before = path.read_bytes()
@@ -237,7 +240,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_full_disk_is_a_user_error_and_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "t.safetensors"
     model_folder.write_tensors(path, {"a": np.zeros(3, np.float32)})
     before = path.read_bytes()
@@ -247,7 +250,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypat
         raise SafetensorError("Error while serializing: I/O error: No space left on device")
 
     monkeypatch.setattr("safetensors.numpy.save_file", full)
-    with pytest.raises(UserError, match=r"t\.safetensors: .*No space left.*make room on the disk"):
+    with pytest.raises(UserError, match=r"t\.safetensors: .*No space left.*free disk space"):
         model_folder.write_tensors(path, {"a": np.ones(9, np.float32)})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
@@ -257,21 +260,24 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypat
     "error",
     [AttributeError("x"), KeyError("width"), TypeError(), ValueError("a\nb"), ZeroDivisionError()],
 )
-def test_a_config_that_describes_no_model_is_one_sentence(tmp_path, error):
+def test_an_invalid_model_config_is_a_one_line_error(tmp_path, error):
     with pytest.raises(UserError) as caught, model_folder.config_errors(tmp_path):
         raise error
-    said = str(caught.value)
-    assert said.startswith(f"{tmp_path / 'config.json'}: does not describe a model (")
-    assert type(error).__name__ in said
-    assert "\n" not in said
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'config.json'}: does not describe a model (")
+    assert type(error).__name__ in message
+    assert "\n" not in message
 
 
-def test_a_user_error_of_the_description_stays_as_it_is(tmp_path):
-    with pytest.raises(UserError, match=r"^its own words$"), model_folder.config_errors(tmp_path):
-        raise UserError("its own words")
+def test_config_errors_keeps_user_errors(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"^original message$"),
+        model_folder.config_errors(tmp_path),
+    ):
+        raise UserError("original message")
 
 
-def test_variables_may_be_given_flat(written, tmp_path):
+def test_variables_may_be_flat(written, tmp_path):
     flat = model_folder.flatten_dict(VARIABLES, sep="/")
     model_folder.write(
         tmp_path / "flat", config=CONFIG, variables=flat, tokenizer=TOKENIZER, card=""
@@ -285,12 +291,12 @@ def test_variables_may_be_given_flat(written, tmp_path):
 SHAPES = {"params/a/kernel": (2, 3), "params/b": (), "batch_stats/a/mean": (3,)}
 
 
-def test_variables_of_the_model_pass(written):
+def test_check_shapes_accepts_variables_of_the_model(written):
     model_folder.check_shapes(written, VARIABLES, SHAPES)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"params/a/kernel": (3, 2)}, r"a/kernel has shape \(2, 3\), the model .* \(3, 2\)"),
         ({"params/c": (4,)}, r"params/c has shape none, the model .* expects \(4,\)"),
@@ -298,7 +304,7 @@ def test_variables_of_the_model_pass(written):
         ({"params/b": (1,)}, r"params/b has shape \(\), the model .* expects \(1,\)"),
     ],
 )
-def test_variables_of_another_model_are_named(written, change, said):
+def test_check_shapes_names_variables_of_another_model(written, change, message):
     expected = {k: v for k, v in (SHAPES | change).items() if v is not None}
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         model_folder.check_shapes(written, VARIABLES, expected)

@@ -1,1 +1,1 @@
-"""TFDS builders: the synthetic set, and one builder for folders on disk."""
+"""Prepared datasets: the synthetic dataset, and one TFDS builder for all folder layouts."""

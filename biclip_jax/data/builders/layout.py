@@ -1,6 +1,6 @@
-"""One TFDS builder for every data set that lies on disk in a layout of `data.layouts`.
+"""A TFDS builder for all datasets on disk in a layout of `data.layouts`.
 
-To add a data set, add a config. `folder` takes any folder.
+To add a dataset, add a config. The config `folder` accepts any folder.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ CONFIGS = (
     tfds.core.BuilderConfig(
         name="qata_cov19",
         description=(
-            "QaTa-COV19 v2: chest X-rays with masks of COVID-19 infection, a sentence each on "
-            "the infected zones. Left means the left half of the picture. Usual split sizes: "
-            "5716 train, 1429 val, 2113 test. Pictures: Degerli et al., OSegNet, ICIP 2022."
+            "QaTa-COV19 v2: chest X-rays with masks of COVID-19 infection; each caption describes "
+            "the infected zones. Left means the left half of the image. Usual split sizes: "
+            "5716 train, 1429 val, 2113 test. Images: Degerli et al., OSegNet, ICIP 2022."
         ),
     ),
     tfds.core.BuilderConfig(
         name="mosmed_plus",
         description=(
-            "MosMedData+: slices of chest CT with masks of COVID-19 infection, a sentence each. "
+            "MosMedData+: slices of chest CT with masks of COVID-19 infection and captions. "
             "It is split by slice, so slices of one patient are in several splits and its "
-            "scores are optimistic. Usual split sizes: 2183 train, 273 val, 273 test. Pictures: "
+            "scores are optimistic. Usual split sizes: 2183 train, 273 val, 273 test. Images: "
             "Morozov et al., medRxiv 2020; Hofmanninger et al., European Radiology "
             "Experimental 2020."
         ),
@@ -40,7 +40,7 @@ CONFIGS = (
         name="kvasir_seg",
         description=(
             "Kvasir-SEG: colonoscopy frames with polyp masks. Usual split sizes: 800 train, 100 "
-            "val, 100 test. Pictures: Jha et al., MMM 2020; sentences: Poudel et al., MedVLSM, "
+            "val, 100 test. Images: Jha et al., MMM 2020; captions: Poudel et al., MedVLSM, "
             "MIDL 2024."
         ),
     ),
@@ -48,12 +48,12 @@ CONFIGS = (
         name="clinicdb",
         description=(
             "CVC-ClinicDB: colonoscopy frames with polyp masks; frames of one sequence may be in "
-            "several splits. Usual split sizes: 490 train, 61 val, 61 test. Pictures: Bernal et "
-            "al., CMIG 43, 2015; sentences: Poudel et al., MedVLSM, MIDL 2024."
+            "several splits. Usual split sizes: 490 train, 61 val, 61 test. Images: Bernal et "
+            "al., CMIG 43, 2015; captions: Poudel et al., MedVLSM, MIDL 2024."
         ),
     ),
     tfds.core.BuilderConfig(
-        name="folder", description="Any folder of pictures, masks and sentences in a known layout."
+        name="folder", description="Any folder of images, masks and prompts in a known layout."
     ),
 )
 
@@ -61,7 +61,7 @@ CITATION = "Text of QaTa-COV19 and MosMedData+: Li et al., LViT, IEEE TMI 2023."
 
 
 class LayoutDataset(tfds.core.GeneratorBasedBuilder):
-    """Records made of Examples; the splits are those that have examples."""
+    """Builds records from Examples; splits without examples are left out."""
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS: ClassVar = list(CONFIGS)
@@ -76,10 +76,15 @@ class LayoutDataset(tfds.core.GeneratorBasedBuilder):
         resize: str,
         **kwargs: Any,
     ):
-        """Keeps what `_info` needs before TFDS calls it.
+        """Stores the arguments, which `_info` needs before TFDS calls it.
 
-        See `layouts.read_variants` for `variants`, `check_files` for `channels`,
-        `image_io.RESIZE_METHODS` for `resize`.
+        Args:
+          examples: Examples of all splits.
+          variants: See `layouts.read_variants`.
+          image_size: Side of images and masks in pixels.
+          channels: See `check_files`.
+          resize: Value of `image_io.RESIZE_METHODS`.
+          **kwargs: Passed to the TFDS builder.
         """
         self.examples, self.variants = examples, variants
         self.image_size, self.channels, self.resize = image_size, channels, resize
@@ -99,16 +104,16 @@ class LayoutDataset(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in present}
 
     def _generate_examples(self, split: Split) -> Iterator[tuple[int, dict]]:
-        chosen = (example for example in self.examples if example.split == split)
-        for index, example in enumerate(chosen):
+        split_examples = (example for example in self.examples if example.split == split)
+        for index, example in enumerate(split_examples):
             record = read_record(example, self.image_size, self.channels, self.resize)
             variants = self.variants.get(example.id, {})
             yield index, records.encode(records.RecordWithVariants(**record, variants=variants))
 
 
 def read_record(example: Example, image_size: int, channels: int, resize: str) -> Record:
-    """Reads one example's files and resizes them; its image has `channels` channels."""
-    image, mask = _read(example, resize)
+    """Reads and resizes one example; its image gets `channels` channels."""
+    image, mask = _read_files(example, resize)
     image = resize_image(image[..., :channels], image_size, resize)
     return Record(
         id=example.id,
@@ -119,8 +124,8 @@ def read_record(example: Example, image_size: int, channels: int, resize: str) -
     )
 
 
-def _read(example: Example, resize: str) -> tuple[np.ndarray, np.ndarray]:
-    """The picture and its mask; an empty one for a picture that has none."""
+def _read_files(example: Example, resize: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the image and its mask, which is empty if the example has none."""
     image = read_image(example.image_path)
     if not example.mask_path:
         return image, np.zeros((*image.shape[:2], 1), np.uint8)
@@ -128,24 +133,24 @@ def _read(example: Example, resize: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_files(source: str, examples: list[Example], resize: str) -> int:
-    """Decodes every picture and mask once, before anything is written.
+    """Decodes all images and masks before anything is written.
 
     Args:
-      source: what to call the data set in an error.
-      examples: the examples to look at.
-      resize: of `image_io.RESIZE_METHODS`, as they will be read.
+      source: Name of the dataset in errors.
+      examples: Examples to check.
+      resize: Value of `image_io.RESIZE_METHODS`, as in `read_record`.
 
     Returns:
-      1 if all pictures are grey, be it stored as RGB with equal channels, else 3.
+      1 if all images are greyscale (possibly stored as RGB with equal channels), else 3.
 
     Raises:
-      DataError: pictures that cannot be read or differ from their masks in size, all at once.
+      DataError: Images cannot be read or differ in size from their masks; lists all of them.
     """
     problems = []
     channels = 1
     for example in examples:
         try:
-            image, mask = _read(example, resize)
+            image, mask = _read_files(example, resize)
         except BadImageError as error:
             problems.append(str(error))
             continue

@@ -1,6 +1,6 @@
-"""Prepared sets: checked by their checksums, opened by path alone.
+"""Prepared datasets: verified by their checksums, opened by path.
 
-TFDS is imported where it is used, so that importing `biclip_jax.data` stays light.
+TFDS is imported inside the functions, so that importing `biclip_jax.data` stays fast.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CHECKSUMS = "checksums.json"
 
 
 def write_checksums(path: Path) -> None:
-    """Writes the SHA-256 of every file of a finished folder into `checksums.json` beside them."""
+    """Writes the SHA-256 of every file of a finished folder to its `checksums.json`."""
     checksums = {file.name: _sha256(file) for file in sorted(path.iterdir())}
     (path / CHECKSUMS).write_text(json.dumps(checksums, indent=2))
 
@@ -29,10 +29,10 @@ def verify(path: str | os.PathLike[str]) -> None:
     """Compares every file of a prepared folder with its checksum.
 
     Raises:
-      DataError: naming the damaged or missing file.
+      DataError: A file is damaged or missing; the message names it.
     """
     path = Path(path)
-    fix = f"delete the folder {path} and prepare the data set again."
+    fix = f"delete the folder {path} and prepare the dataset again."
     try:
         expected = json.loads((path / CHECKSUMS).read_text())
     except (OSError, ValueError) as error:
@@ -47,10 +47,10 @@ def verify(path: str | os.PathLike[str]) -> None:
 
 
 class PreparedSplit(Sequence[Record]):
-    """The records of one split, read from disk one by one, by number; can be pickled."""
+    """The records of one split, read from disk on access; can be pickled."""
 
     def __init__(self, source: Any):
-        """Wraps a sequence of examples whose pictures are PNG bytes, such as a TFDS data source."""
+        """Wraps a sequence of examples whose images are PNG bytes, such as a TFDS data source."""
         self.source = source
 
     def __len__(self) -> int:
@@ -64,22 +64,22 @@ class PreparedSplit(Sequence[Record]):
         return records.decode(self.source[index % len(self)])
 
     def ids(self) -> list[str]:
-        """All ids; no picture is decoded."""
+        """Returns all ids without decoding any image."""
         return [self.source[index]["id"].decode() for index in range(len(self))]
 
 
 def open_split(path: str | os.PathLike[str], split: Split) -> PreparedSplit:
-    """Opens a split of a folder that `prepare` returned, or of one file; the source is not needed.
+    """Opens a split of a prepared folder or of a single file; does not need the source.
 
     Args:
-      path: the prepared folder, or a file that `single_file.write` wrote.
+      path: Folder or file returned by `prepare`, or file written by `single_file.write`.
       split: "train", "val" or "test".
 
     Returns:
       A sequence of Records, see `schema.Record`, in the order of the source.
 
     Raises:
-      DataError: the folder is not a prepared set, or lacks the split.
+      DataError: The folder is not a prepared dataset, or lacks the split.
     """
     if single_file.is_prepared_file(path):
         return PreparedSplit(single_file.examples(Path(path), split))
@@ -88,13 +88,13 @@ def open_split(path: str | os.PathLike[str], split: Split) -> PreparedSplit:
     from biclip_jax.data.builders import records
 
     if not (Path(path) / CHECKSUMS).is_file():
-        raise DataError(f"{path}: found no prepared data set; expected {CHECKSUMS}; prepare it.")
+        raise DataError(f"{path}: found no prepared dataset; expected {CHECKSUMS}; prepare it.")
     builder = tfds.builder_from_directory(path)
     if split not in builder.info.splits:
         present = ", ".join(builder.info.splits)
         raise DataError(
-            f"{path}: found the splits {present}, as in the data set that it was prepared from; "
-            f"expected {split!r}; give some pictures of the data set that split."
+            f"{path}: found the splits {present}, as in the dataset that it was prepared from; "
+            f"expected {split!r}; assign images of the dataset to that split."
         )
     decoders = {name: tfds.decode.SkipDecoding() for name in records.IMAGE_FIELDS}
     return PreparedSplit(builder.as_data_source(split=split, decoders=decoders))

@@ -1,7 +1,7 @@
-"""A Record in a TFDS set: its features, and how it is encoded and decoded.
+"""Encoding and decoding of a Record in a TFDS dataset, and its features.
 
-Pictures and masks are lossless PNG; encoding and decoding are pillow's, because TFDS encodes
-arrays with TensorFlow only.
+Images and masks are stored as lossless PNG. Pillow encodes and decodes them, because TFDS can
+encode arrays only with TensorFlow.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from biclip_jax.data.schema import Record
 
 
 class RecordWithVariants(Record, total=False):
-    """A Record with the other published sentences of its picture.
+    """A Record with the published prompt variants of its image.
 
     Attributes:
-      variants: {name of `annotations.VARIANTS`: sentence}, those that the data set has.
+      variants: {name in `annotations.VARIANTS`: prompt}; only those in the dataset.
     """
 
     variants: dict[str, str]
@@ -28,7 +28,7 @@ IMAGE_FIELDS = ("image", "mask", "full_mask")
 
 
 def features(image_size: int, channels: int) -> Any:
-    """Returns the TFDS features of a set of (S, S, C) pictures, see `schema.Record`."""
+    """Returns the TFDS features of a dataset of (S, S, C) images, see `schema.Record`."""
     import tensorflow_datasets as tfds
 
     size = image_size
@@ -39,7 +39,7 @@ def features(image_size: int, channels: int) -> Any:
             "mask": tfds.features.Image(shape=(size, size, 1), encoding_format="png"),
             "full_mask": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
             "text": tfds.features.Text(),
-            # JSON: TFDS would give every picture every key.
+            # JSON, because a TFDS dict would give every image every key.
             "variants": tfds.features.Text(),
         }
     )
@@ -53,7 +53,7 @@ def encode(record: RecordWithVariants) -> dict[str, Any]:
 
 
 def decode(example: dict[str, Any]) -> RecordWithVariants:
-    """Returns the record of an example read with its pictures left as PNG bytes."""
+    """Returns the record of an example whose images are PNG bytes."""
     return RecordWithVariants(
         id=example["id"].decode(),
         image=decode_png(example["image"]),

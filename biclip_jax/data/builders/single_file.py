@@ -1,7 +1,8 @@
-"""A prepared set as one file, to carry to a machine that has neither TFDS nor the source.
+"""A prepared dataset as a single file, for machines without TFDS and the source.
 
-A NumPy archive: for every split and field the bytes of all examples (PNG, or UTF-8) one after
-another, and where each of them ends; and the facts of the set as JSON. NumPy alone reads it.
+The file is a NumPy archive, which NumPy alone can read. For every split and field it contains the
+concatenated bytes of all examples (PNG or UTF-8) and their end offsets, and the facts that identify
+the dataset as JSON.
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ from biclip_jax.core.errors import DataError
 from biclip_jax.data.schema import SPLITS, Split
 
 SUFFIX = ".npz"
-FIX = "expected a prepared set; make it again by biclip_jax.prepare."
+FIX = "expected a prepared dataset; write it again with biclip_jax.prepare."
 FIELDS = ("id", "image", "mask", "full_mask", "text", "variants")
 
 
 def is_prepared_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is that of such a file, by its name."""
+    """Returns whether a path has the suffix of such a file."""
     return Path(path).suffix == SUFFIX
 
 
 def write(
     path: Path, splits: Mapping[Split, Sequence[Mapping[str, Any]]], facts: Mapping[str, Any]
 ) -> None:
-    """Writes the file; one that stood there is replaced at the end.
+    """Writes the file; an existing one is replaced at the end.
 
     Args:
-      path: of the file, with the suffix `.npz`.
-      splits: {split: examples as `records.encode` makes them, or as TFDS gives them}.
+      path: Path of the file, with the suffix `.npz`.
+      splits: {split: examples as returned by `records.encode`, or as read by TFDS}.
       facts: JSON values that `check` compares.
     """
     arrays: dict[str, Any] = {"facts": np.frombuffer(json.dumps(dict(facts)).encode(), np.uint8)}
@@ -50,32 +51,48 @@ def write(
         np.savez(file, **arrays)
 
 
-def check(path: Path, expected: Mapping[str, Any]) -> None:
-    """Compares the facts of a file with what is asked of it.
+def verify(path: Path) -> None:
+    """Compares the contents of a file with the checksums in it.
 
     Raises:
-      DataError: no such file, a damaged one, or another set.
+      DataError: The file is damaged.
+    """
+    fix = "delete the file to prepare the dataset again."
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: cannot be read ({error}); {fix}") from error
+    if damaged is not None:
+        raise DataError(f"{path}: found a wrong checksum of {damaged}; {fix}")
+
+
+def check(path: Path, expected: Mapping[str, Any]) -> None:
+    """Compares the facts of a file with the expected ones.
+
+    Raises:
+      DataError: The file is missing, damaged, or another dataset.
     """
     try:
         facts = json.loads(_read(path, ["facts"])["facts"].tobytes())
     except ValueError as error:
-        raise DataError(f"{path}: its facts are no JSON ({error}); {FIX}") from error
+        raise DataError(f"{path}: its facts are not JSON ({error}); {FIX}") from error
     for name, value in expected.items():
         if facts.get(name) != value:
             raise DataError(
-                f"{path}: found {name} {facts.get(name)!r}; expected {value!r}; make the file "
-                "again by biclip_jax.prepare, or change the configuration."
+                f"{path}: found {name} {facts.get(name)!r}; expected {value!r}; write the file "
+                "again with biclip_jax.prepare, or change the config."
             )
 
 
 def examples(path: Path, split: Split) -> list[dict[str, bytes]]:
-    """The examples of a split, for `records.decode`.
+    """Reads the examples of a split, for `records.decode`.
 
     Raises:
-      DataError: no such file, a damaged one, or one without the split.
+      DataError: The file is missing or damaged, or lacks the split.
     """
     if split not in SPLITS:
-        raise DataError(f"{path}: asked for the split {split!r}; expected one of {SPLITS}.")
+        raise DataError(f"{path}: found the split {split!r}; expected one of {SPLITS}.")
     names = [f"{split}/{field}{part}" for field in FIELDS for part in ("", "_ends")]
     arrays = _read(path, names)
     columns = {}

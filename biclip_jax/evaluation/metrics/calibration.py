@@ -1,11 +1,11 @@
-"""Whether probabilities mean what they say: calibration of pixels, and one temperature.
+"""Pixel calibration and temperature scaling.
 
-Everything follows from one structure, the counts of positive and negative pixels over fine bins of
-the logit log(p / (1 - p)): any number of pixels fits, splits are gathered in one pass, and a
-temperature only moves the bins. A pixel counts with the centre of its bin, which is at most
-1 / 512 from its own logit; its side of the threshold is exact. The bins reach as far as a float32
-sigmoid does, which is further below than above: what it rounds to 0 counts as -88, what it rounds
-to 1 as 17, however sure the model was beyond that.
+All metrics are computed from one histogram: counts of negative and positive pixels over fine bins
+of the logit log(p / (1 - p)). It has a fixed size, so a split of any size needs one pass, and a
+temperature only rescales the bin centres. A pixel is represented by the centre of its bin, at most
+1 / 512 from its logit; its side of the threshold is exact. The bins cover the range of a float32
+sigmoid, which reaches further below 0 than above: probabilities rounded to 0 count as logit -88,
+probabilities rounded to 1 as logit 17.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from typing import Any
 
 import numpy as np
 
-LOWEST, HIGHEST = -88, 17  # logits: a float32 sigmoid is 0 below -87.3, and 1 from 17.3 on
-BINS_A_UNIT = 256  # of the logit
-NUM_BINS = BINS_A_UNIT * (HIGHEST - LOWEST)
-MIDDLE = -BINS_A_UNIT * LOWEST  # first bin from p = 0.5 on, which lies on its edge
-CENTRES = (np.arange(NUM_BINS) + 0.5 - MIDDLE) / BINS_A_UNIT
+LOWEST, HIGHEST = -88, 17  # logits: a float32 sigmoid is 0 below -87.3 and 1 above 17.3
+BINS_PER_LOGIT = 256
+NUM_BINS = BINS_PER_LOGIT * (HIGHEST - LOWEST)
+MIDDLE = -BINS_PER_LOGIT * LOWEST  # first bin with p >= 0.5
+CENTRES = (np.arange(NUM_BINS) + 0.5 - MIDDLE) / BINS_PER_LOGIT
 ECE_BINS = 15
-TEMPERATURES = (0.02, 50.0)  # where the fit may end
+TEMPERATURES = (0.02, 50.0)  # range of the fit
 
-Histogram = np.ndarray  # (2, NUM_BINS) int64: negative, then positive pixels of each logit
+Histogram = np.ndarray  # (2, NUM_BINS) int64: negative pixels, then positive pixels
 
 
 def histogram(probs: np.ndarray, mask: np.ndarray) -> Histogram:
-    """Counts of the pixels of one picture, to be added over a split.
+    """Counts the pixels of one image per logit bin; add the results over a split.
 
     Args:
-      probs: in [0, 1], any shape.
-      mask: of the same shape, bool or 0/1.
+      probs: Probabilities in [0, 1], any shape.
+      mask: Reference mask of the same shape, bool or 0/1.
 
     Returns:
       (2, NUM_BINS) int64, negative pixels in row 0, positive ones in row 1.
 
     Raises:
-      ValueError: shapes that differ, or a probability that is not finite.
+      ValueError: The shapes differ, or a probability is not finite.
     """
     if probs.shape != mask.shape:
         raise ValueError(f"probs {probs.shape} and mask {mask.shape}: expected one shape")
@@ -46,16 +46,16 @@ def histogram(probs: np.ndarray, mask: np.ndarray) -> Histogram:
         raise ValueError("probs: found values that are not finite; expected 0 to 1")
     with np.errstate(divide="ignore"):
         logits = np.log(p) - np.log1p(-p)
-    # The middle is added to the floor, not to the logit: rounding would hide the side of 0.5.
-    steps = np.floor(np.clip(logits, LOWEST, HIGHEST) * BINS_A_UNIT)
-    place = np.minimum(steps.astype(np.int64) + MIDDLE, NUM_BINS - 1)
+    # MIDDLE is added after the floor: adding it to the logit could round across p = 0.5.
+    steps = np.floor(np.clip(logits, LOWEST, HIGHEST) * BINS_PER_LOGIT)
+    bins = np.minimum(steps.astype(np.int64) + MIDDLE, NUM_BINS - 1)
     positive = np.asarray(mask).ravel() > 0
-    counts = np.bincount(place + NUM_BINS * positive, minlength=2 * NUM_BINS)
+    counts = np.bincount(bins + NUM_BINS * positive, minlength=2 * NUM_BINS)
     return counts.reshape(2, NUM_BINS)
 
 
 def gather_histogram(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Histogram:
-    """`histogram` added over (probs, mask) pairs; the pairs may differ in shape."""
+    """Sums `histogram` over (probs, mask) pairs; the pairs may differ in shape."""
     total = np.zeros((2, NUM_BINS), np.int64)
     for probs, mask in pairs:
         total += histogram(probs, mask)
@@ -63,18 +63,18 @@ def gather_histogram(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Histogra
 
 
 def summarize(counts: Histogram, temperature: float = 1.0) -> dict[str, float | None]:
-    """How far the probabilities, after `temperature`, are from what happens.
+    """Computes calibration metrics of the probabilities after temperature scaling.
 
     Args:
-      counts: of a split, at least one pixel.
+      counts: Histogram of a split, at least one pixel.
       temperature: T > 0; the probability is sigmoid(logit / T).
 
     Returns:
       ece: see `expected_calibration_error`; brier: mean (p - y)^2; nll: mean -log p(y), in nats;
-      error_auroc: see there, None where every pixel is right or every one wrong.
+      error_auroc: see `error_auroc`.
 
     Raises:
-      ValueError: no pixels.
+      ValueError: The histogram is empty.
     """
     total = _num_pixels(counts)
     p = _probabilities(temperature)
@@ -88,10 +88,11 @@ def summarize(counts: Histogram, temperature: float = 1.0) -> dict[str, float | 
 
 
 def expected_calibration_error(counts: Histogram, temperature: float = 1.0) -> float:
-    """The mean over pixels of |accuracy - confidence| of each pixel's bin (Guo et al., 2017).
+    """Computes the expected calibration error, in [0, 1] (Guo et al., 2017).
 
-    The confidence is that of the predicted class, max(p, 1 - p); the bins are 15 of equal width
-    over [0, 1], of which two classes reach the upper eight.
+    The error is the mean over pixels of |accuracy - confidence| in the bin of the pixel. The
+    confidence is max(p, 1 - p). There are 15 bins of equal width over [0, 1]; with two classes only
+    the upper eight are used.
     """
     p = _probabilities(temperature)
     confidence = np.maximum(p, 1 - p)
@@ -104,11 +105,11 @@ def expected_calibration_error(counts: Histogram, temperature: float = 1.0) -> f
 
 
 def reliability(counts: Histogram, temperature: float = 1.0) -> list[dict[str, float | int]]:
-    """Rows of a reliability diagram: 15 equal-width bins of the foreground probability.
+    """Computes a reliability diagram over 15 equal-width bins of the foreground probability.
 
     Returns:
-      low, high, mean_probability, observed_frequency (of foreground), count; bins without pixels
-      are left out.
+      One row per non-empty bin: low, high, mean_probability, observed_frequency (of foreground)
+      and count.
     """
     p = _probabilities(temperature)
     bins = _equal_width(p)
@@ -128,51 +129,52 @@ def reliability(counts: Histogram, temperature: float = 1.0) -> list[dict[str, f
 
 
 def error_auroc(counts: Histogram) -> float | None:
-    """The chance that a wrong pixel has more entropy than a right one; equal ones count half.
+    """Computes the AUROC of the entropy as a detector of wrong pixels; ties count half.
 
-    A temperature does not change it: it keeps the order. None where there is no pair.
+    Temperature scaling keeps the order and does not change it. None if all pixels are correct or
+    all are wrong.
     """
     wrong = np.where(CENTRES >= 0, counts[0], counts[1])
     right = counts.sum(0) - wrong
-    wrong, right = _surest_first(wrong), _surest_first(right)
+    wrong, right = _by_confidence(wrong), _by_confidence(right)
     pairs = wrong.sum() * right.sum()
     if not pairs:
         return None
-    surer = np.cumsum(right) - right
-    return float((wrong * (surer + right / 2)).sum() / pairs)
+    more_confident = np.cumsum(right) - right
+    return float((wrong * (more_confident + right / 2)).sum() / pairs)
 
 
 def fit_temperature(counts: Histogram) -> float:
-    """The T of least NLL, within `TEMPERATURES`; sigmoid(logit / T) is then the probability.
+    """Returns the temperature in `TEMPERATURES` that minimizes the NLL of sigmoid(logit / T).
 
     Raises:
-      ValueError: no pixels.
+      ValueError: The histogram is empty.
     """
     from scipy import optimize
 
     _num_pixels(counts)
-    found = optimize.minimize_scalar(
+    fit = optimize.minimize_scalar(
         lambda log: _nll(counts, float(np.exp(log))),
         bounds=tuple(np.log(TEMPERATURES)),
         method="bounded",
         options={"xatol": 1e-6},
     )
-    return float(np.exp(found.x))
+    return float(np.exp(fit.x))
 
 
 def report(fitted_on: Histogram, counts: Histogram, split: str = "val") -> dict[str, Any]:
-    """The calibration section of results.json: before and after a fitted temperature.
+    """Returns the calibration section of results.json, before and after temperature scaling.
 
     Args:
-      fitted_on: of the split that the temperature is fitted on.
-      counts: of the evaluated split.
-      split: the name of the first.
+      fitted_on: Histogram of the split on which the temperature is fitted.
+      counts: Histogram of the evaluated split.
+      split: Name of the split on which the temperature is fitted.
     """
     temperature = fit_temperature(fitted_on)
     low, high = TEMPERATURES
     return {
         "temperature": temperature,
-        # Then the pixels' order is of no use on that split, or without a fault.
+        # At a limit, the order of the pixels on that split is useless or perfect.
         "at_limit": not 1.01 * low < temperature < 0.99 * high,
         "fitted_on": split,
         "num_pixels": int(counts.sum()),
@@ -190,8 +192,8 @@ def _nll(counts: Histogram, temperature: float) -> float:
     return float(losses.sum() / counts.sum())
 
 
-def _surest_first(counts: np.ndarray) -> np.ndarray:
-    """Counts by |logit|, which alone the entropy depends on, and with which it falls."""
+def _by_confidence(counts: np.ndarray) -> np.ndarray:
+    """Returns counts by |logit|, most confident first; the entropy decreases with |logit|."""
     folded = counts[:MIDDLE].astype(np.float64)
     above = counts[MIDDLE:][::-1]
     folded[MIDDLE - len(above) :] += above
@@ -203,12 +205,12 @@ def _probabilities(temperature: float) -> np.ndarray:
 
 
 def _equal_width(p: np.ndarray) -> np.ndarray:
-    """The bins ((i) / 15, (i + 1) / 15] of values in [0, 1]; 0 falls into the first."""
+    """Returns the bin (i / 15, (i + 1) / 15] of values in [0, 1]; 0 belongs to bin 0."""
     return np.clip(np.ceil(p * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
 
 
 def _num_pixels(counts: Histogram) -> int:
     total = int(counts.sum())
     if not total:
-        raise ValueError("counts: found no pixel; expected at least one")
+        raise ValueError("counts: found no pixels; expected at least one")
     return total

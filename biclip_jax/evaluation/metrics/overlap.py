@@ -1,10 +1,9 @@
-"""Dice and IoU, global and mean, and how sure one may be of them.
+"""Dice and IoU, global and mean, with bootstrap confidence intervals.
 
-Two kinds of Dice circulate and papers in the line of LViT mix them: `global`
-pools the pixels of all images before dividing, so large lesions weigh most;
-`mean` averages one value an image, so every image weighs the same. On the same
-predictions they differ by several points; every number here says which it is.
-Only for the global kind does IoU = D / (2 - D) hold.
+Papers that follow LViT report two kinds of Dice without distinction. `global` pools the pixels of
+all images before dividing, so large lesions dominate. `mean` averages one value per image, so every
+image has the same weight. They differ by several points on the same predictions, so every number
+here is named after its kind. IoU = D / (2 - D) holds only for the global kind.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ THRESHOLD = 0.5  # probability from which a pixel is foreground
 
 
 class Overlap(NamedTuple):
-    """Pixel counts per image, integer arrays of one shape, usually (B,).
+    """Pixel counts per image: integer arrays of equal shape, usually (B,).
 
     Attributes:
-      intersection: pixels in both prediction and mask.
-      pred_area: pixels in the prediction.
-      mask_area: pixels in the mask.
+      intersection: Pixels in both prediction and mask.
+      pred_area: Pixels in the prediction.
+      mask_area: Pixels in the mask.
     """
 
     intersection: Array
@@ -38,15 +37,18 @@ def _as_bool(x: Array) -> Array:
 
 
 def count_pixels(pred: Array, mask: Array, axis: int | Sequence[int] = (1, 2, 3)) -> Overlap:
-    """Counts the pixels of prediction, mask and both.
+    """Counts the pixels of the prediction, the mask and their intersection.
 
     Args:
-      pred: (B, H, W, 1), bool or 0/1; other values are thresholded at >= 0.5.
-      mask: of the same shape, likewise.
-      axis: what is summed over; the default leaves one count an image.
+      pred: (B, H, W, 1), bool, or numbers thresholded at >= 0.5.
+      mask: The same shape and type of values.
+      axis: Axes to sum over; the default returns one count per image.
 
     Returns:
-      Counts as numpy integers for numpy, int32 for jax (exact below 2^31).
+      Numpy integers for numpy inputs, int32 for jax inputs (exact below 2^31).
+
+    Raises:
+      ValueError: The shapes differ.
     """
     if pred.shape != mask.shape:
         raise ValueError(f"pred {pred.shape} and mask {mask.shape}: expected one shape")
@@ -56,14 +58,17 @@ def count_pixels(pred: Array, mask: Array, axis: int | Sequence[int] = (1, 2, 3)
 
 
 def dice(counts: Overlap) -> Array:
-    """2 |P n M| / (|P| + |M|) in [0, 1], of the counts' shape; both empty is 1."""
+    """Returns 2 |P n M| / (|P| + |M|) in [0, 1], with the shape of the counts.
+
+    1 if both are empty.
+    """
     total = counts.pred_area + counts.mask_area
-    # Adding the truth of "empty" above and below makes 0/0 a 1 and nothing else.
+    # Adding 1 to numerator and denominator of empty pairs turns 0/0 into 1.
     return (2 * counts.intersection + (total == 0)) / (total + (total == 0))
 
 
 def iou(counts: Overlap) -> Array:
-    """|P n M| / |P u M| in [0, 1], of the counts' shape; both empty is 1."""
+    """Returns |P n M| / |P u M| in [0, 1], with the shape of the counts; 1 if both are empty."""
     union = counts.pred_area + counts.mask_area - counts.intersection
     return (counts.intersection + (union == 0)) / (union + (union == 0))
 
@@ -76,14 +81,14 @@ def _on_host(counts: Overlap) -> Overlap:
 
 
 def summarize(counts: Overlap) -> dict[str, float | int]:
-    """Global and mean Dice and IoU of N images.
+    """Computes global and mean Dice and IoU of N images.
 
     Args:
-      counts: arrays (N,), numpy or jax, one entry an image.
+      counts: Arrays (N,), numpy or jax, one entry per image.
 
     Returns:
-      dice_global, iou_global (pixels pooled over the N images), dice_mean,
-      iou_mean (averages over images), all in [0, 1], and num_images = N.
+      dice_global and iou_global (pixels pooled over the N images), dice_mean and iou_mean (averages
+      over images), all in [0, 1], and num_images = N.
     """
     counts = _on_host(counts)
     pooled = Overlap(*(count.sum() for count in counts))
@@ -99,17 +104,16 @@ def summarize(counts: Overlap) -> dict[str, float | int]:
 def bootstrap_intervals(
     counts: Overlap, *, num_resamples: int = 1000, level: float = 0.95, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """Percentile bootstrap intervals, images drawn with replacement.
+    """Computes percentile bootstrap intervals over images.
 
-    The indices are `numpy.random.default_rng(seed).integers(N, size=(R, N))`.
-    Images are taken as independent: with several slices of a patient the
-    intervals are too narrow.
+    The indices are `numpy.random.default_rng(seed).integers(N, size=(R, N))`. Images are treated as
+    independent: with several slices per patient the intervals are too narrow.
 
     Args:
-      counts: arrays (N,), one entry an image.
-      num_resamples: R.
-      level: probability between the two ends, in (0, 1).
-      seed: of the drawing; the same seed draws the same images.
+      counts: Arrays (N,), one entry per image.
+      num_resamples: Number of bootstrap samples R.
+      level: Coverage of the interval, in (0, 1).
+      seed: Seed of the bootstrap samples.
 
     Returns:
       (low, high) for dice_global, iou_global, dice_mean and iou_mean.
@@ -131,21 +135,20 @@ def bootstrap_intervals(
 def overlap_sums(
     probs: Array, mask: Array, valid: Array, threshold: float = 0.5
 ) -> dict[str, Array]:
-    """The sums of one batch from which `from_sums` takes Dice and IoU; jittable.
+    """Computes the sums of a batch from which `from_sums` derives Dice and IoU; jittable.
 
-    Every sum may be added over devices (`psum`) and batches. The pixel counts
-    are int32: add batches up on the host where a split may hold 2^31
-    foreground pixels.
+    All sums can be added over devices (`psum`) and batches. The pixel counts are int32: add batches
+    on the host if a split can have 2^31 or more foreground pixels.
 
     Args:
-      probs: (B, H, W, 1) in [0, 1]; a pixel is predicted where >= threshold.
+      probs: (B, H, W, 1) in [0, 1]; pixels >= threshold are foreground.
       mask: (B, H, W, 1), bool or 0/1.
-      valid: (B,) bool, false where the row only fills the batch.
-      threshold: in [0, 1].
+      valid: (B,) bool, False for padding rows.
+      threshold: In [0, 1].
 
     Returns:
-      Scalars: intersection, pred_area, mask_area, count (int32), dice_sum,
-      iou_sum (float32, over the valid images).
+      Scalars over the valid images: intersection, pred_area, mask_area, count (int32), dice_sum and
+      iou_sum (float32).
     """
     valid = jnp.asarray(valid)
     counts = count_pixels(jnp.asarray(probs) >= threshold, jnp.asarray(mask))
@@ -155,7 +158,7 @@ def overlap_sums(
 
 
 def from_sums(sums: Mapping[str, Array]) -> dict[str, float | int]:
-    """The values of `summarize` from (added) results of `overlap_sums`, on the host."""
+    """Returns the values of `summarize` from summed results of `overlap_sums`, on the host."""
     num_images = int(sums["count"])
     if num_images < 1:
         raise ValueError(f"count {num_images}: expected at least one valid image")
@@ -170,10 +173,10 @@ def from_sums(sums: Mapping[str, Array]) -> dict[str, float | int]:
 
 
 def stack(counts: Sequence[Overlap]) -> Overlap:
-    """Counts of single images (scalars each) as one `Overlap` of int64 arrays (N,)."""
+    """Stacks the scalar counts of N images into one `Overlap` of int64 arrays (N,)."""
     return Overlap(*(np.asarray(field, np.int64) for field in zip(*counts, strict=True)))
 
 
 def take(counts: Overlap, rows: np.ndarray) -> Overlap:
-    """The counts of some images: `rows` is a boolean mask (N,) or indices."""
+    """Selects the counts of some images; `rows` is a boolean mask (N,) or indices."""
     return Overlap(*(np.asarray(field)[rows] for field in counts))

@@ -1,7 +1,8 @@
-"""How well two masks agree by area and by boundary, one image at a time.
+"""Surface metrics: normalized surface distance of single images.
 
-`dsc` and `surface_dice_plate` are the scores of the MedCLIPSeg reference, to be compared with its
-tables alone; `surface_dice` is a 2-D boundary measure, usually much lower than the plate's.
+`dsc` and `surface_dice_plate` reproduce the scores of the MedCLIPSeg reference; compare them only
+with its tables. `surface_dice` is a 2-D boundary measure and usually much lower than
+`surface_dice_plate`.
 """
 
 from __future__ import annotations
@@ -10,24 +11,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
 
 from biclip_jax.data import opencv_resize, pipeline
 from biclip_jax.data.schema import Record
 from biclip_jax.evaluation.metrics import overlap
 
 TOLERANCE = 2.0  # pixels
-EPSILON = 1e-8  # the reference's, in the denominator of its Dice
+EPSILON = 1e-8  # in the denominator of the reference's Dice
 
-# Area of the surface through a cell of 2 x 2 x 2 voxels one layer of which is the plate, by which
-# of its 2 x 2 pixels are foreground. It runs midway between voxels in and out, as marching cubes
-# draws it: a cut corner; a slope of 1 x sqrt(1/2); two cut corners; half a flat pixel and a
-# trapezoid; a flat pixel.
+# Area of the marching-cubes surface in a cell of 2 x 2 x 2 voxels, one layer of which belongs to
+# the plate, by the pattern of its 2 x 2 foreground pixels. The surface runs midway between
+# foreground and background voxels: a cut corner; a slope of 1 x sqrt(1/2); two cut corners; half a
+# flat pixel and a trapezoid; a flat pixel.
 _ONE = np.sqrt(3) / 8
 _SIDE = np.sqrt(1 / 2)
 _DIAGONAL = 2 * _ONE
 _THREE = 1 / 2 + 3 * _ONE
-# By the pixels below, then above: none, the left one, the right one, both.
+# Rows: the lower pixels, columns: the upper pixels; none, left, right, both.
 _CELL_AREAS = np.array(
     [
         [0, _ONE, _ONE, _SIDE],
@@ -39,64 +39,66 @@ _CELL_AREAS = np.array(
 
 
 def dsc(prediction: np.ndarray, mask: np.ndarray) -> float:
-    """The MedCLIPSeg reference's Dice of one image: 2 |P n M| / (|P| + |M| + 1e-8).
+    """Computes the Dice of one image as the MedCLIPSeg reference: 2 |P n M| / (|P| + |M| + 1e-8).
 
     Args:
       prediction, mask: (H, W), bool or 0/1.
 
     Returns:
-      In [0, 1]; 1 where both are empty, 0 where one is.
+      A value in [0, 1]; 1 if both are empty, 0 if exactly one is.
 
     Raises:
-      ValueError: other shapes, or two of them.
+      ValueError: The shapes differ or are not (H, W).
     """
     prediction, mask = _as_pair(prediction, mask)
     if not (prediction.any() or mask.any()):
         return 1.0
-    overlap = np.count_nonzero(prediction & mask)
-    return 2 * overlap / (np.count_nonzero(prediction) + np.count_nonzero(mask) + EPSILON)
+    intersection = np.count_nonzero(prediction & mask)
+    return 2 * intersection / (np.count_nonzero(prediction) + np.count_nonzero(mask) + EPSILON)
 
 
 def surface_dice_plate(
     prediction: np.ndarray, mask: np.ndarray, tolerance: float = TOLERANCE
 ) -> float:
-    """The MedCLIPSeg reference's "NSD": of plates one voxel thick, NOT a 2-D boundary measure.
+    """Computes the "NSD" of the MedCLIPSeg reference, which is NOT a 2-D boundary measure.
 
-    The masks are taken for volumes of one slice, whose two flat faces, all of the mask's area,
-    count as surface. So it follows the Dice and is much higher than `surface_dice`: of two discs of
-    radius 20, one 4 pixels down and 3 across, 0.933 where Dice is 0.840 and `surface_dice` 0.277.
-    It is the share of both surfaces' area that lies within `tolerance` of the other surface
-    (Nikolov et al., arXiv:1809.04430). Both layers of cells of a plate are alike and see the same
-    distances, so one of them, in 2-D, is enough.
+    The reference treats the masks as volumes of one slice. The two flat faces of this plate, with
+    the whole area of the mask, count as surface. The value therefore follows the Dice and is much
+    higher
+    than `surface_dice`: for two discs of radius 20, shifted by 4 rows and 3 columns, it is 0.933,
+    while the Dice is 0.840 and `surface_dice` 0.277. It is the share of the area of both surfaces
+    that lies within `tolerance` of the other surface (Nikolov et al., arXiv:1809.04430). The two
+    layers of cells of a plate are equal, so one layer, in 2-D, is enough.
 
     Args:
-      prediction, mask: (H, W), bool or 0/1; beyond their edges is background.
-      tolerance: in pixels, included.
+      prediction, mask: (H, W), bool or 0/1; outside is background.
+      tolerance: Largest distance in pixels that counts as near.
 
     Returns:
-      In [0, 1]; 1 where both are empty, 0 where one is.
+      A value in [0, 1]; 1 if both are empty, 0 if exactly one is.
 
     Raises:
-      ValueError: other shapes, or two of them.
+      ValueError: The shapes differ or are not (H, W).
     """
     return _within(prediction, mask, tolerance, _plate)
 
 
 def surface_dice(prediction: np.ndarray, mask: np.ndarray, tolerance: float = TOLERANCE) -> float:
-    """The 2-D normalized surface distance: the share of both boundaries near the other one.
+    """Computes the 2-D normalized surface distance.
 
-    A boundary is the foreground pixels with a background pixel above, below, left or right; each
-    counts as one, whatever the direction of the contour there.
+    It is the share of both boundaries that lies within `tolerance` of the other boundary. A
+    boundary consists of the foreground pixels with a background pixel above, below, left or right.
+    Every boundary pixel has weight 1, whatever the direction of the contour.
 
     Args:
-      prediction, mask: (H, W), bool or 0/1; beyond their edges is background.
-      tolerance: in pixels between pixels' centres, included.
+      prediction, mask: (H, W), bool or 0/1; outside is background.
+      tolerance: Largest distance between pixel centers, in pixels, that counts as near.
 
     Returns:
-      In [0, 1]; 1 where both are empty, 0 where one is.
+      A value in [0, 1]; 1 if both are empty, 0 if exactly one is.
 
     Raises:
-      ValueError: other shapes, or two of them.
+      ValueError: The shapes differ or are not (H, W).
     """
     return _within(prediction, mask, tolerance, _boundary)
 
@@ -110,35 +112,36 @@ def per_image(
     records: Sequence[Record],
     batch_size: int,
 ) -> dict[str, list[float]]:
-    """All `MEASURES` of N pictures with their right sentences, {name: N values}.
+    """Computes all `MEASURES` of N images with their original prompts: {name: N values}.
 
-    As the MedCLIPSeg reference does it, the masks at the model's own size, not the probabilities,
-    are brought to each ground truth's size, by nearest neighbour. The tolerance is of that size.
+    As in the MedCLIPSeg reference, the masks at model resolution, not the probabilities, are
+    resized to the size of each reference mask by nearest neighbor. The tolerance refers to that
+    size.
 
     Args:
-      predict: batch -> probabilities (B, S, S, 1).
-      encode: sentences -> the sentence fields of a batch.
-      records: N of them.
-      batch_size: pictures at a time.
+      predict: Function from a batch to probabilities (B, S, S, 1).
+      encode: Function from prompts to the text fields of a batch.
+      records: N records.
+      batch_size: Images per batch.
     """
     texts = encode([record["text"] for record in records])
-    found: dict[str, list[float]] = {name: [] for name in MEASURES}
+    scores: dict[str, list[float]] = {name: [] for name in MEASURES}
     for batch in pipeline.eval_batches(records, texts, batch_size=batch_size):
         masks = predict(batch)[..., 0] >= overlap.THRESHOLD
         for i in np.flatnonzero(batch["valid"]):
             truth = records[int(batch["index"][i])]["full_mask"][..., 0]
             prediction = opencv_resize.nearest(masks[i], *truth.shape)
             for name, measure in MEASURES.items():
-                found[name].append(measure(prediction, truth))
-    return found
+                scores[name].append(measure(prediction, truth))
+    return scores
 
 
-def summarize(found: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """What results.json holds of `per_image`: means over the pictures, and how they were taken."""
+def summarize(scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Returns the surface_metrics section of results.json: the means of `per_image`."""
     return {
-        **{name: float(np.mean(values)) for name, values in found.items()},
+        **{name: float(np.mean(values)) for name, values in scores.items()},
         "tolerance": TOLERANCE,
-        "num_images": len(found["dsc"]),
+        "num_images": len(scores["dsc"]),
         "size": "each mask's own size, masks resized by nearest neighbour",
     }
 
@@ -149,7 +152,9 @@ def _within(
     tolerance: float,
     measure: Callable[[np.ndarray], np.ndarray],
 ) -> float:
-    """The share of what `measure` finds of both that lies within `tolerance` of the other's."""
+    """Returns the share of both surfaces (see `measure`) within `tolerance` of the other."""
+    from scipy import ndimage
+
     prediction, mask = _as_pair(prediction, mask)
     if not (prediction.any() and mask.any()):
         return float(prediction.any() == mask.any())
@@ -162,21 +167,23 @@ def _within(
 
 
 def _plate(padded: np.ndarray) -> np.ndarray:
-    """(H, W) bool, padded, to the areas (H - 1, W - 1) of both layers of the plate's cells."""
+    """Returns the surface areas (H - 1, W - 1) of both layers of cells of a padded mask (H, W)."""
     bits = padded.astype(np.int64)
     pairs = bits[:, :-1] + 2 * bits[:, 1:]
     return 2 * _CELL_AREAS[pairs[1:], pairs[:-1]]
 
 
 def _boundary(padded: np.ndarray) -> np.ndarray:
-    """(H, W) bool, padded, to the pixels (H, W) on the boundary, 1.0 each."""
+    """Returns 1.0 at the boundary pixels (H, W) of a padded mask, 0.0 elsewhere."""
+    from scipy import ndimage
+
     return (padded & ~ndimage.binary_erosion(padded)).astype(np.float64)
 
 
 def _cropped(*masks: np.ndarray) -> list[np.ndarray]:
-    """The smallest rectangle that holds all foreground; nothing outside it has a surface."""
-    ensemble_with = np.logical_or.reduce(masks)
-    rows, columns = (np.flatnonzero(ensemble_with.any(axis)) for axis in (1, 0))
+    """Crops the masks to the bounding box of their union; there is no surface outside."""
+    union = np.logical_or.reduce(masks)
+    rows, columns = (np.flatnonzero(union.any(axis)) for axis in (1, 0))
     return [m[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] for m in masks]
 
 

@@ -1,7 +1,7 @@
-"""Runs of several methods side by side: means and spreads over seeds, as rows of a table.
+"""Comparison of several methods: mean and standard deviation over seeds, as table rows.
 
-A score lies in [0, 1]; tables are in percent. A row is what `biclip_jax.ablate` writes for a method
-and a share of the labels.
+Scores are in [0, 1], tables in percent. A row is what `biclip ablate` writes for one method and one
+label fraction.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ COLUMNS = ("labels", "variant", "image_encoder", *METRICS, "empty_text", "corrup
 
 
 def over_seeds(scores: Sequence[dict[str, float]]) -> dict[str, dict[str, float | None]]:
-    """{metric: {"mean", "sd"}} of one score a seed."""
+    """Returns {metric: {"mean", "sd"}} over seeds; sd is None for a single seed."""
     columns = {name: [score[name] for score in scores] for name in METRICS}
     return {
         name: {
@@ -28,30 +28,31 @@ def over_seeds(scores: Sequence[dict[str, float]]) -> dict[str, dict[str, float 
     }
 
 
-def summarize_evaluations(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What --evaluate found of a row's runs: conditions and degradations, over the seeds."""
-    conditions = [result["conditions"] for result in found]
-    asked: dict[str, Any] = {
-        "num_images": found[0]["num_images"],
+def summarize_evaluations(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Averages the --evaluate results of the runs of a row over the seeds."""
+    conditions = [result["conditions"] for result in results]
+    summary: dict[str, Any] = {
+        "num_images": results[0]["num_images"],
         "conditions": {name: over_seeds([c[name] for c in conditions]) for name in conditions[0]},
     }
-    scores = [result["corruptions"] for result in found if "corruptions" in result]
+    scores = [result["corruptions"] for result in results if "corruptions" in result]
     if scores:
         mean = over_seeds([s["mean"] for s in scores])
         cells = {name: rows for name, rows in scores[0].items() if name != "mean"}
-        asked["corruptions"] = {
+        summary["corruptions"] = {
             name: {level: over_seeds([s[name][level] for s in scores]) for level in rows}
             for name, rows in cells.items()
         } | {"mean": mean}
-    if "flip_consistency" in found[0]:
-        asked["flip_consistency"] = over_seeds([result["flip_consistency"] for result in found])
-    return asked
+    if "flip_consistency" in results[0]:
+        summary["flip_consistency"] = over_seeds([result["flip_consistency"] for result in results])
+    return summary
 
 
 def image_encoder(model: dict[str, Any]) -> str:
-    """Of a resolved configuration's `model`: what sees the picture for the sentence's sake.
+    """Returns the name of the image encoder that refines the text, from a resolved `config.model`.
 
-    MedCLIPSeg's is its pair of towers; "-" where no picture refines a sentence.
+    MedCLIPSeg models return the name of their encoder pair; "-" if the image does not refine the
+    text.
     """
     if "image" not in model:
         return model["variant"]
@@ -59,21 +60,21 @@ def image_encoder(model: dict[str, Any]) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The console's table, in percent."""
+    """Formats the rows as a plain table, in percent."""
     return tables.format_table([_cells(row) for row in rows], COLUMNS)
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table with every seed linked to its run."""
+    """Formats the rows as a Markdown table that links every seed to its run."""
     head = f"| {' | '.join(COLUMNS)} | runs |\n|{'---|' * (len(COLUMNS) + 1)}\n"
     lines = []
     for row in rows:
         cells = _cells(row)
-        runs = " ".join(f"[{seed}]({found['run']})" for seed, found in row["seeds"].items())
+        runs = " ".join(f"[{seed}]({result['run']})" for seed, result in row["seeds"].items())
         lines.append(f"| {' | '.join(cells[name] for name in COLUMNS)} | {runs} |\n")
     note = (
-        "\nPercent; mean and standard deviation over the seeds; missing_text is dice_global, "
-        "degraded the mean of dice_global over what --evaluate asked for.\n"
+        "\nPercent; mean and standard deviation over the seeds. empty_text is dice_global; "
+        "corrupted is the mean dice_global over the corruptions given to --evaluate.\n"
     )
     return head + "".join(lines) + note
 

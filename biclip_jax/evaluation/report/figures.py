@@ -1,8 +1,7 @@
-"""What a reader sees of a run: overlays, pages of cases, curves, tables.
+"""Overlays of reference and prediction, and figures of cases with uncertainty maps.
 
-Green (the reference) and orange (the prediction) are Okabe and Ito's, which
-colour-blind readers tell apart; the prediction is also the only one filled.
-Every file is written beside its place and moved there whole.
+The reference is green and the prediction orange, from the color-blind safe palette of Okabe and
+Ito; only the prediction is filled. Files are written atomically.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from biclip_jax.core import files
 MASK_COLOR = (0, 158, 115)
 PRED_COLOR = (230, 159, 0)
 BANDS = ("best", "median", "worst")
-CASES = 3  # in each band
-COLUMNS, IMAGE_SIZE, GAP = 3, 256, 14  # cells a line; pixels
+CASES = 3  # per band
+COLUMNS, IMAGE_SIZE, GAP = 3, 256, 14  # cells per row; pixels; pixels
 CELL = 2 * IMAGE_SIZE + GAP
 
 
 def _outline(region: np.ndarray, thickness: int) -> np.ndarray:
-    """The outermost `thickness` pixels of a bool (H, W) region, the picture's rim included."""
+    """Returns the outermost `thickness` pixels of a bool (H, W) region; outside is background."""
     inner = region
     for _ in range(thickness):
         p = np.pad(inner, 1)
@@ -37,7 +36,7 @@ def _outline(region: np.ndarray, thickness: int) -> np.ndarray:
 def _plane(region: np.ndarray, name: str, shape: tuple[int, int]) -> np.ndarray:
     plane = region[..., 0] if region.ndim == 3 else region
     if plane.shape != shape:
-        raise ValueError(f"{name} {region.shape}: expected the picture's size {shape}")
+        raise ValueError(f"{name} {region.shape}: expected the size of the image {shape}")
     return plane.astype(bool)
 
 
@@ -47,19 +46,19 @@ def overlay(
     pred: np.ndarray | None = None,
     alpha: float = 0.35,
 ) -> np.ndarray:
-    """Draws the reference and the prediction on the picture.
+    """Draws the reference and the prediction on an image.
 
     Args:
       image: (H, W), (H, W, 1) or (H, W, 3) uint8.
-      mask: (H, W) or (H, W, 1), bool or 0/1: a green outline, drawn last.
-      pred: likewise: an orange outline and a fill of opacity `alpha`.
-      alpha: in [0, 1]; 0 leaves the outline alone.
+      mask: Reference (H, W) or (H, W, 1), bool or 0/1: green outline, drawn last.
+      pred: Prediction of the same type: orange outline and a fill of opacity `alpha`.
+      alpha: In [0, 1]; 0 draws only the outline.
 
     Returns:
       (H, W, 3) uint8. Outlines are one pixel thick per 160 of the longer side.
     """
-    grey = image if image.ndim == 3 else image[..., None]
-    canvas = np.broadcast_to(grey, (*grey.shape[:2], 3)).copy()
+    channels = image if image.ndim == 3 else image[..., None]
+    canvas = np.broadcast_to(channels, (*channels.shape[:2], 3)).copy()
     thickness = max(1, round(max(canvas.shape) / 160))
     if pred is not None:
         region = _plane(pred, "pred", canvas.shape[:2])
@@ -73,7 +72,7 @@ def overlay(
 
 
 def bands(scores: Sequence[float]) -> dict[str, list[int]]:
-    """The rows of the best, the median and the worst `CASES` scores, {band: rows}."""
+    """Returns the rows of the best, median and worst `CASES` scores: {band: rows}."""
     order = np.argsort(np.asarray(scores, float), kind="stable").tolist()
     middle = max(len(order) // 2 - CASES // 2, 0)
     chosen = (order[::-1][:CASES], order[middle : middle + CASES], order[:CASES])
@@ -81,17 +80,19 @@ def bands(scores: Sequence[float]) -> dict[str, list[int]]:
 
 
 def overlay_figure(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, title: str) -> None:
-    """Writes a PNG of labelled cases in three bands: best, median, worst.
+    """Writes a PNG of cases in three bands: best, median, worst.
 
-    A cell shows the picture alone and with its overlay, under them id, Dice
-    and sentence. Text is wrapped to the cell (a word too long for a line is
-    cut), and rows grow with it, so that nothing overlaps or is lost.
+    A cell shows the image, the overlay, and below them id, Dice and prompt. Text is wrapped to the
+    width of the cell; rows grow with their text.
 
     Args:
-      rows: per case band ("best", "median" or "worst"), id, image, mask, pred
-        (as `overlay` takes them), dice (None shows as "-") and text.
-      path: where the PNG goes.
-      title: the headline.
+      rows: Cases with band ("best", "median" or "worst"), id, image, mask, pred (see `overlay`),
+        dice (None is shown as "-") and text.
+      path: Path of the PNG.
+      title: Title of the figure.
+
+    Raises:
+      ValueError: A band is unknown.
     """
     unknown = {row["band"] for row in rows} - set(BANDS)
     if unknown:
@@ -112,13 +113,13 @@ def overlay_figure(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, t
 def uncertainty_figure(
     rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, title: str
 ) -> None:
-    """Writes a PNG of the same cases: picture, prediction, reference, entropy; and the sentence.
+    """Writes a PNG of cases: image, prediction, reference and entropy map, with the prompt.
 
     Args:
-      rows: as `overlay_figure` takes them, with uncertainty (H, W), an entropy in nats; black is
-        none, yellow ln 2.
-      path: where the PNG goes.
-      title: the headline.
+      rows: Cases as in `overlay_figure`, with uncertainty (H, W), the entropy in nats; black is 0,
+        yellow ln 2.
+      path: Path of the PNG.
+      title: Title of the figure.
     """
     width = 4 * IMAGE_SIZE + 3 * GAP
     names = ("image", "prediction", "reference", "entropy")
@@ -130,7 +131,7 @@ def uncertainty_figure(
         blocks += [
             _stack(_tiles(row), GAP, across=True),
             _text_block(label, width, size=16, bold=True),
-            _text_block(row["text"] or "(no sentence)", width, size=16),
+            _text_block(row["text"] or "(no prompt)", width, size=16),
         ]
     page = ImageOps.expand(_stack(blocks, 8), 2 * GAP, "white")
     with files.atomic_write(path) as part:
@@ -139,12 +140,12 @@ def uncertainty_figure(
 
 def _entropy_scale() -> Image.Image:
     bar = Image.fromarray(_heat(np.linspace(0, math.log(2), IMAGE_SIZE)[None].repeat(22, 0)))
-    ends = [_text_block(text, 200, size=16) for text in ("entropy: 0, sure", "ln 2, even odds")]
+    ends = [_text_block(text, 200, size=16) for text in ("entropy: 0 (certain)", "ln 2 (p = 0.5)")]
     return _stack([ends[0], bar, ends[1]], GAP, across=True)
 
 
 def _heat(entropy: np.ndarray) -> np.ndarray:
-    """Nats (H, W) as colours (H, W, 3): black is 0, yellow ln 2."""
+    """Maps entropies (H, W) in nats to colors (H, W, 3): black is 0, yellow ln 2."""
     import matplotlib
 
     share = np.clip(entropy / math.log(2), 0, 1)
@@ -153,7 +154,7 @@ def _heat(entropy: np.ndarray) -> np.ndarray:
 
 def _tiles(row: Mapping[str, Any]) -> list[Image.Image]:
     heat = _heat(row["uncertainty"])
-    image, heat = (_fit(picture, Image.Resampling.LANCZOS) for picture in (row["image"], heat))
+    image, heat = (_fit(pixels, Image.Resampling.LANCZOS) for pixels in (row["image"], heat))
     mask, pred = (_fit(row[name], Image.Resampling.NEAREST) for name in ("mask", "pred"))
     drawn = (overlay(image), overlay(image, pred=pred), overlay(image, mask), heat)
     return [
@@ -169,21 +170,21 @@ def _cell(row: Mapping[str, Any]) -> Image.Image:
     image = _fit(row["image"], Image.Resampling.LANCZOS)
     mask, pred = (_fit(row[name], Image.Resampling.NEAREST) for name in ("mask", "pred"))
     square = (IMAGE_SIZE, IMAGE_SIZE)
-    alone, drawn = (
-        ImageOps.pad(Image.fromarray(picture), square, color="#EEEEEE")
-        for picture in (overlay(image), overlay(image, mask, pred))
+    plain, annotated = (
+        ImageOps.pad(Image.fromarray(pixels), square, color="#EEEEEE")
+        for pixels in (overlay(image), overlay(image, mask, pred))
     )
     label = _text_block(f"Dice {_dice(row)} | {row['id']}", CELL, size=16, bold=True)
-    prompt = _text_block(row["text"] or "(no sentence)", CELL, size=16)
-    return _stack([_stack([alone, drawn], GAP, across=True), label, prompt], 5)
+    prompt = _text_block(row["text"] or "(no prompt)", CELL, size=16)
+    return _stack([_stack([plain, annotated], GAP, across=True), label, prompt], 5)
 
 
-def _fit(picture: np.ndarray, how: Image.Resampling) -> np.ndarray:
+def _fit(image: np.ndarray, resample: Image.Resampling) -> np.ndarray:
     """Scales (H, W[, C]) to a longer side of IMAGE_SIZE; bool becomes uint8."""
-    picture = picture[..., 0] if picture.shape[2:] == (1,) else picture
-    scale = IMAGE_SIZE / max(picture.shape[:2])
-    height, width = (max(1, round(scale * side)) for side in picture.shape[:2])
-    return np.asarray(Image.fromarray(picture.astype(np.uint8)).resize((width, height), how))
+    image = image[..., 0] if image.shape[2:] == (1,) else image
+    scale = IMAGE_SIZE / max(image.shape[:2])
+    height, width = (max(1, round(scale * side)) for side in image.shape[:2])
+    return np.asarray(Image.fromarray(image.astype(np.uint8)).resize((width, height), resample))
 
 
 def _legend() -> Image.Image:
@@ -195,7 +196,7 @@ def _legend() -> Image.Image:
 
 
 def _text_block(text: str, width: int, size: int, bold: bool = False) -> Image.Image:
-    """Black on white, `width` wide and as high as the wrapped text needs."""
+    """Renders wrapped text, black on white, `width` pixels wide."""
     import matplotlib
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
@@ -224,12 +225,12 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def _stack(images: Sequence[Image.Image], gap: int, across: bool = False) -> Image.Image:
-    """Pastes the images below one another, or side by side, on white."""
+    """Stacks images vertically, or horizontally if `across`, on white."""
     widths, heights = zip(*(image.size for image in images), strict=True)
     gaps = gap * (len(images) - 1)
     size = (sum(widths) + gaps, max(heights)) if across else (max(widths), sum(heights) + gaps)
-    sheet, place = Image.new("RGB", size, "white"), 0
+    sheet, offset = Image.new("RGB", size, "white"), 0
     for image in images:
-        sheet.paste(image, (place, 0) if across else (0, place))
-        place += gap + (image.width if across else image.height)
+        sheet.paste(image, (offset, 0) if across else (0, offset))
+        offset += gap + (image.width if across else image.height)
     return sheet

@@ -1,7 +1,7 @@
-"""One page on a run, from the files in its work directory: read, shaped, and filled in.
+"""HTML report of a run, from the files in its work directory.
 
-Names and sentences come from other people's files: the template escapes everything, and pictures
-are part of the page, so that nothing is asked for from elsewhere.
+Names and prompts come from untrusted files, so the template escapes everything. Images are
+embedded: the page loads nothing from elsewhere.
 """
 
 from __future__ import annotations
@@ -24,20 +24,25 @@ from biclip_jax.evaluation.report import figures, plots, published, tables
 TEMPLATE = "report.html.jinja"
 KINDS = ("dice_global", "dice_mean", "iou_global", "iou_mean")
 IMAGES = {
-    "overlays.png": "Best, median and worst pictures by Dice: the reference outlined in green, the "
-    "prediction filled in orange.",
-    "uncertainty.png": "Where the model hesitates: the entropy of its probability, yellow where it "
-    "is undecided. It does not show where the model is wrong with confidence.",
+    "overlays.png": "Best, median and worst images by Dice: the reference is outlined in green, "
+    "the prediction filled in orange.",
+    "uncertainty.png": "Entropy of the predicted probability; yellow is most uncertain. It does "
+    "not show where the model is confidently wrong.",
 }
 PLOTS = {"calibration": "reliability.png", "corruptions": "corruptions.png"}
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def write_report(workdir: Path, path: Path, version: str) -> Path:
-    """Writes the page on the run in `workdir`, made by this version; returns `path`.
+    """Writes the report of the run in `workdir` and returns `path`.
+
+    Args:
+      workdir: Work directory of a training run.
+      path: Path of the HTML file.
+      version: Version of biclip_jax, shown at the end.
 
     Raises:
-      UserError: no work directory of a run, or a damaged file, named.
+      UserError: `workdir` is not the work directory of a run, or a file in it is corrupt.
     """
     page = render({**contents(workdir), "version": version})
     with files.atomic_write(path) as part:
@@ -46,7 +51,7 @@ def write_report(workdir: Path, path: Path, version: str) -> Path:
 
 
 def render(page: Mapping[str, Any]) -> str:
-    """The page as HTML, from what `contents` gave, and the version."""
+    """Renders the report from the result of `contents` and the version."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -61,13 +66,13 @@ def render(page: Mapping[str, Any]) -> str:
 
 
 def contents(workdir: Path) -> dict[str, Any]:
-    """All that the page says: title, facts, evaluations, published, curves, config, missing.
+    """Reads the contents of the report from a work directory.
 
     Raises:
-      UserError: see `write_report`.
+      UserError: See `write_report`.
     """
     config = _read_json(workdir / "config.json", "give the --workdir of a training run")
-    with _damaged_file_errors(workdir / "config.json", "give the --workdir of a training run"):
+    with _corrupt_file_errors(workdir / "config.json", "give the --workdir of a training run"):
         title, facts, data = str(config["name"]), _facts(config), str(config["data"]["name"])
         share = 100 * float(config["data"].get("label_fraction", 1.0))
     missing: list[dict[str, str]] = []
@@ -92,17 +97,18 @@ def contents(workdir: Path) -> dict[str, Any]:
 def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
     model, data = config["model"], config["data"]
     if model.get("kind") == "medclipseg":
-        own = {"encoders": model["variant"], "adapters": model["num_layers"]}
-        own["weights"] = "converted" if model["encoders"]["weights"] else "random towers"
+        architecture = {"encoders": model["variant"], "adapters": model["num_layers"]}
+        pretrained = model["encoders"]["weights"]
+        architecture["weights"] = "pretrained" if pretrained else "random initialization"
     else:
-        own = {"width of the U-Net": model["width"], "text encoder": model["text"]["encoder"]}
-        own["image encoder"] = model.get("image", {}).get("encoder", "cnn")
+        architecture = {"U-Net width": model["width"], "text encoder": model["text"]["encoder"]}
+        architecture["image encoder"] = model.get("image", {}).get("encoder", "cnn")
     return {
         "data": data["name"],
-        "picture size": f"{model['image_size']} px",
-        **own,
-        "sentences in training": data["text_condition"],
-        "batch": config["batch_size"],
+        "image size": f"{model['image_size']} px",
+        **architecture,
+        "prompts in training": data["text_condition"],
+        "batch size": config["batch_size"],
         "seed": config["seed"],
     }
 
@@ -110,13 +116,13 @@ def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
 def _labels(workdir: Path, missing: list[dict[str, str]]) -> dict[str, Any]:
     path = workdir / "labels.json"
     if not path.is_file():
-        missing.append({"what": "Counts of the labelled pictures", "command": _train(workdir)})
+        missing.append({"what": "Number of labelled images", "command": _train(workdir)})
         return {}
     labels = _read_json(path, "train again")
-    with _damaged_file_errors(path, "train again"):
+    with _corrupt_file_errors(path, "train again"):
         return {
-            "labelled training pictures": int(labels["num_images"]),
-            "patients among them": int(labels["num_patients"]),
+            "labelled training images": int(labels["num_images"]),
+            "labelled patients": int(labels["num_patients"]),
         }
 
 
@@ -125,38 +131,36 @@ def _train(workdir: Path) -> str:
 
 
 def _command(command: str, workdir: Path, *options: str) -> str:
-    return shlex.join(
-        ["python", "-m", f"biclip_jax.{command}", "--workdir", str(workdir), *options]
-    )
+    return shlex.join(["biclip", command, "--workdir", str(workdir), *options])
 
 
 def _folders(workdir: Path) -> list[Path]:
-    """Of results, the test split's evaluation first, the test at the end of training last."""
-    found = sorted(path.parent for path in workdir.glob("evaluation/*/results.json"))
-    found.sort(key=lambda folder: folder.name != "test")
-    own = workdir / "test"
-    return [*found, own] if (own / "results.json").is_file() else found
+    """Returns the evaluation folders: the test split first, the test after training last."""
+    folders = sorted(path.parent for path in workdir.glob("evaluation/*/results.json"))
+    folders.sort(key=lambda folder: folder.name != "test")
+    after_training = workdir / "test"
+    return [*folders, after_training] if (after_training / "results.json").is_file() else folders
 
 
 def _evaluation(folder: Path, workdir: Path, data: str) -> dict[str, Any]:
-    """One section: scores, calibration, degradations, cases, pictures, and what it lacks.
+    """Reads one evaluation: scores, calibration, corruptions, cases, images and missing parts.
 
     Args:
-      folder: of the evaluation.
-      workdir: of the run.
-      data: name of the set that the run was trained on.
+      folder: Folder of the evaluation.
+      workdir: Work directory of the run.
+      data: Name of the training dataset.
     """
     path = folder / "results.json"
-    fix = f"delete it; {_command('evaluate', workdir)} writes it anew"
+    fix = f"delete it; {_command('evaluate', workdir)} writes it again"
     results = _read_json(path, fix)
-    own = folder == workdir / "test"
-    with _damaged_file_errors(path, fix):
-        split = "test" if own else str(results["split"])
-        shaped = {
-            "name": "Test at the end of training" if own else f"Evaluation: {folder.name}",
+    after_training = folder == workdir / "test"
+    with _corrupt_file_errors(path, fix):
+        split = "test" if after_training else str(results["split"])
+        section = {
+            "name": "Test after training" if after_training else f"Evaluation: {folder.name}",
             "split": split,
             "subset": int(results.get("subset") or 0),
-            "data": "" if own else str(results["data"]),
+            "data": "" if after_training else str(results["data"]),
             "size": str(results["size"]),
             "rows": _score_rows(results),
             "unavailable": [str(name) for name in results.get("unavailable", [])],
@@ -170,57 +174,57 @@ def _evaluation(folder: Path, workdir: Path, data: str) -> dict[str, Any]:
             "original": {kind: float(results["conditions"]["original"][kind]) for kind in KINDS},
             "num_images": int(results["conditions"]["original"]["num_images"]),
         }
-    shaped["cases"] = _cases(folder / "per_image.csv", fix)
-    shaped["images"] = [
+    section["cases"] = _cases(folder / "per_image.csv", fix)
+    section["images"] = [
         {"name": name, "caption": caption, "uri": _data_uri(folder / name)}
         for name, caption in IMAGES.items()
         if (folder / name).is_file()
     ]
     for key, name in PLOTS.items():
         uri = _data_uri(folder / name) if (folder / name).is_file() else ""
-        shaped[f"{key}_plot"] = uri if shaped[key] else ""
-    shaped["missing"] = [] if own else _missing_parts(shaped, folder, workdir, data)
-    return shaped
+        section[f"{key}_plot"] = uri if section[key] else ""
+    section["missing"] = [] if after_training else _missing_parts(section, folder, workdir, data)
+    return section
 
 
 def _missing_parts(
-    shaped: Mapping[str, Any], folder: Path, workdir: Path, data: str
+    section: Mapping[str, Any], folder: Path, workdir: Path, data: str
 ) -> list[dict[str, str]]:
-    command = _evaluate_command(shaped, folder, workdir, data)
+    command = _evaluate_command(section, folder, workdir, data)
     options = {
         "calibration": "--calibration",
         "corruptions": "--corruptions all",
         "tta": "--tta",
         "flip_consistency": "--flip-consistency",
     }
-    lacks = [
-        {"what": f"{shaped['name']}: {key}", "command": f"{command} {option}"}
+    missing = [
+        {"what": f"{section['name']}: {key}", "command": f"{command} {option}"}
         for key, option in options.items()
-        if not shaped[key]
+        if not section[key]
     ]
-    there = {picture["name"] for picture in shaped["images"]}
-    files = [name for name in IMAGES if name not in there]
-    files += [] if shaped["cases"] else ["per_image.csv"]
-    lacks += [{"what": f"{shaped['name']}: {name}", "command": command} for name in files]
+    present = {image["name"] for image in section["images"]}
+    files = [name for name in IMAGES if name not in present]
+    files += [] if section["cases"] else ["per_image.csv"]
+    missing += [{"what": f"{section['name']}: {name}", "command": command} for name in files]
     for key, name in PLOTS.items():
-        if shaped[key] and not shaped[f"{key}_plot"]:
+        if section[key] and not section[f"{key}_plot"]:
             again = f"{command} {options[key]}"
-            lacks.append({"what": f"{shaped['name']}: {name}", "command": again})
-    return lacks
+            missing.append({"what": f"{section['name']}: {name}", "command": again})
+    return missing
 
 
-def _evaluate_command(shaped: Mapping[str, Any], folder: Path, workdir: Path, data: str) -> str:
-    """The command that evaluates the same pictures into the same folder."""
-    options, name = ["--split", shaped["split"]], shaped["split"]
-    elsewhere = f"{shaped['data']}-{name}"
-    if shaped["data"] != data or folder.name.startswith(elsewhere):
-        options, name = [*options, "--source", "DIR"], elsewhere
-    if shaped["subset"]:
-        options += ["--subset", str(shaped["subset"])]
-        name += f"-{shaped['subset']}"
+def _evaluate_command(section: Mapping[str, Any], folder: Path, workdir: Path, data: str) -> str:
+    """Returns the command that evaluates the same images into the same folder."""
+    options, name = ["--split", section["split"]], section["split"]
+    other_dataset = f"{section['data']}-{name}"
+    if section["data"] != data or folder.name.startswith(other_dataset):
+        options, name = [*options, "--source", "DIR"], other_dataset
+    if section["subset"]:
+        options += ["--subset", str(section["subset"])]
+        name += f"-{section['subset']}"
     if folder.name != name:
         options += ["--output", str(folder)]
-    if not any(row["group"] == "baseline" for row in shaped["rows"]):
+    if not any(row["group"] == "baseline" for row in section["rows"]):
         options.append("--no-baselines")
     return _command("evaluate", workdir, *options)
 
@@ -249,12 +253,12 @@ def _scores(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tta(results: Mapping[str, Any]) -> dict[str, Any] | None:
-    found = _uncertainty(results, "tta")
-    return found and {"views": [str(v) for v in results["tta"]["views"]], **found}
+    uncertainty = _uncertainty(results, "tta")
+    return uncertainty and {"views": [str(v) for v in results["tta"]["views"]], **uncertainty}
 
 
 def _uncertainty(results: Mapping[str, Any], key: str) -> dict[str, float | None] | None:
-    """How unsure a mean is: over views, or over the members of an ensemble."""
+    """Reads the uncertainty of a mean over views, samples or ensemble members."""
     numbers = ("mean_entropy", "mean_mutual_information", "error_auroc")
     return {n: _number(results[key][n]) for n in numbers} if key in results else None
 
@@ -299,10 +303,10 @@ def _corruptions(results: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _cases(path: Path, fix: str) -> list[dict[str, Any]]:
-    """Best, median and worst lines of per_image.csv; none where there is no such file."""
+    """Returns the best, median and worst lines of per_image.csv, or none without the file."""
     if not path.is_file():
         return []
-    with _damaged_file_errors(path, fix), open(path, newline="", encoding="utf-8") as file:
+    with _corrupt_file_errors(path, fix), open(path, newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
         scores = [float(line["dice_original"]) for line in lines]
         return [
@@ -320,19 +324,19 @@ def _cases(path: Path, fix: str) -> list[dict[str, Any]]:
 def _published(
     data: str, share: float, evaluations: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Published figures on the same data set, ours among them, best first of each kind.
+    """Returns published results on the dataset with this run among them, best first.
 
     Args:
-      data: name of the set.
-      share: of its labels that the run was trained on, in percent.
-      evaluations: of the run.
+      data: Name of the dataset.
+      share: Share of its labels that the run was trained on, in percent.
+      evaluations: Evaluations of the run.
     """
     ours = _on_test(data, evaluations)
-    found = [{**row._asdict(), "ours": False} for row in published.published_on(data)]
-    if not found or ours is None:
+    rows = [{**row._asdict(), "ours": False} for row in published.published_on(data)]
+    if not rows or ours is None:
         return []
     for kind in ("global", "mean"):
-        found.append(
+        rows.append(
             {
                 "method": "this run",
                 "kind": kind,
@@ -344,17 +348,17 @@ def _published(
                 "ours": True,
             }
         )
-    return sorted(found, key=lambda row: (-row["labels"], row["kind"], -row["dice"]))
+    return sorted(rows, key=lambda row: (-row["labels"], row["kind"], -row["dice"]))
 
 
 def _on_test(data: str, evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Ours to stand beside published figures: the whole test split of the run's own data set."""
-    whole = (e for e in evaluations if e["split"] == "test" and not e["subset"])
-    return next((e for e in whole if e["data"] in ("", data)), None)
+    """Returns the evaluation on the full test split of the training dataset."""
+    full_split = (e for e in evaluations if e["split"] == "test" and not e["subset"])
+    return next((e for e in full_split if e["data"] in ("", data)), None)
 
 
 def _corrupted(data: str, evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Published figures on damaged pictures, ours of the same setting beside them."""
+    """Returns published results on corrupted images with the score of this run per setting."""
     ours = _on_test(data, [e for e in evaluations if e["corruptions"]])
     if ours is None:
         return []
@@ -362,8 +366,8 @@ def _corrupted(data: str, evaluations: Sequence[Mapping[str, Any]]) -> list[dict
     for row in published.published_on_corrupted(data):
         section, value = ours["corruptions"], None
         if row.severity in section["severities"] and row.name in section["dice_global"]:
-            place = section["severities"].index(row.severity)
-            value = section["dice_global"][row.name][place]
+            column = section["severities"].index(row.severity)
+            value = section["dice_global"][row.name][column]
         rows.append({**row._asdict(), "ours": value})
     return rows
 
@@ -372,17 +376,17 @@ def _curves(workdir: Path, missing: list[dict[str, str]]) -> str:
     path = workdir / "metrics.jsonl"
     lines = _metrics(path) if path.is_file() else []
     if not lines:
-        missing.append({"what": "Curves of the training", "command": _train(workdir)})
+        missing.append({"what": "Training curves", "command": _train(workdir)})
         return ""
     with tempfile.TemporaryDirectory() as folder:
-        drawn = Path(folder) / "curves.png"
-        with _damaged_file_errors(path, "train again"):
-            plots.plot_curves(lines, drawn)
-        return _data_uri(drawn)
+        png = Path(folder) / "curves.png"
+        with _corrupt_file_errors(path, "train again"):
+            plots.plot_curves(lines, png)
+        return _data_uri(png)
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line cut off by a crash is left out."""
+    """Reads the lines of metrics.jsonl; skips a last line cut off by a crash."""
     texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
     lines = []
     for number, text in enumerate(texts, start=1):
@@ -391,13 +395,13 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             if number < len(texts):
                 raise UserError(
-                    f"{path}: line {number} is no JSON ({error}); take it out or train again"
+                    f"{path}: line {number} is not JSON ({error}); remove it or train again"
                 ) from error
     return lines
 
 
 def _without_paths(value: Any) -> Any:
-    """A configuration whose paths are their last names alone: a page is for other people."""
+    """Replaces paths in a config by their last component, because reports are shared."""
     if isinstance(value, Mapping):
         return {k: _without_paths(v) for k, v in value.items() if k != "cache_dir"}
     return Path(value).name if isinstance(value, str) and os.sep in value else value
@@ -406,7 +410,7 @@ def _without_paths(value: Any) -> Any:
 def _data_uri(path: Path) -> str:
     content = path.read_bytes()
     if not content.startswith(PNG):
-        raise UserError(f"{path}: no PNG picture; delete it, or evaluate again")
+        raise UserError(f"{path}: not a PNG image; delete it or evaluate again")
     return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
@@ -416,18 +420,18 @@ def _read_json(path: Path, fix: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {fix}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: found a {type(value).__name__}; expected fields; {fix}")
+        raise UserError(f"{path}: found a {type(value).__name__}; expected a JSON object; {fix}")
     return value
 
 
 @contextlib.contextmanager
-def _damaged_file_errors(path: Path, fix: str) -> Iterator[None]:
-    """Whatever is not there or of another kind is a damaged file."""
+def _corrupt_file_errors(path: Path, fix: str) -> Iterator[None]:
+    """Raises a UserError for missing fields and values of another type."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, csv.Error) as error:
         problem = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: not as biclip_jax writes it ({problem}); {fix}") from error
+        raise UserError(f"{path}: not in the format of biclip_jax ({problem}); {fix}") from error
 
 
 def _percent(value: float | None) -> str:

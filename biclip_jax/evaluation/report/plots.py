@@ -1,4 +1,4 @@
-"""The reliability diagram, and maps of uncertainty."""
+"""Plots: reliability diagram, uncertainty maps, training curves, corruption curves."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ import numpy as np
 from biclip_jax.core import files
 from biclip_jax.evaluation.metrics.calibration import ECE_BINS
 
-BEFORE, AFTER = "#0072B2", "#D55E00"  # Okabe and Ito's
+BEFORE, AFTER = "#0072B2", "#D55E00"  # Okabe and Ito
 
 
 _EDGES = [i / ECE_BINS for i in range(ECE_BINS + 1)]
 
 
 def plot_reliability(section: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Writes a PNG: observed frequency over probability, and the share of pixels in each bin.
+    """Writes a reliability diagram with the share of pixels per bin.
 
     Args:
-      section: what `calibration.report` gave.
-      path: where the PNG goes.
+      section: Result of `calibration.report`.
+      path: Path of the PNG.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 6.4), dpi=120, layout="constrained")
     curve, share = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    curve.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="what it should be")
+    curve.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="perfect calibration")
     cases = (
-        ("before", BEFORE, "o", "as the model says"),
+        ("before", BEFORE, "o", "uncalibrated"),
         ("after", AFTER, "s", f"temperature {section['temperature']:.3g}"),
     )
     for name, color, marker, label in cases:
@@ -53,7 +53,7 @@ def plot_reliability(section: Mapping[str, Any], path: str | os.PathLike) -> Non
 
 
 def _shares(rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Of every bin; rows leave out the empty ones."""
+    """Returns the share of pixels of every bin; `rows` has only the non-empty bins."""
     total = sum(row["count"] for row in rows)
     counts = {round(row["low"] * ECE_BINS): row["count"] for row in rows}
     return [counts.get(i, 0) / total for i in range(ECE_BINS)]
@@ -62,12 +62,12 @@ def _shares(rows: Sequence[Mapping[str, Any]]) -> list[float]:
 def plot_uncertainty(
     maps: Mapping[str, np.ndarray], path: str | os.PathLike, title: str = ""
 ) -> None:
-    """Writes a PNG of uncertainty maps side by side, all on one scale from 0 to ln 2.
+    """Writes a PNG of uncertainty maps side by side, with a common scale from 0 to ln 2.
 
     Args:
       maps: {name: (H, W) in nats}.
-      path: where the PNG goes.
-      title: the headline.
+      path: Path of the PNG.
+      title: Title of the figure.
     """
     from matplotlib.figure import Figure
 
@@ -77,25 +77,24 @@ def plot_uncertainty(
     panels = figure.subplots(1, len(maps), squeeze=False)[0]
     for axes, (name, values) in zip(panels, maps.items(), strict=True):
         drawn = axes.imshow(values, cmap="inferno", vmin=0.0, vmax=math.log(2))
-        figures = f"mean {values.mean():.2g}, largest {values.max():.2g} nats"
-        axes.set_title(f"{name}, {figures}", fontsize=10)
+        summary = f"mean {values.mean():.2g}, max {values.max():.2g} nats"
+        axes.set_title(f"{name}, {summary}", fontsize=10)
         axes.set_axis_off()
     bar = figure.colorbar(drawn, ax=list(panels), fraction=0.04, pad=0.02)
-    bar.set_label("nats; 0 is sure, ln 2 = 0.693 is even odds")
+    bar.set_label("nats; 0: certain, ln 2 = 0.693: p = 0.5")
     figure.suptitle(title, fontsize=11)
     with files.atomic_write(path) as part:
         figure.savefig(part, dpi=110, format="png")
 
 
 def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
-    """Writes a PNG of two panels: losses, and validation Dice with its best step.
+    """Writes a PNG of two panels: training losses, and validation Dice with its best step.
 
     Args:
-      metrics: the lines of a metrics.jsonl: "step", "split" ("train" or "val")
-        and numbers; every "loss..." is drawn for train, "dice_global" and
-        "dice_mean" for val. A step written twice (after a resume) counts once,
-        the later line; values that are absent or not finite are left out.
-      path: where the PNG goes.
+      metrics: Lines of metrics.jsonl with "step", "split" ("train" or "val") and numbers: every
+        "loss..." of train is drawn, and "dice_global" and "dice_mean" of val. The later line wins
+        if a resumed run wrote a step twice. Missing and non-finite values are omitted.
+      path: Path of the PNG.
     """
     from matplotlib.figure import Figure
 
@@ -143,7 +142,7 @@ def _finish_panel(axes: Any, title: str, label: str, legend_columns: int) -> Non
     axes.spines[["top", "right"]].set_visible(False)
     if not axes.lines:
         axes.set(xticks=[], yticks=[])
-        axes.text(0.5, 0.5, "nothing recorded", ha="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "no data", ha="center", transform=axes.transAxes)
         return
     axes.set(xlabel="step", ylabel=label)
     axes.grid(alpha=0.3)
@@ -153,15 +152,15 @@ def _finish_panel(axes: Any, title: str, label: str, legend_columns: int) -> Non
 
 def plot_corruptions(
     scores: Mapping[str, Mapping[str, Mapping[str, float]]],
-    undamaged: Mapping[str, float],
+    clean: Mapping[str, float],
     path: str | os.PathLike,
 ) -> None:
-    """Writes a PNG of both kinds of Dice over the severities, one line a degradation.
+    """Writes a PNG of global and mean Dice over the severities, one line per corruption.
 
     Args:
       scores: {name: {severity: {"dice_global", "dice_mean"}}}.
-      undamaged: the same two of the pictures as they are, drawn at severity 0.
-      path: where the PNG goes.
+      clean: The same two scores on the original images, drawn at severity 0.
+      path: Path of the PNG.
     """
     from matplotlib.figure import Figure
 
@@ -171,8 +170,8 @@ def plot_corruptions(
         for name, rows in scores.items():
             severities = sorted(int(severity) for severity in rows)
             values = [rows[str(severity)][kind] for severity in severities]
-            axes.plot([0, *severities], [undamaged[kind], *values], marker="o", label=name)
-        axes.set_xlabel("severity (0: as it is)")
+            axes.plot([0, *severities], [clean[kind], *values], marker="o", label=name)
+        axes.set_xlabel("severity (0: original)")
         axes.set_ylabel("Dice")
         axes.set_xticks(range(6))
         axes.set_ylim(0, 1)

@@ -1,7 +1,7 @@
-"""Figures that papers give, as a table of data: what a report puts beside ours.
+"""Published results, for comparison in reports.
 
-Two kinds of Dice circulate, see `metrics`; a figure is never compared with one of the other kind.
-Percent. The number of test images is that of the public split; papers seldom repeat it.
+Values are in percent. Global and mean Dice (see `metrics.overlap`) are never compared with each
+other. The number of test images is that of the public split; papers rarely state it.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from typing import NamedTuple
 
 
 class PublishedResult(NamedTuple):
-    """One figure of one method.
+    """One published result of one method.
 
     Attributes:
-      data: the name of the data set's configuration.
-      method: as its paper calls it.
+      data: Name of the dataset, as in `config.data.name`.
+      method: Name of the method in its paper.
       kind: "global" or "mean".
-      dice: in percent.
-      iou: in percent; None where it is not given.
-      num_images: of the test split.
-      source: where the figure is from.
-      labels: the share of the training labels, in percent.
+      dice: Dice in percent.
+      iou: IoU in percent; None if not reported.
+      num_images: Size of the test split.
+      source: Where the result was published.
+      labels: Share of the training labels, in percent.
     """
 
     data: str
@@ -34,13 +34,14 @@ class PublishedResult(NamedTuple):
 
 
 class CorruptedResult(NamedTuple):
-    """One figure on damaged pictures, global Dice.
+    """One published result on corrupted images, global Dice.
 
     Attributes:
-      data, method, source: as in `PublishedResult`.
-      name, severity: of our degradation with the same number; None where no unit is given.
-      setting: in the source's words.
-      dice: in percent.
+      data, method, source: As in `PublishedResult`.
+      name, severity: The corruption with the same parameter; severity None if the unit is not
+        stated.
+      setting: The setting in the words of the source.
+      dice: Global Dice in percent.
     """
 
     data: str
@@ -54,7 +55,7 @@ class CorruptedResult(NamedTuple):
 
 BICLIP = "arXiv 2603.00156"
 TIRNET = "arXiv 2606.27794"
-RERUN = f"{TIRNET}, which ran it again"
+RERUN = f"{TIRNET} (reproduced)"
 UNKNOWN = "not recorded"
 QATA, MOSMED = ("qata_cov19", 2113), ("mosmed_plus", 273)
 
@@ -141,11 +142,11 @@ CORRUPTED: tuple[CorruptedResult, ...] = (
 
 
 def published_on(data: str) -> list[PublishedResult]:
-    """What is published on a data set, best first within a kind and a share of the labels."""
-    found = [row for row in RESULTS if row.data == data]
-    return sorted(found, key=lambda row: (-row.labels, row.kind, -row.dice))
+    """Returns the results on a dataset, best first within each kind and label fraction."""
+    rows = [row for row in RESULTS if row.data == data]
+    return sorted(rows, key=lambda row: (-row.labels, row.kind, -row.dice))
 
 
 def published_on_corrupted(data: str) -> list[CorruptedResult]:
-    """What is published on the data set's damaged pictures."""
+    """Returns the results on corrupted images of a dataset."""
     return [row for row in CORRUPTED if row.data == data]

@@ -1,4 +1,4 @@
-"""CSV files and plain tables for the console."""
+"""CSV files and plain-text tables."""
 
 from __future__ import annotations
 
@@ -21,17 +21,15 @@ def _csv_cell(value: Any) -> Any:
 
 
 def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes one line a row; columns in the order in which the rows first name them.
+    """Writes rows as CSV, with the columns in order of first appearance.
 
-    Strings that begin with = + - @, a tab or a line break get a leading
-    apostrophe: spreadsheets would run them as formulas, and ids and sentences
-    come from other people's files. Readers that want the text back drop an
-    apostrophe that stands before one of these. Numbers are never touched;
-    what a row lacks is left empty.
+    Strings that start with = + - @, a tab or a line break get a leading apostrophe: ids and prompts
+    come from untrusted files, and spreadsheets would run them as formulas. `read_csv_cell` removes
+    the apostrophe. Numbers are unchanged; missing values are empty.
 
     Args:
-      path: where the UTF-8 file goes.
-      rows: string, number, bool or None per column; numpy scalars are fine.
+      path: Path of the UTF-8 file.
+      rows: String, number, bool or None per column; numpy scalars are allowed.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with files.atomic_write(path) as part, part.open("w", newline="", encoding="utf-8") as file:
@@ -41,17 +39,17 @@ def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> Non
 
 
 def read_csv_cell(cell: str) -> str:
-    """The text that `write_csv` was given, from a cell of its file."""
+    """Returns the original text of a cell written by `write_csv`."""
     return cell[1:] if cell.startswith("'") and cell[1:].startswith(FORMULA_STARTS) else cell
 
 
 def format_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """A plain table for the console, without a trailing line break.
+    """Formats a plain-text table, without a trailing line break.
 
     Args:
-      rows: values per column; floats get four decimals (exponent below 1e-3),
-        what is absent or None shows as "-", line breaks become blanks.
-      columns: keys, in order; a column of numbers is aligned right.
+      rows: Values per column; floats get four decimals (scientific notation below 1e-3), missing
+        values and None are shown as "-", line breaks become spaces.
+      columns: Keys, in order; numeric columns are right-aligned.
     """
     cells = [[_table_cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]

@@ -1,8 +1,8 @@
-"""Named degradations of pictures, each with five severities; pure functions on the device.
+"""Image corruptions with five severities each; pure functions on the device.
 
-Pictures are float32 (B, H, W, C) in [0, 1]; lengths in pixels are meant at 224 and scale with the
-picture's side. Random ones take one key an example, so that a picture is degraded alike in any
-batch. `jpeg` is a codec and works on the host.
+Images are float32 (B, H, W, C) in [0, 1]. Lengths in pixels refer to a side of 224 and scale with
+the side of the image. Random corruptions take one key per example, so the batch does not change the
+result. `jpeg` is a codec and runs on the host.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import numpy as np
 from jaxtyping import Array, Float, Key, UInt32
 
 REFERENCE_SIZE = 224  # pixels
-ATTENUATION = 4.0  # of the brightest pixel, in low_dose_ct
+ATTENUATION = 4.0  # of a pixel of value 1, in low_dose_ct
 ELECTRONIC_NOISE = 10.0  # counts, in low_dose_ct
 
 
 class Corruption(NamedTuple):
-    """One kind of damage.
+    """One kind of corruption.
 
     Attributes:
-      apply: (image, keys, strength) -> image.
-      strengths: of the severities 1 to 5.
+      apply: Function (image, keys, strength) -> image.
+      strengths: Strengths of the severities 1 to 5.
     """
 
     apply: Callable[[Array, Array, float], Array]
@@ -37,7 +37,7 @@ class Corruption(NamedTuple):
 def gaussian_noise(
     image: Float[Array, "b h w c"], keys: Key[Array, " b"], sd: float
 ) -> Float[Array, "b h w c"]:
-    """clip(x + N(0, sd^2))."""
+    """Returns clip(x + N(0, sd^2), 0, 1)."""
     noise = jax.vmap(lambda key: jax.random.normal(key, image.shape[1:]))(keys)
     return jnp.clip(image + sd * noise, 0.0, 1.0)
 
@@ -48,9 +48,9 @@ def motion_blur(
     length: float,
     angle: float = 45.0,
 ) -> Float[Array, "b h w c"]:
-    """The mean of `length` bilinear samples on a centred line, a reference pixel apart.
+    """Averages `length` bilinear samples on a centered line, one reference pixel apart.
 
-    The line rises to the right by `angle` degrees; the border repeats the edge pixels.
+    The line rises to the right by `angle` degrees. The border repeats the edge pixels.
     """
     del keys
     steps = (np.arange(length) - (length - 1) / 2) * _pixel(image)
@@ -68,7 +68,7 @@ def motion_blur(
 def gaussian_blur(
     image: Float[Array, "b h w c"], keys: Key[Array, " b"], sd: float
 ) -> Float[Array, "b h w c"]:
-    """A Gaussian of `sd` reference pixels, cut at 4 sd; the border repeats the edge pixels."""
+    """Blurs with a Gaussian of `sd` reference pixels, cut at 4 sd, with edge padding."""
     del keys
     sd = sd * _pixel(image)
     reach = max(math.ceil(4 * sd), 1)
@@ -80,7 +80,7 @@ def gaussian_blur(
 def low_contrast(
     image: Float[Array, "b h w c"], keys: Key[Array, " b"], factor: float
 ) -> Float[Array, "b h w c"]:
-    """m + factor (x - m), m the picture's mean."""
+    """Returns m + factor (x - m), where m is the mean of the image."""
     del keys
     mean = image.mean(axis=(1, 2, 3), keepdims=True)
     return mean + factor * (image - mean)
@@ -89,7 +89,7 @@ def low_contrast(
 def gamma(
     image: Float[Array, "b h w c"], keys: Key[Array, " b"], exponent: float
 ) -> Float[Array, "b h w c"]:
-    """x^exponent."""
+    """Returns x^exponent."""
     del keys
     return image**exponent
 
@@ -97,26 +97,26 @@ def gamma(
 def low_dose_ct(
     image: Float[Array, "b h w c"], keys: Key[Array, " b"], photons: float
 ) -> Float[Array, "b h w c"]:
-    """Counting noise of few photons, through Beer-Lambert attenuation.
+    """Simulates photon noise through Beer-Lambert attenuation.
 
-    a = 4 x; n ~ Poisson(photons e^-a) + N(0, 10^2), at least 1; x^ = -log(n / photons) / 4,
-    clipped to [0, 1].
+    a = 4 x; n ~ Poisson(photons e^-a) + N(0, 10^2), at least 1; the result is -log(n / photons) /
+    4, clipped to [0, 1].
     """
 
-    def one(key, image):
+    def corrupt_one(key, image):
         count_key, noise_key = jax.random.split(key)
         counts = jax.random.poisson(count_key, photons * jnp.exp(-ATTENUATION * image))
         electronic = ELECTRONIC_NOISE * jax.random.normal(noise_key, image.shape)
         detected = jnp.maximum(counts + electronic, 1.0)
         return jnp.clip(-jnp.log(detected / photons) / ATTENUATION, 0.0, 1.0)
 
-    return jax.vmap(one)(keys, image)
+    return jax.vmap(corrupt_one)(keys, image)
 
 
 def downsample(
     image: Float[Array, "b h w c"], keys: Key[Array, " b"], factor: float
 ) -> Float[Array, "b h w c"]:
-    """To 1 / factor of the side and back, bilinear without antialiasing both ways."""
+    """Resizes to 1 / factor of the side and back, bilinearly without antialiasing."""
     del keys
     b, height, width, channels = image.shape
     small = (b, max(round(height / factor), 1), max(round(width / factor), 1), channels)
@@ -141,18 +141,18 @@ SEVERITIES = (1, 2, 3, 4, 5)
 def on_device(
     name: str, severity: int, seed: int = 0
 ) -> Callable[[Float[Array, "b h w c"], UInt32[Array, " b"]], Float[Array, "b h w c"]]:
-    """(image, `hash_ids` of the examples) -> image.
+    """Returns a function (image, `hash_ids` of the examples) -> corrupted image.
 
     Args:
-      name: of `CORRUPTIONS`.
+      name: One of `CORRUPTIONS`.
       severity: 1 to 5.
-      seed: of the whole evaluation.
+      seed: Seed of the evaluation.
     """
-    found = CORRUPTIONS[name]
+    corruption = CORRUPTIONS[name]
 
     def apply(image, hashes):
         keys = example_keys(hashes, name, severity, seed)
-        return found.apply(image, keys, found.strengths[severity - 1])
+        return corruption.apply(image, keys, corruption.strengths[severity - 1])
 
     return apply
 
@@ -160,12 +160,12 @@ def on_device(
 def example_keys(
     hashes: UInt32[Array, " b"], name: str, severity: int, seed: int = 0
 ) -> Key[Array, " b"]:
-    """One key an example, from (seed, image id, name, severity) alone.
+    """Derives one key per example from (seed, image id, name, severity).
 
     Args:
       hashes: `hash_ids` of the examples.
-      name, severity: of the degradation.
-      seed: of the whole evaluation.
+      name, severity: The corruption.
+      seed: Seed of the evaluation.
     """
     stream = jax.random.fold_in(jax.random.key(seed), NAMES.index(name))
     stream = jax.random.fold_in(stream, severity)
@@ -173,22 +173,22 @@ def example_keys(
 
 
 def jpeg(image: np.ndarray, severity: int) -> np.ndarray:
-    """A uint8 picture (H, W, 1 or 3) through JPEG of the severity's quality, on the host."""
+    """Compresses a uint8 image (H, W, 1 or 3) as JPEG at the quality of `severity`, on the host."""
     from PIL import Image
 
     buffer = io.BytesIO()
-    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    picture.save(buffer, "JPEG", quality=JPEG_QUALITIES[severity - 1])
+    pil_image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    pil_image.save(buffer, "JPEG", quality=JPEG_QUALITIES[severity - 1])
     return np.asarray(Image.open(buffer)).reshape(image.shape)
 
 
 def _pixel(image: Array) -> float:
-    """A reference pixel, in pixels of this picture."""
+    """Returns the length of a reference pixel, in pixels of this image."""
     return image.shape[1] / REFERENCE_SIZE
 
 
 def _convolve(image: Float[Array, "b h w c"], kernel: np.ndarray) -> Float[Array, "b h w c"]:
-    """Each channel with one kernel of odd sides; the border repeats the edge pixels."""
+    """Convolves each channel with a kernel of odd sides; the border repeats the edge pixels."""
     b, height, width, channels = image.shape
     rows, columns = kernel.shape[0] // 2, kernel.shape[1] // 2
     maps = image.transpose(0, 3, 1, 2).reshape(b * channels, height, width, 1)

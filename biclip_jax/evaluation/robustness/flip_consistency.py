@@ -1,4 +1,4 @@
-"""Whether a model treats left and right alike, as training on flipped pictures should make it."""
+"""Flip consistency: agreement between predictions on original and on flipped images."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def count_agreement(
     records: Sequence[Record],
     batch_size: int,
 ) -> overlap.Overlap:
-    """The mask of each mirrored picture and sentence against the mirrored mask of the right ones.
+    """Compares the masks of flipped images and swapped prompts with the flipped original masks.
 
-    At the model's own size; Dice 1 is a model for which left and right are the same.
+    At model resolution. Dice 1 means that the model is equivariant to a left-right flip.
 
     Args:
-      predict: batch -> probabilities (B, S, S, 1).
-      encode: sentences -> the sentence fields of a batch.
-      records: N of them.
-      batch_size: pictures at a time.
+      predict: Function from a batch to probabilities (B, S, S, 1).
+      encode: Function from prompts to the text fields of a batch.
+      records: N records.
+      batch_size: Images per batch.
 
     Returns:
-      Counts (N,): the mirrored pass is the prediction, the right one the mask.
+      Counts (N,), with the flipped pass as prediction and the original pass as mask.
     """
     prompts = [record["text"] for record in records]
     flipped = [Record({**record, "image": record["image"][:, ::-1]}) for record in records]

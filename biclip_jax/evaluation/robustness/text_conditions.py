@@ -1,4 +1,4 @@
-"""Text conditions: what the sentences of a split become before the model reads them."""
+"""Text conditions: how the prompts of a split are changed before the model reads them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from biclip_jax.data import text as text_lib
 from biclip_jax.data.annotations import VARIANTS
 from biclip_jax.data.schema import Record
 
-DERIVED = ("original", "empty", "shuffled", "swapped")  # from the right sentences
+DERIVED = ("original", "empty", "shuffled", "swapped")  # derived from the original prompts
 CONDITIONS = (*DERIVED, *VARIANTS)
 
 
 class ConditionedPrompts(NamedTuple):
-    """The sentences of a condition, and the pictures that have one.
+    """The prompts of a text condition and the images that have one.
 
     Attributes:
-      rows: (M,) int, in the split's order; all of them but for published variants.
-      sentences: of these pictures.
+      rows: (M,) int, in the order of the split; all rows except for published variants.
+      prompts: One prompt per row.
     """
 
     rows: np.ndarray
@@ -30,23 +30,23 @@ class ConditionedPrompts(NamedTuple):
 
 
 def prompt_fields(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """id, text and variants of each record: what conditions need, and no picture."""
-    photometric: list[dict[str, Any]] = []
+    """Returns id, text and variants of each record, without the image."""
+    rows: list[dict[str, Any]] = []
     for record in records:
         fields: Mapping[str, Any] = record
         variants = fields.get("variants", {})
-        photometric.append({"id": record["id"], "text": record["text"], "variants": variants})
-    return photometric
+        rows.append({"id": record["id"], "text": record["text"], "variants": variants})
+    return rows
 
 
 def rows_of(condition: str, prompt_fields: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """The rows (M,) of the pictures that have a sentence of the condition."""
+    """Returns the rows (M,) of the images that have a prompt of the condition."""
     if condition not in VARIANTS:
         return np.arange(len(prompt_fields))
-    # A data set that is read without its sentences has no variants of them.
-    if not any(one["text"] for one in prompt_fields):
+    # A data set that is read without its prompts has no variants either.
+    if not any(fields["text"] for fields in prompt_fields):
         return np.arange(0)
-    return np.flatnonzero([bool(one["variants"].get(condition)) for one in prompt_fields])
+    return np.flatnonzero([bool(fields["variants"].get(condition)) for fields in prompt_fields])
 
 
 def apply_condition(
@@ -55,59 +55,59 @@ def apply_condition(
     seed: int = 0,
     split: Sequence[Mapping[str, Any]] | None = None,
 ) -> ConditionedPrompts | None:
-    """The sentences of a text condition; None where the split has none of it.
+    """Returns the prompts of a text condition, or None if the split has none.
 
-    right: as they are. missing: empty. shuffled: another image's sentence of the same split, a
-    different string; the same one in every subset. mirrored: left and right swapped, the picture
-    as it is. contradictory, missing_location, overdescriptive and underdescriptive: as the data set
-    brings them, on those pictures that have one.
+    original: unchanged. empty: the empty string. shuffled: a different prompt of another image of
+    the same split; subsets get the same one. swapped: left and right swapped, the image unchanged.
+    contradictory, missing_location, overdescriptive and underdescriptive: the variants of the data
+    set, on the images that have one.
 
     Args:
-      condition: of `CONDITIONS`.
-      spoken: see there.
-      seed: of the shuffled ones.
-      split: likewise, of the whole split that these pictures are of; None: they are the split.
+      condition: One of `CONDITIONS`.
+      prompt_fields: See `prompt_fields`.
+      seed: Seed of the shuffled prompts.
+      split: `prompt_fields` of the whole split if these images are a subset of it.
     """
     rows = rows_of(condition, prompt_fields)
-    prompts = [one["text"] for one in prompt_fields]
-    made: list[str] | None = prompts
+    original = [fields["text"] for fields in prompt_fields]
+    prompts: list[str] | None = original
     if condition in VARIANTS:
-        made = [prompt_fields[i]["variants"][condition] for i in rows] or None
+        prompts = [prompt_fields[i]["variants"][condition] for i in rows] or None
     elif condition == "empty":
-        made = [""] * len(prompts)
+        prompts = [""] * len(original)
     elif condition == "shuffled":
-        made = _shuffled(prompt_fields, split, seed)
+        prompts = _shuffled(prompt_fields, split, seed)
     elif condition == "swapped":
-        made = [text_lib.swap_sides(prompt) for prompt in prompts]
-    return None if made is None else ConditionedPrompts(rows, made)
+        prompts = [text_lib.swap_sides(prompt) for prompt in original]
+    return None if prompts is None else ConditionedPrompts(rows, prompts)
 
 
 def _shuffled(prompt_fields, split, seed) -> list[str] | None:
-    drawn = text_lib.shuffle([one["text"] for one in split or prompt_fields], seed)
-    if drawn is None or split is None:
-        return drawn
-    of_image = {one["id"]: prompt for one, prompt in zip(split, drawn, strict=True)}
-    return [of_image[one["id"]] for one in prompt_fields]
+    shuffled = text_lib.shuffle([fields["text"] for fields in split or prompt_fields], seed)
+    if shuffled is None or split is None:
+        return shuffled
+    by_id = {fields["id"]: prompt for fields, prompt in zip(split, shuffled, strict=True)}
+    return [by_id[fields["id"]] for fields in prompt_fields]
 
 
 def subset(records: Sequence[Record], size: int | None, seed: int = 0) -> Sequence[Record]:
-    """`size` fixed pictures, in the order of the SHA-256 of "seed:id": the same on every machine.
+    """Selects `size` images in the order of the SHA-256 of "seed:id", the same on every machine.
 
-    A smaller subset is the beginning of a larger one.
+    A smaller subset is a prefix of a larger one.
 
     Args:
-      records: of a split.
-      size: in pictures; None takes the split as it is.
-      seed: of the order.
+      records: Records of a split.
+      size: Number of images; None returns the split unchanged.
+      seed: Seed of the order.
 
     Raises:
-      UserError: the split is smaller.
+      UserError: The split is smaller than `size`.
     """
     if size is None:
         return records
     if not 0 < size <= len(records):
         raise UserError(
-            f"--subset {size}: the split has {len(records)} pictures; expected 1 to that many"
+            f"--subset {size}: the split has {len(records)} images; expected 1 to {len(records)}"
         )
 
     def order(row: int) -> str:

@@ -1,7 +1,7 @@
-"""Means over several answers, and how much they disagree: of a few fixed views, or of members.
+"""Test-time augmentation and ensembles: mean predictions and their disagreement.
 
-A view changes the picture, the model segments it, and the probabilities are brought back to the
-picture's own pixels. A flip swaps the sides of the sentence, too.
+A view transforms the image; the predicted probabilities are transformed back to the pixels of the
+original image. The flipped view also swaps left and right in the prompt.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jax.scipy.ndimage import map_coordinates
 
 ROTATION = 10.0  # degrees
 CONTRASTS = (0.9, 1.1)
-SWAPPED = "swapped_"  # before the names of the mirrored sentences' fields
+SWAPPED = "swapped_"  # prefix of the text fields of swapped prompts
 
 # (batch) -> probabilities (B, S, S, 1), on the host
 Predict = Callable[[Any], np.ndarray]
@@ -26,12 +26,13 @@ Change = Callable[[np.ndarray], np.ndarray]
 
 
 class View(NamedTuple):
-    """One way of looking at a picture.
+    """One view of an image.
 
     Attributes:
-      change: of pictures (B, S, S, C) float32 in [0, 255].
-      restore: of maps (B, S, S, 1), back to the picture; 0 where the view did not see it.
-      mirrored: whether the view takes the mirrored sentence.
+      change: Transformation of images (B, S, S, C) float32 in [0, 255].
+      restore: Inverse transformation of maps (B, S, S, 1); 0 where the view does not cover the
+        image.
+      swapped: Whether the view takes the left-right swapped prompt.
     """
 
     change: Change
@@ -40,23 +41,23 @@ class View(NamedTuple):
 
 
 def identity(image: np.ndarray) -> np.ndarray:
-    """The picture as it is."""
+    """Returns the image unchanged."""
     return image
 
 
 def flip(image: np.ndarray) -> np.ndarray:
-    """Left and right swapped, (B, S, S, C)."""
+    """Flips images (B, S, S, C) horizontally."""
     return image[:, :, ::-1]
 
 
 def contrast(image: np.ndarray, factor: float) -> np.ndarray:
-    """clip(m + factor (x - m)), m each picture's mean; (B, S, S, C) in [0, 255]."""
+    """Returns clip(m + factor (x - m)) of (B, S, S, C) in [0, 255]; m is the mean of each image."""
     mean = image.mean(axis=(1, 2, 3), keepdims=True, dtype=np.float32)
     return np.clip(mean + np.float32(factor) * (image - mean), 0, 255)
 
 
 def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
-    """Counter-clockwise about the centre, bilinear, black outside; (B, S, S, C) float32."""
+    """Rotates (B, S, S, C) counter-clockwise about the center, bilinearly, with black outside."""
     return np.asarray(_rotate(image, jnp.deg2rad(jnp.float32(degrees))))
 
 
@@ -66,7 +67,7 @@ def _rotate(image, angle):
     grid = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"))
     y, x = grid - (size[:, None, None] - 1) / 2
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    # From output to input: rows count downwards, so this turns the content counter-clockwise.
+    # Maps output to input coordinates: with rows downwards, the content turns counter-clockwise.
     middle = (size - 1) / 2
     source = [cos * y + sin * x + middle[0], cos * x - sin * y + middle[1]]
     plane = partial(map_coordinates, coordinates=source, order=1, mode="constant", cval=0.0)
@@ -90,21 +91,21 @@ VIEWS: dict[str, View] = {
 def predict_views(
     predict: Predict, batch: Mapping[str, np.ndarray], views: Sequence[View]
 ) -> np.ndarray:
-    """The mean over views and its uncertainties.
+    """Averages the predictions of several views and computes their uncertainties.
 
-    A view counts at a pixel with the share of it that it saw: a rotation loses the corners.
+    Views are weighted per pixel by their coverage: a rotation loses the corners.
 
     Args:
-      predict: batch -> probabilities (B, S, S, 1).
-      batch: a `Batch` with the mirrored sentence's fields where a view is mirrored.
-      views: at least one of which sees the whole picture.
+      predict: Function from a batch to probabilities (B, S, S, 1).
+      batch: A `Batch`, with text fields of the swapped prompt if a view is swapped.
+      views: Views, at least one of which covers the whole image.
 
     Returns:
-      (B, S, S, 3) float32: the mean probability; its entropy, in nats; the mutual information of
-      view and answer, which is that entropy less the mean entropy of the views, at least 0.
+      (B, S, S, 3) float32: the mean probability, its entropy in nats, and the mutual information of
+      view and prediction: that entropy minus the mean entropy of the views, at least 0.
 
     Raises:
-      ValueError: a pixel that no view saw.
+      ValueError: No view covers some pixel.
     """
     total: Any = 0
     weights: Any = 0
@@ -112,34 +113,36 @@ def predict_views(
     for view in views:
         probs = predict(_view_batch(view, batch)).astype(np.float64)
         weight = np.asarray(view.restore(np.ones(probs.shape, np.float32)), np.float64)
-        # Restored maps come weighted: outside of what the view saw there is 0.
+        # Restored maps are already weighted: they are 0 outside the coverage of the view.
         restored = np.asarray(view.restore(probs.astype(np.float32)), np.float64)
         total, weights = total + restored, weights + weight
-        own = np.divide(restored, weight, out=np.zeros_like(restored), where=weight > 0)
-        entropies = entropies + weight * entropy(own)
+        view_mean = np.divide(restored, weight, out=np.zeros_like(restored), where=weight > 0)
+        entropies = entropies + weight * entropy(view_mean)
     if not np.all(weights > 0):
-        raise ValueError("views: a pixel is seen by none; expected one that sees all; add identity")
+        raise ValueError(
+            "views: no view covers some pixels; expected one that covers the image; add identity"
+        )
     return _pooled(total / weights, entropies / weights)
 
 
 def predict_members(predicts: Sequence[Predict], batch: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The mean over the K members of an ensemble, its uncertainties, and the members.
+    """Averages the predictions of K ensemble members and computes their uncertainties.
 
     Args:
-      predicts: of each member: batch -> probabilities (B, S, S, 1).
-      batch: a `Batch`.
+      predicts: One function per member, from a batch to probabilities (B, S, S, 1).
+      batch: A `Batch`.
 
     Returns:
-      (B, S, S, 3 + K) float32: as `predict_views`, then the members' own probabilities.
+      (B, S, S, 3 + K) float32: the maps of `predict_views`, then the probabilities of each member.
     """
     probs = [predict(batch) for predict in predicts]
     mean = np.stack(probs).mean(0, dtype=np.float64)
-    pooled = _pooled(mean, np.stack([entropy(own) for own in probs]).mean(0))
+    pooled = _pooled(mean, np.stack([entropy(member) for member in probs]).mean(0))
     return np.concatenate([pooled, *probs], -1)
 
 
 def _pooled(mean: np.ndarray, mean_entropy: np.ndarray) -> np.ndarray:
-    """(..., 3): the mean probability, its entropy, and what that has above the mean entropy."""
+    """Returns (..., 3): mean probability, its entropy, and that entropy minus the mean entropy."""
     mean = np.clip(mean, 0, 1)
     uncertainty = entropy(mean)
     information = np.maximum(uncertainty - mean_entropy, 0)
@@ -147,13 +150,13 @@ def _pooled(mean: np.ndarray, mean_entropy: np.ndarray) -> np.ndarray:
 
 
 def entropy(probs: np.ndarray) -> np.ndarray:
-    """-p ln p - (1 - p) ln(1 - p) in nats, 0 to 0.693, of any shape."""
+    """Returns -p ln p - (1 - p) ln(1 - p) in nats, 0 to 0.693, for any shape."""
     inside = np.clip(np.asarray(probs, np.float64), 1e-7, 1 - 1e-7)
     return -inside * np.log(inside) - (1 - inside) * np.log1p(-inside)
 
 
 def _view_batch(view: View, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The batch that the model gets: one program for all views, so always float32 pictures."""
+    """Returns the batch of a view, with float32 images so that all views share one program."""
     plain = {name: values for name, values in batch.items() if not name.startswith(SWAPPED)}
     if view.swapped:
         swapped = [name for name in batch if name.startswith(SWAPPED)]

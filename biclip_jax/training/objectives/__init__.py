@@ -1,1 +1,1 @@
-"""The loss of a batch, one module a model family."""
+"""Training objectives, one module per model family."""

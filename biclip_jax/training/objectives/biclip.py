@@ -1,4 +1,4 @@
-"""The loss of one batch: views, two passes of the U-Net, and the parts of L put together."""
+"""The BiCLIP objective: views, passes of the U-Net, and the sum of the loss terms."""
 
 from __future__ import annotations
 
@@ -14,33 +14,36 @@ from biclip_jax.models.biclip import BiCLIP, Fused, Segmented, View, text_inputs
 from biclip_jax.training import losses, views
 from biclip_jax.training.state import TrainState
 
-TEXT_STREAM, LEVEL_STREAM = 2, 3  # of an example's key; 0 and 1 are the two views'
+TEXT_STREAM, LEVEL_STREAM = 2, 3  # folded into an example's key; 0 and 1 are those of the views
 
 
 class Recipe(NamedTuple):
-    """What training does, as values that a compiled step is bound to.
+    """Training settings, as values that a compiled step is bound to.
 
     Attributes:
-      weights: {"gen", "iac", "cycle", "pseudo_labels", "mean_teacher"}: of the parts; 0 is off.
-      geometry: of the weak view.
-      geometry_first: whether the picture moves before it meets the sentence (`full`),
-        whose sides are then exchanged by a flip, or after (`published`).
-      light: of the weak view, and so of the strong one.
-      strong: of the strong view.
-      strong_statistics: whether BatchNorm's running statistics take the strong view, too
-        (`published`), or those of pictures as they will be met (`full`).
-      segment_strong: whether L_seg is the mean over both views, or the weak view's.
-      one_view: whether each row shows one of both views, see `select_view`.
-      double_sigmoid: see `losses.segmentation_loss`.
-      iac_learner: see `losses.consistency_loss`.
-      cycle_distance: see `losses.cycle_loss`.
-      text_dropout: probability that an example loses its sentence.
-      level_dropout: probability that it loses it at the U-Net's levels, see `drop_level_text`.
-      labelled: share of a batch that has masks.
-      given_masks: whether pseudo-labels are the batch's masks (`data.teachers`), or the teacher's.
-      confidence: see `losses.pseudo_label_loss`.
-      ramp_steps: until the unlabelled losses have their full weight.
-      ema_teacher: whether their targets come from the average of the parameters.
+      weights: {"gen", "iac", "cycle", "pseudo_labels", "mean_teacher"}: weights of the loss terms;
+        0 disables a term.
+      geometry: Geometric transform of the weak view.
+      geometry_first: Whether the geometric transform precedes the fusion (`full`), in which case a
+        flip also swaps the prompt, or follows it (`published`).
+      photometric: Photometric augmentation of the weak view, which the strong view inherits.
+      strong: Augmentations of the strong view.
+      strong_statistics: Whether the strong view also updates BatchNorm's running statistics
+        (`published`), or only the weak view, which is closer to the images at inference (`full`).
+      segment_strong: Whether L_seg is the mean over both views, or that of the weak view.
+      one_view: Whether each row uses only one of its views, see `select_view`.
+      double_sigmoid: See `losses.segmentation_loss`.
+      iac_learner: See `losses.consistency_loss`.
+      cycle_distance: See `losses.cycle_loss`.
+      text_dropout: Probability of dropping the prompt of an example.
+      level_text_dropout: Probability of dropping it only at the U-Net's levels, see
+        `drop_level_text`.
+      labelled: Share of a batch that has masks.
+      has_offline_labels: Whether the pseudo-labels are the masks of the batch (`data.teachers`),
+        instead of the online teacher's predictions.
+      confidence: See `losses.pseudo_label_loss`.
+      ramp_steps: Number of steps until the unlabelled losses reach their full weight.
+      ema_teacher: Whether the online teacher is the moving average of the parameters.
     """
 
     weights: Mapping[str, float]
@@ -64,48 +67,48 @@ class Recipe(NamedTuple):
 
     @property
     def learns_from_teacher(self) -> bool:
-        """Whether the teacher's masks are a target."""
+        """Whether the online teacher's predictions are a target."""
         pseudo_labels = self.on("pseudo_labels") and not self.has_offline_labels
         return pseudo_labels or self.on("mean_teacher")
 
     @property
     def learns_unlabelled(self) -> bool:
-        """Whether unlabelled pictures have a target, the teacher's masks or the given ones."""
+        """Whether unlabelled images have a target: online or stored pseudo-labels."""
         return self.on("pseudo_labels") or self.on("mean_teacher")
 
     @property
     def needs_strong_view(self) -> bool:
-        """Whether anything is asked of the second pass."""
-        asked = self.on("iac") or self.learns_unlabelled
-        return self.segment_strong or self.one_view or asked
+        """Whether any loss term uses the strong view."""
+        has_strong_loss = self.on("iac") or self.learns_unlabelled
+        return self.segment_strong or self.one_view or has_strong_loss
 
     @property
     def needs_weak_pass(self) -> bool:
-        """Whether the weak view is passed without gradient, to teach or for its statistics."""
+        """Whether a gradient-free pass of the weak view is needed, as teacher or for statistics."""
         if self.one_view:
-            asked = self.on("iac") or self.learns_from_teacher
-            return asked or not self.strong_statistics
+            needs_teacher = self.on("iac") or self.learns_from_teacher
+            return needs_teacher or not self.strong_statistics
         return self.ema_teacher and self.learns_from_teacher
 
     @property
     def has_statistics_of_average(self) -> bool:
-        """Whether the running statistics are of passes with the averaged parameters."""
+        """Whether the running statistics come from passes with the averaged parameters."""
         return self.one_view and self.ema_teacher and not self.strong_statistics
 
     def on(self, name: str) -> bool:
-        """Whether a part of the loss has a weight."""
+        """Whether a loss term has a positive weight."""
         return self.weights.get(name, 0.0) > 0
 
 
 def make_recipe(config: Mapping[str, Any], labelled: float = 1.0) -> Recipe:
-    """The recipe of a resolved configuration.
+    """Builds the recipe from a resolved config.
 
     Args:
-      config: with the fields loss, views, model, data.teachers and optim.ema_decay.
-      labelled: share of a batch that has masks.
+      config: Has the fields loss, views, model, data.teachers and optim.ema_decay.
+      labelled: Share of a batch that has masks.
 
     Raises:
-      ValueError: losses that would have nothing to look at; a flip that the sentence cannot follow.
+      ValueError: A loss has no input, or a flip would contradict the prompt.
     """
     _check(config, labelled)
     loss, geometry = config["loss"], dict(config["views"])
@@ -140,45 +143,45 @@ def _check(config: Mapping[str, Any], labelled: float) -> None:
     loss, model, views_config = config["loss"], config["model"], config["views"]
     if labelled == 1 and (loss["pseudo_labels"] > 0 or loss["mean_teacher"] > 0):
         raise ValueError(
-            "loss.pseudo_labels and loss.mean_teacher are of unlabelled pictures; "
-            "set data.unlabelled, or both to 0"
+            "loss.pseudo_labels and loss.mean_teacher require unlabelled images; "
+            "set data.unlabelled, or both losses to 0"
         )
     if not model["pseudo_image"] and (loss["gen"] > 0 or loss["cycle"] > 0):
         raise ValueError(
-            "loss.gen and loss.cycle look at the pseudo-image, and model.pseudo_image is false; "
-            "set both to 0"
+            "loss.gen and loss.cycle require the pseudo-image, but model.pseudo_image is false; "
+            "set both losses to 0"
         )
     fused = model["bmf"]["levels"] and model["bmf"]["text_to_vision"]
     if model["bmf"]["level_text_dropout"] > 0 and not (fused and model["pseudo_image"]):
         raise ValueError(
-            "model.bmf.level_text_dropout leaves the sentence to the pseudo-image where the levels have both, "
-            "and one of them is off; set it to 0"
+            "model.bmf.level_text_dropout requires both the pseudo-image (model.pseudo_image) and "
+            "text-conditioned levels (model.bmf.levels, model.bmf.text_to_vision); set it to 0"
         )
     if loss["views"] == "one" and labelled == 1:
         raise ValueError(
-            "loss.views=one shows the strong view of unlabelled pictures, and there are none; "
+            "loss.views=one uses the strong view of unlabelled images, but there are none; "
             "set data.unlabelled, or loss.views to both"
         )
     if loss["views"] == "one" and loss["iac"] > 0 and loss["iac_learner"] != "strong":
         raise ValueError(
-            f"loss.iac_learner is {loss['iac_learner']}, and with loss.views=one the weak view has "
+            f"loss.iac_learner is {loss['iac_learner']}, but with loss.views=one the weak view has "
             "no gradient; set loss.iac_learner to strong, or loss.views to both"
         )
     if fused and views_config["horizontal_flip"] > 0 and not views_config["geometry_first"]:
         raise ValueError(
-            "model.bmf.levels bring the sentence to pictures that views.horizontal_flip has "
-            "flipped; set views.geometry_first, so that the sentence is flipped, too"
+            "model.bmf.levels condition images that views.horizontal_flip has flipped on the "
+            "original prompt; set views.geometry_first, which also swaps the prompt"
         )
 
 
 class Example(NamedTuple):
-    """A batch as the model meets it.
+    """A batch as the model receives it.
 
     Attributes:
       image, mask: (B, H, W, 3) and (B, H, W, 1) in [0, 1].
-      text: the sentence's fields, see `models.biclip.text_inputs`.
-      whole_text: the same before any was dropped: what a pass without gradient reads.
-      labelled: (B,) 1 where the mask counts, else 0.
+      text: Text inputs, see `models.biclip.text_inputs`.
+      full_text: Text inputs before prompts are dropped; for passes without gradient.
+      labelled: (B,) 1 if the example has a mask, else 0.
     """
 
     image: Float[Array, "b h w 3"]
@@ -197,17 +200,18 @@ def objective(
     model: BiCLIP,
     recipe: Recipe,
 ) -> tuple[Float[Array, ""], tuple[Any, dict[str, Float[Array, " b"]]]]:
-    """L = L_seg + sum of w_k L_k, meaned over the batch.
+    """Computes L = L_seg + sum of w_k L_k, averaged over the batch.
 
-    L_seg and L_gen are meaned over the labelled examples alone: each is divided by the
-    share of them, which is the same in every batch.
+    L_seg and L_gen are averaged over the labelled examples only: each is divided by their share,
+    which is the same in every batch.
 
     Args:
-      params: of the model, those that are trained.
-      state: for the rest: frozen parameters, statistics, average, step.
-      batch: a `Batch`; B is this device's share.
-      keys: (B,) one key an example.
-      model: bound with `functools.partial`, like `recipe`.
+      params: Trained parameters of the model.
+      state: Train state, for frozen parameters, statistics, averages and step.
+      batch: A `Batch`; B is this device's shard.
+      keys: (B,) one key per example.
+      model: Bound with `functools.partial`, like `recipe`.
+      recipe: Training settings.
 
     Returns:
       The loss, and (new batch statistics, {name: (B,) values}).
@@ -217,23 +221,23 @@ def objective(
     variables = {"params": {**params, **state.frozen}, "batch_stats": state.batch_stats}
     fused = model.apply(variables, example.image, **example.text, train=True, method=model.fuse)
     if recipe.level_text_dropout and fused.refined_text is not None:
-        heard = drop_level_text(fused.refined_text, keys, recipe.level_text_dropout)
-        fused = fused._replace(refined_text=heard)
+        level_text = drop_level_text(fused.refined_text, keys, recipe.level_text_dropout)
+        fused = fused._replace(refined_text=level_text)
     weak, mask = weak_view(example, fused, geometry_keys, recipe)
     height, width = mask.shape[1:3]
     deformation = views.random_deformation(strong_keys, height, width, recipe.strong)
-    shown = [(weak, mask)]
+    view_masks = [(weak, mask)]
     if recipe.needs_strong_view:
-        shown.append(strong_view(weak, mask, strong_keys, deformation, recipe))
+        view_masks.append(strong_view(weak, mask, strong_keys, deformation, recipe))
     unlabelled = (1 - example.labelled) / (1 - recipe.labelled) if recipe.labelled < 1 else 0.0
     if recipe.one_view:
-        shown = [select_view(shown[0], shown[1], example.labelled)]
-    passes, masks = zip(*shown, strict=True)
+        view_masks = [select_view(view_masks[0], view_masks[1], example.labelled)]
+    passes, masks = zip(*view_masks, strict=True)
     out, batch_stats = forward_passes(model, variables, passes, recipe)
     weak_out = teacher = out[0]
     if recipe.needs_weak_pass:
         teacher, weak_stats = teacher_pass(model, state, variables, example, geometry_keys, recipe)
-        # One view: what has a gradient is a mixture of both, so that this is the weak view's pass.
+        # With one view the differentiated pass mixes both views; this pass is of the weak view.
         weak_out = teacher if recipe.one_view else weak_out
         if recipe.one_view and not recipe.strong_statistics:
             batch_stats = weak_stats
@@ -244,8 +248,8 @@ def objective(
         parts["iac"] = unlabelled * part if recipe.one_view else part
     if recipe.learns_unlabelled:
         probs = teacher_probs(teacher.logits, deformation)
-        found = unlabelled_losses(out[-1].logits, masks[-1], probs, recipe)
-        parts |= {name: unlabelled * part for name, part in found.items()}
+        unlabelled_parts = unlabelled_losses(out[-1].logits, masks[-1], probs, recipe)
+        parts |= {name: unlabelled * part for name, part in unlabelled_parts.items()}
     ramp = jnp.minimum(state.step / recipe.ramp_steps, 1.0) if recipe.ramp_steps else 1.0
     scale = {"pseudo_labels": ramp, "mean_teacher": ramp}
     total = parts["seg"] + sum(
@@ -260,7 +264,7 @@ def objective(
 def make_example(
     batch: Mapping[str, Array], keys: Any, geometry_keys: Any, recipe: Recipe
 ) -> Example:
-    """The batch as float pictures; moved already, sentence and all, where geometry comes first."""
+    """Converts a batch to floats and, if geometry comes first, transforms it, prompts included."""
     if recipe.geometry_first:
         image, mask, text = transform_batch(batch, geometry_keys, recipe.geometry)
         image = views.adjust_photometric(geometry_keys, image, recipe.photometric)
@@ -278,14 +282,14 @@ def make_example(
 
 
 def to_float(batch: Mapping[str, Array]) -> tuple[Array, Array, dict[str, Array]]:
-    """Pictures (B, H, W, 3) and masks (B, H, W, 1) in [0, 1], and the sentences' fields."""
+    """Returns images (B, H, W, 3) and masks (B, H, W, 1) in [0, 1], and the text inputs."""
     return to_unit_rgb(batch["image"]), batch["mask"].astype(jnp.float32), text_inputs(batch)
 
 
 def transform_batch(
     batch: Mapping[str, Array], geometry_keys: Any, geometry: views.Geometry
 ) -> tuple[Array, Array, dict[str, Array]]:
-    """`to_float`, moved; the sentence of a picture that is flipped is its mirror image."""
+    """Runs `to_float` and a geometric transform; flipped images get the swapped prompt."""
     image, mask, text = to_float(batch)
     (image, mask), flipped = views.transform(geometry_keys, (image, mask), geometry)
     text = {name: _choose(flipped, batch[f"swapped_{name}"], text[name]) for name in text}
@@ -295,16 +299,16 @@ def transform_batch(
 def drop_level_text(
     text: Float[Array, "b t"], keys: Key[Array, " b"], probability: float
 ) -> Float[Array, "b t"]:
-    """The sentence for the U-Net's levels: zeros in the place of some examples' own.
+    """Replaces the text of some examples by zeros, for the text-conditioned levels only.
 
-    A level is modulated alike at every place, and can hardly tell left from right. The
-    pseudo-image can, but learns little of a sentence that the levels have already made use of;
-    where they are silent, it must say all.
+    FiLM is spatially uniform, so the levels can hardly encode left and right. The pseudo-image
+    can, but it learns little about text that the levels already use. Where the levels get no text,
+    the pseudo-image must carry all of it.
 
     Args:
-      text: of the batch, what its pseudo-images were made of.
-      keys: (B,) one key an example.
-      probability: that an example's levels get zeros.
+      text: (B, 784) refined text, from which the pseudo-images were generated.
+      keys: (B,) one key per example.
+      probability: Probability that the levels of an example get zeros.
     """
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, LEVEL_STREAM)
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - probability))(keys)
@@ -314,13 +318,13 @@ def drop_level_text(
 def weak_view(
     example: Example, fused: Fused, geometry_keys: Any, recipe: Recipe
 ) -> tuple[View, Float[Array, "b h w 1"]]:
-    """The weak view and its mask; moved now where geometry comes after the fusion."""
+    """Returns the weak view and its mask; transforms them here if geometry follows the fusion."""
     image, pseudo, mask = example.image, fused.pseudo_image, example.mask
     if not recipe.geometry_first:
         maps = (image, mask) if pseudo is None else (image, mask, pseudo)
-        (image, mask, *moved), _ = views.transform(geometry_keys, maps, recipe.geometry)
+        (image, mask, *rest), _ = views.transform(geometry_keys, maps, recipe.geometry)
         image = views.adjust_photometric(geometry_keys, image, recipe.photometric)
-        mask, pseudo = jnp.round(mask), moved[0] if moved else None
+        mask, pseudo = jnp.round(mask), rest[0] if rest else None
     return View(image, pseudo, fused.refined_text), mask
 
 
@@ -331,7 +335,7 @@ def strong_view(
     deformation: views.Deformation,
     recipe: Recipe,
 ) -> tuple[View, Float[Array, "b h w 1"]]:
-    """The strong view of the weak one, and its mask; the sentence is mixed like the picture."""
+    """Derives the strong view and its mask from the weak one; the text is mixed like the image."""
     maps = [weak.image, mask] + ([] if weak.pseudo_image is None else [weak.pseudo_image])
     image, mask, *pseudo = views.deform(maps, deformation)
     image = jax.vmap(views.strong_photometric, (0, 0, None))(strong_keys, image, recipe.strong)
@@ -342,10 +346,10 @@ def strong_view(
 def forward_passes(
     model: BiCLIP, variables: Mapping[str, Any], passes: Sequence[View], recipe: Recipe
 ) -> tuple[list[Segmented], Any]:
-    """The passes of a step, each by its own batch's statistics.
+    """Runs the passes of a step, each with the statistics of its own batch.
 
     Returns:
-      What they give, and BatchNorm's running statistics after the first or after all.
+      The outputs, and BatchNorm's running statistics after the first pass or after all.
     """
     out, batch_stats = [], variables["batch_stats"]
     for number, view in enumerate(passes):
@@ -364,14 +368,14 @@ def forward_passes(
 def segmentation_loss(
     out: list[Segmented], masks: Any, labelled: Float[Array, " b"], recipe: Recipe
 ) -> Float[Array, " b"]:
-    """L_seg of the weak view, or the mean over all that were passed, of the labelled examples."""
+    """Computes L_seg of the labelled examples, for the weak view or averaged over all passes."""
     pairs = list(zip(out, masks, strict=True))[: None if recipe.segment_strong else 1]
     loss = [losses.segmentation_loss(o.logits, m, recipe.double_sigmoid) for o, m in pairs]
     return labelled * sum(loss) / len(loss) / recipe.labelled
 
 
 def fusion_losses(example: Example, fused: Fused, recipe: Recipe) -> dict[str, Array]:
-    """L_gen of the labelled examples and L_cycle of all."""
+    """Computes L_gen of the labelled examples and L_cycle of all examples."""
     parts = {}
     if recipe.on("gen") and fused.pseudo_image is not None:
         part = losses.generator_loss(fused.pseudo_image, example.image, example.mask)
@@ -384,7 +388,7 @@ def fusion_losses(example: Example, fused: Fused, recipe: Recipe) -> dict[str, A
 def iac_loss(
     weak: Segmented, strong: Segmented, deformation: views.Deformation, recipe: Recipe
 ) -> Float[Array, " b"]:
-    """L_IAC, meaned over the decoder blocks; the target is mixed like the strong view."""
+    """Computes L_IAC averaged over the decoder blocks; the target is mixed like the strong view."""
     loss = [
         losses.consistency_loss(
             views.mix_vectors(weak.embeddings[block], deformation),
@@ -399,12 +403,12 @@ def iac_loss(
 def select_view(
     weak: tuple[View, Array], strong: tuple[View, Array], labelled: Float[Array, " b"]
 ) -> tuple[View, Array]:
-    """The weak view of labelled rows and the strong one of the others, half of the work of both.
+    """Selects the weak view of labelled rows and the strong view of the others, as FixMatch does.
 
-    As FixMatch has it (arXiv 2001.07685).
+    This takes half the compute of both views (arXiv 2001.07685).
 
     Args:
-      weak, strong: the views, with their masks.
+      weak, strong: The views with their masks.
       labelled: (B,) 1 or 0.
     """
     return jax.tree.map(partial(_choose, labelled == 1), weak, strong)
@@ -418,12 +422,12 @@ def teacher_pass(
     geometry_keys: Any,
     recipe: Recipe,
 ) -> tuple[Segmented, Any]:
-    """The weak view's answer, without gradient: the averaged model's, or that of the model itself.
+    """Runs the weak view without gradient, with the averaged parameters or those of the student.
 
-    Every sentence is read, those that the learning passes have lost, too.
+    Reads all prompts, including those dropped for the student.
 
     Returns:
-      What it gives by the batch's own statistics, and the running statistics after it.
+      The outputs under batch statistics, and the running statistics after the pass.
     """
     if recipe.ema_teacher:
         variables = {**variables, "params": {**state.ema["params"], **state.frozen}}
@@ -436,7 +440,7 @@ def teacher_pass(
 def teacher_probs(
     logits: Float[Array, "b h w 1"], deformation: views.Deformation
 ) -> Float[Array, "b h w 1"]:
-    """The teacher's probabilities of the weak view, moved like the strong one; no gradient."""
+    """Deforms the teacher's probabilities of the weak view like the strong view; no gradient."""
     (probs,) = views.deform([jax.lax.stop_gradient(jax.nn.sigmoid(logits))], deformation)
     return probs
 
@@ -447,11 +451,11 @@ def unlabelled_losses(
     probs: Float[Array, "b h w 1"],
     recipe: Recipe,
 ) -> dict[str, Array]:
-    """The strong view against the masks it was given, or the teacher's probabilities.
+    """Computes the losses of the strong view against stored pseudo-labels or the online teacher.
 
     Args:
-      logits, mask: of the strong view.
-      probs: of the teacher, see `teacher_probs`.
+      logits, mask: Logits and masks of the strong view.
+      probs: Teacher's probabilities, see `teacher_probs`.
     """
     parts = {}
     if recipe.on("pseudo_labels"):

@@ -1,4 +1,4 @@
-"""The loss of one batch of MedCLIPSeg: one stochastic pass, and the parts of L put together."""
+"""The MedCLIPSeg objective: one stochastic pass and the sum of the loss terms."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from biclip_jax.training.objectives.biclip import transform_batch
 from biclip_jax.training.state import TrainState
 
 DICE = {"image": losses.soft_dice_loss, "rows": losses.row_dice_loss}
-# Numbers of the random streams of an example's key.
+# Indices of the random streams, folded into an example's key.
 GEOMETRY, NOISE, DROPOUT = range(3)
 
 
 class Recipe(NamedTuple):
-    """What training does, as values that a compiled step is bound to.
+    """Training settings, as values that a compiled step is bound to.
 
     Attributes:
-      weights: {"dice", "bce", "contrastive"}: of the parts; 0 is off.
+      weights: {"dice", "bce", "contrastive"}: weights of the loss terms; 0 disables a term.
       dice: "image" or "rows", see `losses.row_dice_loss`.
-      contrastive: see `losses.contrastive_loss`.
-      temperature: likewise.
-      geometry: of the pictures; a flip exchanges the sentence's sides.
+      contrastive, temperature: See `losses.contrastive_loss`.
+      geometry: Geometric transform of the images; a flip swaps left and right in the prompt.
     """
 
     weights: Mapping[str, float]
@@ -38,15 +37,15 @@ class Recipe(NamedTuple):
     geometry: views.Geometry = views.Geometry()
 
     def on(self, name: str) -> bool:
-        """Whether a part of the loss has a weight."""
+        """Whether a loss term has a positive weight."""
         return self.weights[name] > 0
 
 
 def make_recipe(config: Mapping[str, Any]) -> Recipe:
-    """The recipe of a resolved configuration, with the fields loss and views.
+    """Builds the recipe from the fields loss and views of a resolved config.
 
     Raises:
-      ValueError: views that do not go together.
+      ValueError: The fields of views contradict each other.
     """
     loss = config["loss"]
     return Recipe(
@@ -68,19 +67,19 @@ def objective(
     recipe: Recipe,
     axis_name: str | None = None,
 ) -> tuple[Float[Array, ""], tuple[Any, dict[str, Float[Array, " b"]]]]:
-    """L = 0.5 L_dice + 0.5 L_bce + 0.1 L_con as published, meaned over the batch.
+    """Computes L = 0.5 L_dice + 0.5 L_bce + 0.1 L_con (published weights), averaged over the batch.
 
     Args:
-      params: of the adapters and the head.
-      state: for the towers.
-      batch: a `Batch`; B is this device's share.
-      keys: (B,) one key an example.
-      model: bound with `functools.partial`, like what follows.
-      recipe: weights and kinds.
-      axis_name: device axis; L_con compares the pictures and sentences of all devices.
+      params: Parameters of the adapters and the head.
+      state: Train state, for the frozen encoders.
+      batch: A `Batch`; B is this device's shard.
+      keys: (B,) one key per example.
+      model: Bound with `functools.partial`, like the following arguments.
+      recipe: Weights and variants of the loss terms.
+      axis_name: Device axis; L_con compares the images and texts of all devices.
 
     Returns:
-      The loss, and (no batch statistics, {name: (B,) values}).
+      The loss, and (unchanged batch statistics, {name: (B,) values}).
     """
     image, mask, text = transform_batch(batch, fold_keys(keys, GEOMETRY), recipe.geometry)
     logits, aux = model.apply(
@@ -108,13 +107,13 @@ def contrastive_part(
     recipe: Recipe,
     axis_name: str | None,
 ) -> Float[Array, " b"]:
-    """L_con of this device's rows among those of all devices."""
+    """Computes L_con of this device's rows against those of all devices."""
     pooled, size = losses.pooled_patches(features), len(text)
-    of_all = partial(
+    loss_fn = partial(
         losses.contrastive_loss, temperature=recipe.temperature, kind=recipe.contrastive
     )
     if axis_name is None:
-        return of_all(pooled, text)
-    everybody = jax.lax.all_gather((pooled, text), axis_name, tiled=True)
+        return loss_fn(pooled, text)
+    gathered = jax.lax.all_gather((pooled, text), axis_name, tiled=True)
     start = jax.lax.axis_index(axis_name) * size
-    return jax.lax.dynamic_slice_in_dim(of_all(*everybody), start, size)
+    return jax.lax.dynamic_slice_in_dim(loss_fn(*gathered), start, size)

@@ -1,4 +1,4 @@
-"""Reads Flax msgpack files; the arrays stay on disk until each is read."""
+"""Reads Flax msgpack files; arrays stay on disk until they are read individually."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from biclip_jax.weights.formats.tensor import (
     read_range,
 )
 
-# First byte of a msgpack value -> its kind, and how the length (or the number) after it is packed.
+# First byte of a msgpack value -> its kind, and the struct code of its length (or number).
 _MSGPACK = {
     **{0xC4 + i: ("bytes", code) for i, code in enumerate("BHI")},
     **{0xC7 + i: ("ext", code) for i, code in enumerate("BHI")},
@@ -33,52 +33,51 @@ _MSGPACK = {
     **{0xDE + i: ("map", code) for i, code in enumerate("HI")},
 }
 
-
 _CHUNKED = "__msgpack_chunked_array__"
 
 
 def read(path: Path, size: int) -> dict[str, Tensor]:
-    """The arrays of flax.serialization.msgpack_serialize.
+    """Lists the arrays of a file written by flax.serialization.msgpack_serialize.
 
-    The values are walked here, because msgpack's own reader holds every array it passes.
+    The values are traversed here, because msgpack's own reader loads every array into memory.
     """
     with open(path, "rb") as file:
-        tree = _node(path, file, size, 0, itertools.count())
+        tree = _read_node(path, file, size, 0, itertools.count())
         if file.tell() != size:
             raise ValueError(f"{size - file.tell()} bytes after the end")
     if not isinstance(tree, dict):
-        raise ValueError("the root is no map")
+        raise ValueError("the root is not a map")
     tensors: dict[str, Tensor] = {}
-    for name, tensor in _flat(tree, ()):
+    for name, tensor in _flatten(tree, ()):
         if name in tensors:
-            raise ValueError(f"{name} is there twice")
+            raise ValueError(f"{name} occurs twice")
         tensors[name] = tensor
     return tensors
 
 
-def _node(path: Path, file: BinaryIO, size: int, depth: int, count: Iterator[int]) -> Any:
-    """The msgpack value at the file's position: a dict, a Tensor, a number or None."""
+def _read_node(path: Path, file: BinaryIO, size: int, depth: int, count: Iterator[int]) -> Any:
+    """Returns the msgpack value at the file's position: a dict, a Tensor, a number or None."""
     if depth > MAX_DEPTH or next(count) > MAX_NODES:
         raise ValueError("nested or repeated more than any model")
-    kind, value = _msgpack_head(file)
+    kind, value = _read_head(file)
     if kind == "number":
         return value
     if kind == "ext":
-        return _flax_array(path, file, size, value)
+        return _read_array(path, file, size, value)
     if kind in ("text", "bytes"):
-        file.seek(_within(file, value, size))
+        file.seek(_end_of(file, value, size))
         return None
-    below: dict[str, Any] = {}
+    children: dict[str, Any] = {}
     for i in range(value):
-        name = _text(file, size) if kind == "map" else str(i)
-        if name in below:
-            raise ValueError("a name is there twice")
-        below[name] = _node(path, file, size, depth + 1, count)
-    return _joined(below) if _CHUNKED in below else below
+        name = _read_text(file, size) if kind == "map" else str(i)
+        if name in children:
+            raise ValueError("a name occurs twice")
+        children[name] = _read_node(path, file, size, depth + 1, count)
+    return _join_chunks(children) if _CHUNKED in children else children
 
 
-def _msgpack_head(file: BinaryIO) -> tuple[str, Any]:
-    """(kind, length or number) of the next value; what follows is not read."""
+def _read_head(file: BinaryIO) -> tuple[str, Any]:
+    """Returns (kind, length or number) of the next value; does not read its content."""
     first = file.read(1)[0]
     if first < 0x80 or first >= 0xE0:
         return "number", first if first < 0x80 else first - 256
@@ -93,57 +92,57 @@ def _msgpack_head(file: BinaryIO) -> tuple[str, Any]:
     return kind, struct.unpack(f">{code}", file.read(struct.calcsize(code)))[0]
 
 
-def _within(file: BinaryIO, length: int, size: int) -> int:
-    """The position after the next `length` bytes, which must be there."""
+def _end_of(file: BinaryIO, length: int, size: int) -> int:
+    """Returns the position after the next `length` bytes; raises ValueError past the file's end."""
     end = file.tell() + length
     if end > size:
-        raise ValueError(f"{length} bytes promised, {size - file.tell()} there")
+        raise ValueError(f"{length} bytes expected, {size - file.tell()} left")
     return end
 
 
-def _text(file: BinaryIO, size: int) -> str:
-    kind, length = _msgpack_head(file)
+def _read_text(file: BinaryIO, size: int) -> str:
+    kind, length = _read_head(file)
     if kind not in ("text", "bytes") or length > 1000:
-        raise ValueError("no short text where a name belongs")
-    _within(file, length, size)
+        raise ValueError("expected a short text as a name")
+    _end_of(file, length, size)
     return file.read(length).decode()
 
 
-def _flax_array(path: Path, file: BinaryIO, size: int, length: int) -> Tensor:
-    """The array or scalar packed as (shape, dtype name, bytes) in an extension value."""
+def _read_array(path: Path, file: BinaryIO, size: int, length: int) -> Tensor:
+    """Returns the array or scalar of an extension value, packed as (shape, dtype name, bytes)."""
     code = file.read(1)[0]
     if code not in (1, 3):
         fix = "save the parameters as real arrays"
         raise file_error(
             path, f"a msgpack extension of code {code}", "1 (array) or 3 (scalar)", fix
         )
-    end = _within(file, length, size)
-    (_, fields), (kind, rank) = _msgpack_head(file), _msgpack_head(file)
+    end = _end_of(file, length, size)
+    (_, fields), (kind, rank) = _read_head(file), _read_head(file)
     if fields != 3 or kind != "array" or rank > MAX_AXES:
-        raise ValueError("no packed array")
-    shape = tuple(_msgpack_head(file)[1] for _ in range(rank))
-    name = _text(file, size)
+        raise ValueError("not a packed array")
+    shape = tuple(_read_head(file)[1] for _ in range(rank))
+    name = _read_text(file, size)
     if name not in DTYPES:
         fix = "save the parameters as numbers"
         raise file_error(path, f"an array of dtype {ascii(name)[:40]}", ", ".join(DTYPES), fix)
     dtype = DTYPES[name]
-    held = _msgpack_head(file)[1]
+    data_size = _read_head(file)[1]
     start = file.tell()
-    if start + held != end or held != num_bytes(shape, dtype):
-        raise ValueError("an array of another size than its shape")
+    if start + data_size != end or data_size != num_bytes(shape, dtype):
+        raise ValueError("an array whose size does not fit its shape")
     file.seek(end)
     return Tensor(shape, dtype, partial(read_range, path, start, shape, dtype))
 
 
-def _joined(node: dict[str, Any]) -> Tensor:
-    """An array that Flax cut into flat chunks, because msgpack's values end at 4 GiB."""
+def _join_chunks(node: dict[str, Any]) -> Tensor:
+    """Joins an array that Flax split into flat chunks, as msgpack's values end at 4 GiB."""
     shape = tuple(node["shape"][str(i)] for i in range(len(node["shape"])))
     chunks = [node["chunks"][str(i)] for i in range(len(node["chunks"]))]
     dtype = chunks[0].dtype
     if {chunk.dtype for chunk in chunks} != {dtype}:
         raise ValueError("chunks of several dtypes")
     if sum(num_bytes(chunk.shape, dtype) for chunk in chunks) != num_bytes(shape, dtype):
-        raise ValueError("chunks of another size than their array")
+        raise ValueError("chunks whose sizes do not fit their array")
     return Tensor(shape, dtype, partial(_read_chunks, chunks, shape, dtype))
 
 
@@ -157,9 +156,9 @@ def _read_chunks(chunks: list[Tensor], shape: tuple[int, ...], dtype: np.dtype) 
     return array.reshape(shape)
 
 
-def _flat(tree: dict[str, Any], above: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+def _flatten(tree: dict[str, Any], parents: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
     for name, value in tree.items():
         if isinstance(value, Tensor):
-            yield "/".join((*above, name)), value
+            yield "/".join((*parents, name)), value
         elif isinstance(value, dict):
-            yield from _flat(value, (*above, name))
+            yield from _flatten(value, (*parents, name))

@@ -1,8 +1,8 @@
-"""The pickles inside torch files, interpreted opcode by opcode; nothing is imported or executed.
+"""Interprets the pickles in torch files opcode by opcode; nothing is imported or executed.
 
-A global is a name that is looked up in `_GLOBALS`, and what such a name does with its arguments is
-written in this file. pickle.Unpickler is not used, because even with its globals restricted a few
-bytes make it allocate gigabytes (a memo index) or overflow the C stack (nested tuples as a key).
+A global is a name that is looked up in `_GLOBALS`; its effect on its arguments is implemented in
+this file. pickle.Unpickler is not used: even with restricted globals, a few bytes make it allocate
+gigabytes (a memo index) or overflow the C stack (nested tuples as a key).
 """
 
 from __future__ import annotations
@@ -22,21 +22,25 @@ MAX_COPIES = 2**20
 
 
 class Refused(Exception):
-    """Something in a pickle that is neither a tensor nor a plain container."""
+    """A pickle contains something other than tensors and plain containers."""
 
 
 class StorageType(NamedTuple):
+    """A storage class of torch."""
+
     dtype: np.dtype
 
 
 class Storage(NamedTuple):
+    """A flat array in the file, with its key and its number of elements."""
+
     dtype: np.dtype
     key: str
     length: int
 
 
 class View(NamedTuple):
-    """A tensor: some elements of a storage."""
+    """A tensor: a strided view of a storage."""
 
     storage: Storage
     offset: int
@@ -45,30 +49,32 @@ class View(NamedTuple):
 
     @property
     def span(self) -> int:
-        """How many elements lie between the first and the last, both counted."""
+        """Number of elements from the first to the last, inclusive."""
         if 0 in self.shape:
             return 0
         return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
 
 
 class Function(NamedTuple):
+    """A global that may be called, and what it does here."""
+
     call: Callable[..., Any]
 
 
 class Attributes(dict[Any, Any]):
-    """An object of a TorchScript class; its methods are never looked at."""
+    """An object of a TorchScript class; its methods are ignored."""
 
 
-# What the names in a pickle stand for.
+# Meanings of the names in a pickle.
 
 
 def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any) -> View:
-    """torch._utils._rebuild_tensor, for elements that are inside the storage."""
+    """Implements torch._utils._rebuild_tensor; checks that all elements are in the storage."""
     if not isinstance(storage, Storage) or type(offset) is not int or offset < 0:
         raise ValueError("a tensor without storage or offset")
     num_bytes(shape, storage.dtype)
     num_bytes(strides, storage.dtype)
-    # The step along an axis of one element is arbitrary.
+    # The stride along an axis of length 1 is arbitrary.
     steps = tuple(step if n > 1 else 0 for n, step in zip(shape, strides, strict=True))
     view = View(storage, offset, tuple(shape), steps)
     if offset + view.span > storage.length:
@@ -77,7 +83,7 @@ def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any) -> View:
 
 
 def _rebuild_v2(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> View:
-    """torch._utils._rebuild_tensor_v2: gradients, hooks and metadata have no use here."""
+    """Implements torch._utils._rebuild_tensor_v2; ignores gradients, hooks and metadata."""
     if len(rest) not in (2, 3) or rest[1]:
         raise ValueError("a tensor with hooks")
     return _rebuild(storage, offset, shape, strides)
@@ -85,7 +91,7 @@ def _rebuild_v2(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any)
 
 def _parameter(data: Any, *_rest: Any) -> View:
     if not isinstance(data, View):
-        raise ValueError("a parameter that is no tensor")
+        raise ValueError("a parameter that is not a tensor")
     return data
 
 
@@ -94,7 +100,7 @@ def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
-    """The bytes of a numpy scalar, which nobody reads."""
+    """Returns a placeholder for the bytes of a numpy scalar, which are not used."""
     if type(text) is not str or encoding not in ("latin1", "latin-1"):
         raise Refused(f"asks for _codecs.encode to {ascii(encoding)[:40]}")
     return b""
@@ -108,14 +114,14 @@ def _numpy_dtype(code: Any, *_flags: Any) -> np.dtype:
 
 def _numpy_scalar(dtype: Any, data: Any) -> None:
     if not isinstance(dtype, np.dtype) or not isinstance(data, str | bytes):
-        raise Refused("asks for a numpy scalar that is no number")
+        raise Refused("asks for a numpy scalar that is not a number")
 
 
-def _same(value: Any, *_rest: Any) -> Any:
+def _return_first(value: Any, *_rest: Any) -> Any:
     return value
 
 
-def _dropped(*_args: Any) -> None:
+def _discard(*_args: Any) -> None:
     return None
 
 
@@ -137,21 +143,21 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _rebuild,
     "torch._utils._rebuild_tensor_v2": _rebuild_v2,
     "torch._utils._rebuild_parameter": _parameter,
-    "torch.Size": _same,
-    "torch.device": _dropped,
-    "torch.jit._pickle.restore_type_tag": _same,
-    "torch.jit._pickle.build_intlist": _same,
-    "torch.jit._pickle.build_doublelist": _same,
-    "torch.jit._pickle.build_boollist": _same,
-    "torch.jit._pickle.build_tensorlist": _same,
+    "torch.Size": _return_first,
+    "torch.device": _discard,
+    "torch.jit._pickle.restore_type_tag": _return_first,
+    "torch.jit._pickle.build_intlist": _return_first,
+    "torch.jit._pickle.build_doublelist": _return_first,
+    "torch.jit._pickle.build_boollist": _return_first,
+    "torch.jit._pickle.build_tensorlist": _return_first,
     "collections.OrderedDict": _ordered_dict,
-    "collections.Counter": _dropped,
-    "builtins.set": _dropped,
-    "__builtin__.set": _dropped,
-    "builtins.complex": _dropped,
-    "__builtin__.complex": _dropped,
-    "builtins.bytearray": _dropped,
-    "__builtin__.bytearray": _dropped,
+    "collections.Counter": _discard,
+    "builtins.set": _discard,
+    "__builtin__.set": _discard,
+    "builtins.complex": _discard,
+    "__builtin__.complex": _discard,
+    "builtins.bytearray": _discard,
+    "__builtin__.bytearray": _discard,
     "_codecs.encode": _encode,
     "numpy.dtype": _numpy_dtype,
     "numpy.core.multiarray.scalar": _numpy_scalar,
@@ -176,16 +182,16 @@ _VALUES = {
     if not opcode.stack_before and {value.name for value in opcode.stack_after} & _PLAIN
 }
 _CONSTANTS = {"NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (), "MARK": _MARK}
-# Sets hold no tensors of a state dict; lists in their place need no hashes.
+# State dicts have no tensors in sets; lists in their place require no hashes.
 _NEW = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": list}
 _FROM_MARK = {"LIST": list, "TUPLE": tuple, "FROZENSET": tuple}
 
 
 def interpret(pickled: io.BytesIO, storages: dict[str, Storage]) -> Any:
-    """The object of the next pickle; the storages it names are added to `storages`."""
+    """Returns the object of the next pickle; adds the storages that it names to `storages`."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
-    copied = 0
+    num_copied = 0
     for count, (opcode, arg, _) in enumerate(pickletools.genops(pickled)):
         if count > MAX_OPCODES:
             raise ValueError("a pickle longer than any model's")
@@ -194,9 +200,9 @@ def interpret(pickled: io.BytesIO, storages: dict[str, Storage]) -> Any:
         if opcode.name in _VALUES:
             stack.append(arg)
         elif opcode.name in ("REDUCE", "BUILD"):
-            # Both copy: a large list, named again and again, would fill the memory.
-            copied += _num_items(stack[-1])
-            if copied > MAX_COPIES:
+            # Both copy: a large list that is referenced repeatedly would fill the memory.
+            num_copied += _num_items(stack[-1])
+            if num_copied > MAX_COPIES:
                 raise ValueError("a pickle that copies more than any model's")
             _step(opcode.name, arg, stack, memo)
         elif opcode.name == "BINPERSID":
@@ -208,8 +214,8 @@ def interpret(pickled: io.BytesIO, storages: dict[str, Storage]) -> Any:
 
 def _num_items(args: Any) -> int:
     parts = args if type(args) is tuple else (args,)
-    inside = sum(len(part) for part in parts if isinstance(part, list | tuple | dict))
-    return len(parts) + inside
+    num_nested = sum(len(part) for part in parts if isinstance(part, list | tuple | dict))
+    return len(parts) + num_nested
 
 
 def _step(name: str, arg: Any, stack: list[Any], memo: dict[int, Any]) -> None:
@@ -219,11 +225,11 @@ def _step(name: str, arg: Any, stack: list[Any], memo: dict[int, Any]) -> None:
         case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_SET":
             stack.append(_NEW[name]())
         case "LIST" | "TUPLE" | "FROZENSET":
-            stack.append(_FROM_MARK[name](_since_mark(stack)))
+            stack.append(_FROM_MARK[name](_pop_to_mark(stack)))
         case "TUPLE1" | "TUPLE2" | "TUPLE3":
             stack.append(tuple(reversed([stack.pop() for _ in range(int(name[-1]))])))
         case "DICT":
-            stack.append(_fill({}, _since_mark(stack)))
+            stack.append(_fill({}, _pop_to_mark(stack)))
         case "PUT" | "BINPUT" | "LONG_BINPUT":
             memo[arg] = stack[-1]
         case "MEMOIZE":
@@ -234,13 +240,13 @@ def _step(name: str, arg: Any, stack: list[Any], memo: dict[int, Any]) -> None:
             value = stack.pop()
             _extend(stack[-1], [value])
         case "APPENDS" | "ADDITEMS":
-            values = _since_mark(stack)
+            values = _pop_to_mark(stack)
             _extend(stack[-1], values)
         case "SETITEM":
             pair = [stack.pop(-2), stack.pop()]
             _fill(stack[-1], pair)
         case "SETITEMS":
-            pairs = _since_mark(stack)
+            pairs = _pop_to_mark(stack)
             _fill(stack[-1], pairs)
         case "GLOBAL":
             stack.append(_global(arg.replace(" ", ".", 1)))
@@ -248,8 +254,8 @@ def _step(name: str, arg: Any, stack: list[Any], memo: dict[int, Any]) -> None:
             attribute, module = stack.pop(), stack.pop()
             stack.append(_global(f"{module}.{attribute}"))
         case "REDUCE" | "NEWOBJ" | "BUILD":
-            above = stack.pop()
-            stack.append(_CALLS[name](stack.pop(), above))
+            argument = stack.pop()
+            stack.append(_CALLS[name](stack.pop(), argument))
         case "INST":
             _global(arg.replace(" ", ".", 1))
             raise Refused("uses the opcode INST")
@@ -263,7 +269,7 @@ def _step(name: str, arg: Any, stack: list[Any], memo: dict[int, Any]) -> None:
             raise Refused(f"uses the opcode {name}")
 
 
-def _since_mark(stack: list[Any]) -> list[Any]:
+def _pop_to_mark(stack: list[Any]) -> list[Any]:
     values: list[Any] = []
     while (value := stack.pop()) is not _MARK:
         values.append(value)
@@ -308,7 +314,7 @@ def _reduce(function: Any, args: Any) -> Any:
 
 def _new_object(kind: Any, args: Any) -> Attributes:
     if kind is not _SCRIPT_CLASS or args != ():
-        raise Refused(f"makes an object of a {kind_of(kind)}")
+        raise Refused(f"creates an object of a {kind_of(kind)}")
     return Attributes()
 
 
@@ -316,7 +322,7 @@ def _build(target: Any, state: Any) -> Any:
     if isinstance(target, Attributes) and type(state) is dict:
         target.update(state)
     elif type(target) is not dict and not isinstance(target, np.dtype):
-        # The attributes of an OrderedDict are its _metadata; of a numpy dtype, its byte order.
+        # Attributes of an OrderedDict are its _metadata; those of a numpy dtype, its byte order.
         raise Refused(f"sets attributes of a {kind_of(target)}")
     return target
 
@@ -325,12 +331,12 @@ _CALLS = {"REDUCE": _reduce, "NEWOBJ": _new_object, "BUILD": _build}
 
 
 def _storage(identity: Any, storages: dict[str, Storage]) -> Storage:
-    """A persistent id: ("storage", type, key, device, length), and None in old files."""
+    """Reads a persistent id: ("storage", type, key, device, length), plus None in old files."""
     match identity:
         case ("storage", StorageType(dtype), str(key), str(), int(length), *rest):
             storage = Storage(dtype, key, length)
         case _:
-            raise Refused("has a persistent id that is no storage")
+            raise Refused("has a persistent id that is not a storage")
     if rest not in ([], [None]) or length < 0:
         raise Refused("has a persistent id that is a view of a storage")
     if storages.setdefault(key, storage) != storage:
@@ -339,4 +345,5 @@ def _storage(identity: Any, storages: dict[str, Storage]) -> Storage:
 
 
 def kind_of(value: Any) -> str:
+    """Returns the kind of a value, for error messages."""
     return "global" if isinstance(value, Function) else type(value).__name__.lstrip("_")

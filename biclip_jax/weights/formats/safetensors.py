@@ -1,4 +1,4 @@
-"""Reads safetensors files; every size that the header promises is checked against the file."""
+"""Reads safetensors files; every size in the header is checked against the file."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from biclip_jax.weights.formats.tensor import (
 
 
 def read(path: Path, size: int) -> dict[str, Tensor]:
+    """Lists the arrays of a safetensors file of `size` bytes."""
     from safetensors import SafetensorError, safe_open
 
     with open(path, "rb") as file:
@@ -37,12 +38,12 @@ def read(path: Path, size: int) -> dict[str, Tensor]:
     header.pop("__metadata__", None)
     start = 8 + length
     return {
-        name: _safetensor(path, start, size - start, name, entry) for name, entry in header.items()
+        name: _open_tensor(path, start, size - start, name, entry) for name, entry in header.items()
     }
 
 
-def _safetensor(path: Path, start: int, size: int, name: str, entry: dict[str, Any]) -> Tensor:
-    # The library's numpy side has no bfloat16 in its older versions, so the bytes are read here.
+def _open_tensor(path: Path, start: int, size: int, name: str, entry: dict[str, Any]) -> Tensor:
+    # Older versions of the library do not support bfloat16 in numpy, so the bytes are read here.
     if entry["dtype"] not in SAFETENSORS_DTYPES:
         expected = ", ".join(SAFETENSORS_DTYPES)
         raise file_error(
@@ -51,5 +52,5 @@ def _safetensor(path: Path, start: int, size: int, name: str, entry: dict[str, A
     dtype, shape = DTYPES[SAFETENSORS_DTYPES[entry["dtype"]]], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if not 0 <= begin <= end <= size or end - begin != num_bytes(shape, dtype):
-        raise ValueError(f"{name} lies outside the file")
+        raise ValueError(f"{name} is outside the file")
     return Tensor(shape, dtype, partial(read_range, path, start + begin, shape, dtype))

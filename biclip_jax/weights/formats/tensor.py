@@ -1,4 +1,4 @@
-"""Arrays of a weight file that are not yet read, and the errors of a damaged file."""
+"""Arrays of a weight file that are read on demand, and errors for damaged files."""
 
 from __future__ import annotations
 
@@ -17,19 +17,10 @@ import numpy as np
 from biclip_jax.core.errors import UserError
 
 MAX_JSON = 16 * 2**20
-
-
 MAX_NODES = 2**20
-
-
 MAX_DEPTH = 32
-
-
 MAX_AXES = 32
-
-
 MAX_AXIS = 2**40
-
 
 SAFETENSORS_DTYPES = {
     "F64": "float64",
@@ -72,7 +63,7 @@ _MALFORMED = (
 
 
 class Tensor(NamedTuple):
-    """One array of a checkpoint, not yet read."""
+    """One array of a checkpoint; `read` loads it from disk."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -80,19 +71,19 @@ class Tensor(NamedTuple):
 
 
 def file_error(path: Path, found: str, expected: str, fix: str) -> UserError:
-    """The error for a file: its path, what was found, what was expected, and the mend."""
+    """Returns the error for a file: what was found, what was expected, and the fix."""
     return UserError(f"{path}: found {found}; expected {expected}; {fix}")
 
 
 @contextlib.contextmanager
 def convert_errors(path: Path, expected: str) -> Iterator[None]:
-    """Turns what reading a damaged file may raise into UserError."""
+    """Turns the errors of reading a damaged file into UserErrors."""
     try:
         yield
     except FileNotFoundError as error:
         raise file_error(path, "no such file", expected, "check the name") from error
     except _MALFORMED as error:
-        # Decoders quote the file in their messages.
+        # Decoders quote the file in their messages: escape and truncate them.
         reason = ascii(str(error))[1:-1][:200]
         found = f"a file that cannot be read ({type(error).__name__}: {reason})"
         raise file_error(
@@ -101,24 +92,24 @@ def convert_errors(path: Path, expected: str) -> Iterator[None]:
 
 
 def num_bytes(shape: Iterable[Any], dtype: np.dtype) -> int:
-    """The bytes of an array; ValueError for what is not a shape."""
+    """Returns the number of bytes of an array; raises ValueError for an invalid shape."""
     axes = tuple(shape)
     if len(axes) > MAX_AXES or not all(type(n) is int and 0 <= n <= MAX_AXIS for n in axes):
-        raise ValueError("no shape of an array")
+        raise ValueError("not the shape of an array")
     return math.prod(axes) * dtype.itemsize
 
 
 def read_range(path: Path, start: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Reads a C-contiguous array at an offset of a file; UserError where the file ends early."""
+    """Reads a C-contiguous array at a file offset; raises UserError if the file is too short."""
     with convert_errors(path, f"{shape} {dtype} at byte {start}"), open(path, "rb") as file:
         array = np.empty(shape, dtype)
         file.seek(start)
         if file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
-            raise EOFError("the file became shorter")
+            raise EOFError("the file is shorter than before")
         return array
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) != len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name occurs twice")
     return dict(pairs)

@@ -1,4 +1,4 @@
-"""Files of torch.save and torch.jit.save, read without torch and without unpickling."""
+"""Reads files of torch.save and torch.jit.save without torch and without unpickling."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ MAX_PICKLE = 64 * 2**20
 MAX_NODES = 2**20
 MAX_NAME = 1000
 MAX_READ = 16 * 2**20
-PIECE = 2**20
-# Weights hardly shrink; what shrinks more than this and is not small is a bomb.
+CHUNK = 2**20
+# Weights hardly compress; a large array with a higher ratio is a decompression bomb.
 MAX_RATIO, SMALL = 64, 2**20
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
@@ -35,7 +35,7 @@ FIX = "get the weights as safetensors, or save only the model's state_dict() aga
 
 
 class _Region(NamedTuple):
-    """Where a storage lies: at `start` of the file, or compressed in a zip member."""
+    """Location of a storage: at `start` of the file, or compressed in a zip member."""
 
     start: int
     num_bytes: int
@@ -43,24 +43,26 @@ class _Region(NamedTuple):
 
 
 def read(path: Path, size: int) -> dict[str, Tensor]:
-    """The arrays of a torch file by their dotted names; call it within `readers.guard`.
+    """Returns the arrays of a torch file by their dotted names.
+
+    Call it within `tensor.convert_errors`.
 
     Args:
-      path: zip (torch.save, torch.jit.save) or the format before torch 1.6.
-      size: of the file, in bytes.
+      path: A zip file (torch.save, torch.jit.save) or a file in the format before torch 1.6.
+      size: Size of the file in bytes.
 
     Returns:
       The arrays of the state dict, or of the one under "state_dict" or "model", or of the
-      TorchScript module, whose arrays that are plain attributes come too.
+      TorchScript module, including arrays that are plain attributes.
 
     Raises:
-      UserError: the pickle asks for anything else than tensors and plain containers.
-      ValueError, OSError, LookupError, ...: the file is damaged, see `readers.guard`.
+      UserError: The pickle requires more than tensors and plain containers.
+      ValueError, OSError, LookupError, ...: The file is damaged, see `tensor.convert_errors`.
     """
     with open(path, "rb") as file:
-        zipped = file.read(2) == b"PK"
+        is_zip = file.read(2) == b"PK"
     try:
-        saved, regions = (_read_zip if zipped else _read_legacy)(path, size)
+        saved, regions = (_read_zip if is_zip else _read_legacy)(path, size)
         views = _flatten(_state_dict(saved))
     except pickle_machine.Refused as error:
         raise file_error(
@@ -68,26 +70,26 @@ def read(path: Path, size: int) -> dict[str, Tensor]:
         ) from error
     if not views:
         expected = 'a state dict, or one under "state_dict" or "model"'
-        raise file_error(path, "no tensor by name in it", expected, FIX)
+        raise file_error(path, "no tensors by name in it", expected, FIX)
     return {name: _tensor(path, size, view, regions) for name, view in views.items()}
 
 
-# The two containers.
+# The two container formats.
 
 
 def _read_zip(path: Path, size: int) -> tuple[Any, dict[str, _Region]]:
-    with _Capped(path) as file, zipfile.ZipFile(file) as archive:
+    with _CappedFile(path) as file, zipfile.ZipFile(file) as archive:
         members = {info.filename: info for info in archive.infolist()}
         if len(members) != len(archive.infolist()):
-            raise ValueError("a zip member is there twice")
-        folder = _folder(path, list(members))
+            raise ValueError("a zip member occurs twice")
+        folder = _find_folder(path, list(members))
         order = members.get(f"{folder}byteorder")
-        if order is not None and _member(archive, order, 16) != b"little":
+        if order is not None and _read_member(archive, order, 16) != b"little":
             fix = "load and save it again on a little-endian machine"
             raise file_error(path, "another byte order than little", "little-endian", fix)
-        pickled = _member(archive, members[f"{folder}data.pkl"], MAX_PICKLE)
+        pickle_bytes = _read_member(archive, members[f"{folder}data.pkl"], MAX_PICKLE)
         storages: dict[str, pickle_machine.Storage] = {}
-        saved = pickle_machine.interpret(io.BytesIO(pickled), storages)
+        saved = pickle_machine.interpret(io.BytesIO(pickle_bytes), storages)
         regions = {
             key: _region(file, size, storage, members[f"{folder}data/{key}"])
             for key, storage in storages.items()
@@ -95,56 +97,58 @@ def _read_zip(path: Path, size: int) -> tuple[Any, dict[str, _Region]]:
     return saved, regions
 
 
-class _Capped(io.FileIO):
-    """A file of which nobody reads more than MAX_READ at once, whatever a header promises."""
+class _CappedFile(io.FileIO):
+    """A file that never reads more than MAX_READ at once, whatever a header states."""
 
     def read(self, length: int | None = -1, /) -> bytes:
         if length is None or length < 0:
             length = os.fstat(self.fileno()).st_size - self.tell()
         if length > MAX_READ:
-            raise ValueError("a directory or a member of absurd size")
+            raise ValueError("a directory or a member of excessive size")
         return super().read(length)
 
 
-def _folder(path: Path, names: list[str]) -> str:
-    """The archive's one top folder, with its slash."""
+def _find_folder(path: Path, names: list[str]) -> str:
+    """Returns the archive's top folder, with its slash."""
     folders = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
     folders = [folder for folder in folders if folder.count("/") == 1]
     if len(folders) != 1:
         shown = ", ".join(ascii(name)[1:60] for name in sorted(names)[:4]) or "nothing"
-        expected = "NAME/data.pkl, as torch.save and torch.jit.save write it"
-        raise file_error(path, f"a zip archive with {shown}", expected, "give the file of weights")
+        expected = "NAME/data.pkl, as written by torch.save and torch.jit.save"
+        raise file_error(path, f"a zip archive with {shown}", expected, "give a weight file")
     return folders[0]
 
 
-def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int) -> bytes:
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int) -> bytes:
     if info.file_size > limit:
         raise ValueError(f"{info.file_size} bytes of pickle, more than any model")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError("a pickle packed in a way torch does not know")
+        raise ValueError("a pickle compressed in a way torch does not support")
     with archive.open(info) as member:
         # zipfile reads no further than the size in the directory.
-        return b"".join(iter(partial(member.read, PIECE), b""))
+        return b"".join(iter(partial(member.read, CHUNK), b""))
 
 
 def _region(
     file: BinaryIO | io.FileIO, size: int, storage: pickle_machine.Storage, info: zipfile.ZipInfo
 ) -> _Region:
-    promised = storage.length * storage.dtype.itemsize
-    if promised != info.file_size or info.flag_bits & 1:
-        raise ValueError(f"a storage of {promised} bytes in a member of {info.file_size}")
+    expected_size = storage.length * storage.dtype.itemsize
+    if expected_size != info.file_size or info.flag_bits & 1:
+        raise ValueError(f"a storage of {expected_size} bytes in a member of {info.file_size}")
     if info.compress_type == zipfile.ZIP_DEFLATED:
-        if promised > SMALL and promised > MAX_RATIO * info.compress_size:
-            raise ValueError(f"{promised} bytes packed in {info.compress_size}, no weights")
-        return _Region(0, promised, info.filename)
-    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != promised:
-        raise ValueError("a storage packed in a way torch does not know")
+        if expected_size > SMALL and expected_size > MAX_RATIO * info.compress_size:
+            raise ValueError(
+                f"{expected_size} bytes compressed to {info.compress_size}, not weights"
+            )
+        return _Region(0, expected_size, info.filename)
+    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != expected_size:
+        raise ValueError("a storage compressed in a way torch does not support")
     file.seek(info.header_offset)
     signature, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30))
     start = info.header_offset + 30 + name_length + extra_length
-    if signature != b"PK\3\4" or start + promised > size:
+    if signature != b"PK\3\4" or start + expected_size > size:
         raise ValueError("a storage outside the file")
-    return _Region(start, promised)
+    return _Region(start, expected_size)
 
 
 def _read_legacy(path: Path, size: int) -> tuple[Any, dict[str, _Region]]:
@@ -162,14 +166,14 @@ def _read_legacy(path: Path, size: int) -> tuple[Any, dict[str, _Region]]:
             )
         saved, keys = load(storages), load({})
         if sorted(keys) != sorted(storages):
-            raise ValueError("other storages at the end than in the pickle")
+            raise ValueError("different storages at the end than in the pickle")
         regions = {}
         file.seek(head.tell())
         for key in keys:
             (length,) = struct.unpack("<q", file.read(8))
             region = _Region(file.tell(), length * storages[key].dtype.itemsize)
             if length != storages[key].length or region.start + region.num_bytes > size:
-                raise ValueError("a storage of another size than in the pickle")
+                raise ValueError("a storage of a different size than in the pickle")
             regions[key] = region
             file.seek(region.num_bytes, io.SEEK_CUR)
         if file.tell() != size:
@@ -183,34 +187,34 @@ def _read_legacy(path: Path, size: int) -> tuple[Any, dict[str, _Region]]:
 def _state_dict(saved: Any) -> dict[Any, Any]:
     if not isinstance(saved, dict):
         raise pickle_machine.Refused(f"holds a {pickle_machine.kind_of(saved)}, not a dict")
-    wrapped = type(saved) is dict and not any(
+    is_wrapper = type(saved) is dict and not any(
         isinstance(v, pickle_machine.View) for v in saved.values()
     )
     for key in ("state_dict", "model"):
-        if wrapped and isinstance(saved.get(key), dict):
+        if is_wrapper and isinstance(saved.get(key), dict):
             return saved[key]
     return saved
 
 
 def _flatten(state: dict[Any, Any]) -> dict[str, pickle_machine.View]:
-    """The tensors in nested dicts by dotted names, in their order; all else is dropped."""
-    found: dict[str, pickle_machine.View] = {}
+    """Returns the tensors of nested dicts by dotted names, in order; drops everything else."""
+    views: dict[str, pickle_machine.View] = {}
     pending: list[tuple[str, Any]] = [("", state)]
     visited = 0
     while pending:
         name, node = pending.pop()
         if isinstance(node, pickle_machine.View):
-            if name in found:
-                raise ValueError(f"{name} is there twice")
-            found[name] = node
+            if name in views:
+                raise ValueError(f"{name} occurs twice")
+            views[name] = node
         elif isinstance(node, dict):
             visited += len(node)
             if visited > MAX_NODES or len(name) > MAX_NAME:
                 raise ValueError("nested or repeated more than any model")
             dot = "." if name else ""
-            named = [(key, value) for key, value in node.items() if isinstance(key, str | int)]
-            pending.extend((f"{name}{dot}{key}", value) for key, value in reversed(named))
-    return found
+            children = [(key, value) for key, value in node.items() if isinstance(key, str | int)]
+            pending.extend((f"{name}{dot}{key}", value) for key, value in reversed(children))
+    return views
 
 
 def _tensor(
@@ -230,22 +234,22 @@ def _read(path: Path, region: _Region, view: pickle_machine.View) -> np.ndarray:
         if 0 in view.shape:
             return np.empty(view.shape, dtype)
         if region.member is None:
-            held = read_range(path, region.start + start, (view.span,), dtype)
+            buffer = read_range(path, region.start + start, (view.span,), dtype)
         else:
-            held = _unpack(path, region.member, start, np.empty(view.span, dtype))
-        # `_rebuild` has seen to it that the furthest element is within the span.
-        return as_strided(held, view.shape, [step * dtype.itemsize for step in view.strides])
+            buffer = _decompress(path, region.member, start, np.empty(view.span, dtype))
+        # `_rebuild` has checked that the last element is within the span.
+        return as_strided(buffer, view.shape, [step * dtype.itemsize for step in view.strides])
 
 
-def _unpack(path: Path, name: str, start: int, array: np.ndarray) -> np.ndarray:
+def _decompress(path: Path, name: str, start: int, array: np.ndarray) -> np.ndarray:
     """Fills the array from byte `start` of a compressed zip member."""
     target = array.view(np.uint8).data
-    filled = 0
-    with _Capped(path) as file, zipfile.ZipFile(file) as archive, archive.open(name) as member:
+    num_filled = 0
+    with _CappedFile(path) as file, zipfile.ZipFile(file) as archive, archive.open(name) as member:
         member.seek(start)
-        while piece := member.read(min(len(target) - filled, PIECE)):
-            target[filled : filled + len(piece)] = piece
-            filled += len(piece)
-    if filled != len(target):
+        while chunk := member.read(min(len(target) - num_filled, CHUNK)):
+            target[num_filled : num_filled + len(chunk)] = chunk
+            num_filled += len(chunk)
+    if num_filled != len(target):
         raise EOFError("a zip member ends early")
     return array

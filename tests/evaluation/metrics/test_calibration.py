@@ -1,4 +1,4 @@
-"""Calibration figures from the histogram, against direct computation and scipy."""
+"""Calibration metrics from the histogram, against direct computation and SciPy."""
 
 import itertools
 
@@ -8,7 +8,7 @@ from scipy import optimize, special, stats
 
 from biclip_jax.evaluation.metrics import calibration
 
-BIN = 1 / 256  # of the logit
+BIN = 1 / 256  # bin width in logits
 
 
 def pixels(scale=1.0, n=20_000, seed=0):
@@ -20,32 +20,32 @@ def pixels(scale=1.0, n=20_000, seed=0):
 
 
 def direct_ece(p, y):
-    confidence, right = np.maximum(p, 1 - p), (p >= 0.5) == y
+    confidence, correct = np.maximum(p, 1 - p), (p >= 0.5) == y
     edges = np.linspace(0, 1, 16)
     total = 0.0
     for low, high in itertools.pairwise(edges):
         inside = (confidence > low) & (confidence <= high)
         if inside.any():
-            total += inside.sum() * abs(right[inside].mean() - confidence[inside].mean())
+            total += inside.sum() * abs(correct[inside].mean() - confidence[inside].mean())
     return total / len(p)
 
 
-def test_figures_are_those_of_the_pixels_themselves():
+def test_metrics_match_direct_computation():
     p, y = pixels(scale=2.0)
-    found = calibration.summarize(calibration.histogram(p, y))
-    assert found["brier"] == pytest.approx(np.mean((p - y) ** 2), abs=BIN / 8)
+    result = calibration.summarize(calibration.histogram(p, y))
+    assert result["brier"] == pytest.approx(np.mean((p - y) ** 2), abs=BIN / 8)
     nll = -np.mean(np.where(y, np.log(p), np.log1p(-p)))
-    assert found["nll"] == pytest.approx(nll, abs=BIN / 2)
-    # Pixels within half a logit bin of one of 15 edges may change bin.
-    assert found["ece"] == pytest.approx(direct_ece(p, y), abs=2e-3)
-    assert found["ece"] > 0.03
+    assert result["nll"] == pytest.approx(nll, abs=BIN / 2)
+    # Pixels within half a logit bin of one of the 15 edges may fall into the other bin.
+    assert result["ece"] == pytest.approx(direct_ece(p, y), abs=2e-3)
+    assert result["ece"] > 0.03
 
 
-def test_calibrated_pixels_have_hardly_any_error_and_sharpened_ones_have():
-    calm = calibration.summarize(calibration.histogram(*pixels(n=400_000)))
-    assert calm["ece"] < 0.003
+def test_overconfident_pixels_have_a_larger_error_than_calibrated_ones():
+    calibrated = calibration.summarize(calibration.histogram(*pixels(n=400_000)))
+    assert calibrated["ece"] < 0.003
     sharp = calibration.summarize(calibration.histogram(*pixels(3.0, n=400_000)))
-    assert sharp["ece"] > 0.05 and sharp["nll"] > calm["nll"]
+    assert sharp["ece"] > 0.05 and sharp["nll"] > calibrated["nll"]
 
 
 def test_reliability_rows_are_means_of_their_bins():
@@ -57,14 +57,14 @@ def test_reliability_rows_are_means_of_their_bins():
         assert row["count"] == pytest.approx(inside.sum(), rel=0.02)
         assert row["mean_probability"] == pytest.approx(p[inside].mean(), abs=1e-3)
         assert row["observed_frequency"] == pytest.approx(y[inside].mean(), abs=5e-3)
-    lonely = calibration.reliability(calibration.histogram(np.array([0.0, 1.0]), np.array([0, 1])))
-    assert [row["count"] for row in lonely] == [1, 1]
-    assert [row["observed_frequency"] for row in lonely] == [0, 1]
+    rows = calibration.reliability(calibration.histogram(np.array([0.0, 1.0]), np.array([0, 1])))
+    assert [row["count"] for row in rows] == [1, 1]
+    assert [row["observed_frequency"] for row in rows] == [0, 1]
 
 
-def test_error_auroc_is_mann_whitney_with_ties():
+def test_error_auroc_equals_mann_whitney_with_ties():
     rng = np.random.default_rng(1)
-    # Few values, far apart: pixels tie, and p and 1 - p have one entropy.
+    # Few distinct values: pixels tie, and p and 1 - p have the same entropy.
     p = rng.choice([0.02, 0.2, 0.4, 0.6, 0.8, 0.98], 3000)
     y = rng.random(3000) < 0.3 + 0.5 * p
     wrong = (p >= 0.5) != y
@@ -74,7 +74,7 @@ def test_error_auroc_is_mann_whitney_with_ties():
     assert calibration.error_auroc(calibration.histogram(p, y)) == pytest.approx(expected, abs=1e-9)
 
 
-def test_error_auroc_of_distinct_pixels_and_of_none():
+def test_error_auroc_of_distinct_pixels_and_without_errors():
     p, y = pixels(n=5000)
     wrong = (p >= 0.5) != y
     entropy = special.entr(p) + special.entr(1 - p)
@@ -86,7 +86,7 @@ def test_error_auroc_of_distinct_pixels_and_of_none():
 
 
 @pytest.mark.parametrize("scale", [0.4, 1.0, 2.5])
-def test_the_temperature_undoes_a_known_scale(scale):
+def test_the_temperature_recovers_a_known_scale(scale):
     counts = calibration.histogram(*pixels(scale, n=300_000))
     temperature = calibration.fit_temperature(counts)
     assert temperature == pytest.approx(scale, rel=0.02)
@@ -96,12 +96,12 @@ def test_the_temperature_undoes_a_known_scale(scale):
     assert after["error_auroc"] == calibration.summarize(counts)["error_auroc"]
 
 
-def test_pixels_that_are_surer_than_float32_can_say_above_half_are_told_apart_below():
-    # Much background at -40, and pixels that are calibrated at T = 6.
+def test_resolves_probabilities_below_the_float32_resolution_at_one():
+    # Mostly background with logit -40, and pixels that are calibrated at T = 6.
     rng = np.random.default_rng(0)
-    uncertainty = rng.normal(0, 6, 10_000)
-    logits = np.concatenate([np.full(990_000, -40.0), uncertainty])
-    mask = np.concatenate([np.zeros(990_000), rng.random(10_000) < special.expit(uncertainty / 6)])
+    uncertain = rng.normal(0, 6, 10_000)
+    logits = np.concatenate([np.full(990_000, -40.0), uncertain])
+    mask = np.concatenate([np.zeros(990_000), rng.random(10_000) < special.expit(uncertain / 6)])
 
     def nll(temperature):
         tempered = np.where(mask > 0, -logits, logits) / temperature
@@ -120,7 +120,7 @@ def test_pixels_that_are_surer_than_float32_can_say_above_half_are_told_apart_be
     assert after["ece"] == pytest.approx(direct_ece(p, mask > 0), abs=1e-4)
 
 
-def test_every_float32_probability_counts_near_its_own_logit():
+def test_every_float32_probability_is_binned_at_its_logit():
     tiny, one = np.finfo(np.float32).tiny, np.float32(1)
     p = np.array([tiny, 1e-20, 0.3, 0.5, np.nextafter(one, 0, dtype=np.float32)], np.float32)
     for value in p:
@@ -131,29 +131,29 @@ def test_every_float32_probability_counts_near_its_own_logit():
     assert ends[0, 0] == ends[1, -1] == 1
 
 
-def test_a_tempered_histogram_is_that_of_tempered_pixels():
+def test_scaling_the_histogram_equals_scaling_the_pixels():
     p, y = pixels(n=30_000)
     tempered = special.expit(special.logit(p) / 1.7)
-    found = calibration.summarize(calibration.histogram(p, y), 1.7)
+    result = calibration.summarize(calibration.histogram(p, y), 1.7)
     expected = calibration.summarize(calibration.histogram(tempered, y))
     for name in ("ece", "brier", "nll"):
-        assert found[name] == pytest.approx(expected[name], abs=2e-3)
+        assert result[name] == pytest.approx(expected[name], abs=2e-3)
 
 
-def test_sides_of_the_threshold_are_exact_and_extremes_are_kept():
+def test_the_threshold_is_exact_and_extremes_are_counted():
     p = np.array([0.5, np.nextafter(0.5, 0), 0.0, 1.0], np.float64)
     counts = calibration.histogram(p, np.array([1, 0, 0, 1]))
-    assert calibration.error_auroc(counts) is None  # every pixel is right
+    assert calibration.error_auroc(counts) is None  # every pixel is correct
     assert counts.sum() == 4 and counts[0, 0] == 1 and counts[1, -1] == 1
 
 
-def test_gather_adds_pictures_of_any_size():
+def test_gather_histogram_adds_images_of_any_size():
     p, y = pixels(n=600)
     parts = [(p[:100].reshape(10, 10), y[:100].reshape(10, 10)), (p[100:], y[100:])]
     np.testing.assert_array_equal(calibration.gather_histogram(parts), calibration.histogram(p, y))
 
 
-def test_what_cannot_be_summed_up_is_refused():
+def test_rejects_invalid_input():
     with pytest.raises(ValueError, match="one shape"):
         calibration.histogram(np.zeros(3), np.zeros(4))
     with pytest.raises(ValueError, match="not finite"):
@@ -164,20 +164,20 @@ def test_what_cannot_be_summed_up_is_refused():
         calibration.fit_temperature(calibration.gather_histogram([]))
 
 
-def test_report_fits_on_one_split_and_reports_the_other():
+def test_report_fits_on_one_split_and_evaluates_the_other():
     val = calibration.histogram(*pixels(2.0, n=100_000, seed=1))
     test = calibration.histogram(*pixels(2.0, n=100_000, seed=2))
-    found = calibration.report(val, test)
-    assert found["fitted_on"] == "val"
-    assert found["temperature"] == calibration.fit_temperature(val)
-    assert found["num_pixels"] == 100_000
-    assert found["before"] == calibration.summarize(test)
-    assert found["after"]["ece"] < found["before"]["ece"] / 3
-    assert sum(row["count"] for row in found["reliability_after"]) == 100_000
-    assert not found["at_limit"]
+    result = calibration.report(val, test)
+    assert result["fitted_on"] == "val"
+    assert result["temperature"] == calibration.fit_temperature(val)
+    assert result["num_pixels"] == 100_000
+    assert result["before"] == calibration.summarize(test)
+    assert result["after"]["ece"] < result["before"]["ece"] / 3
+    assert sum(row["count"] for row in result["reliability_after"]) == 100_000
+    assert not result["at_limit"]
 
 
-def test_a_temperature_at_its_limit_is_marked():
+def test_reports_a_temperature_at_its_limit():
     p, y = pixels(n=20_000)
     inverted = calibration.histogram(p, ~y)
     assert calibration.report(inverted, inverted)["at_limit"]

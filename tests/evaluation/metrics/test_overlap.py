@@ -1,4 +1,4 @@
-"""Dice and IoU against SciPy, worked examples and slow literal loops."""
+"""Dice and IoU against SciPy, worked examples and plain loops."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAMES = ("dice_global", "iou_global", "dice_mean", "iou_mean")
 
 
 def random_masks(num: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(num, 12, 10, 1) bool pairs of every density, none empty."""
+    """Returns (num, 12, 10, 1) bool pairs of various densities, none empty."""
     rng = np.random.default_rng(seed)
     density = rng.uniform(0.05, 0.9, (num, 1, 1, 1))
     mask = rng.random((num, 12, 10, 1)) < density
@@ -71,7 +71,7 @@ def test_worked_example_separates_global_from_mean():
 
 
 @pytest.mark.parametrize("xp", [np, jnp], ids=["numpy", "jax"])
-def test_both_empty_is_one_and_one_empty_is_zero(xp):
+def test_two_empty_masks_score_one_and_one_empty_mask_zero(xp):
     empty, full = xp.zeros((1, 4, 4, 1), bool), xp.ones((1, 4, 4, 1), bool)
     for pred, mask, expected in ((empty, empty, 1), (full, empty, 0), (empty, full, 0)):
         counts = overlap.count_pixels(pred, mask)
@@ -81,7 +81,7 @@ def test_both_empty_is_one_and_one_empty_is_zero(xp):
     assert [summary[name] for name in NAMES] == [1.0] * 4
 
 
-def test_shapes_that_would_broadcast_and_empty_splits_are_refused():
+def test_rejects_different_shapes_and_empty_splits():
     with pytest.raises(ValueError, match="expected one shape"):
         overlap.count_pixels(np.ones((2, 4, 4, 1)), np.ones((2, 4, 4)))
     with pytest.raises(ValueError, match="N >= 1"):
@@ -97,18 +97,18 @@ def test_other_axes():
     )
 
 
-def test_bootstrap_equals_a_literal_loop_over_the_same_indices():
+def test_bootstrap_equals_a_plain_loop_over_the_same_indices():
     counts = random_counts(25, seed=1)
     rows = np.random.default_rng(7).integers(25, size=(60, 25))
     resampled = [overlap.summarize(overlap.Overlap(*(c[r] for c in counts))) for r in rows]
-    found = overlap.bootstrap_intervals(counts, num_resamples=60, level=0.9, seed=7)
-    assert tuple(found) == NAMES
+    intervals = overlap.bootstrap_intervals(counts, num_resamples=60, level=0.9, seed=7)
+    assert tuple(intervals) == NAMES
     for name in NAMES:
         values = [summary[name] for summary in resampled]
-        assert found[name] == pytest.approx(np.percentile(values, [5, 95]).tolist(), abs=1e-12)
+        assert intervals[name] == pytest.approx(np.percentile(values, [5, 95]).tolist(), abs=1e-12)
 
 
-def test_bootstrap_is_repeatable_and_moves_with_seed_and_level():
+def test_bootstrap_is_reproducible_and_depends_on_seed_and_level():
     counts = random_counts(40)
     first = overlap.bootstrap_intervals(counts, seed=1)
     assert first == overlap.bootstrap_intervals(counts, seed=1)
@@ -117,7 +117,7 @@ def test_bootstrap_is_repeatable_and_moves_with_seed_and_level():
     assert all(first[n][0] < narrow[n][0] < narrow[n][1] < first[n][1] for n in NAMES)
 
 
-def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
+def test_bootstrap_intervals_have_the_nominal_coverage():
     population = random_counts(5000, seed=4)
     truth = overlap.summarize(population)
     rng = np.random.default_rng(5)
@@ -153,11 +153,11 @@ def test_sums_add_over_devices():
     def step(*batch):
         return jax.lax.psum(overlap.overlap_sums(*batch), "batch")
 
-    spread = jax.tree.map(lambda x: x[0], jax.vmap(step, axis_name="batch")(*args, valid))
-    whole = overlap.overlap_sums(args[0].reshape(pred.shape), mask, np.ones(8, bool))
-    for name, value in whole.items():
-        np.testing.assert_allclose(spread[name], value, rtol=1e-6)
-    assert spread["intersection"].dtype == jnp.int32
+    summed = jax.tree.map(lambda x: x[0], jax.vmap(step, axis_name="batch")(*args, valid))
+    single = overlap.overlap_sums(args[0].reshape(pred.shape), mask, np.ones(8, bool))
+    for name, value in single.items():
+        np.testing.assert_allclose(summed[name], value, rtol=1e-6)
+    assert summed["intersection"].dtype == jnp.int32
 
 
 def test_threshold_is_inclusive():
@@ -167,7 +167,7 @@ def test_threshold_is_inclusive():
     assert int(overlap.overlap_sums(probs, mask, valid, threshold=0.3)["pred_area"]) == 3
 
 
-def test_no_valid_image_is_an_error():
+def test_rejects_sums_without_a_valid_image():
     empty = jnp.zeros((2, 4, 4, 1))
     with pytest.raises(ValueError, match="at least one valid"):
         overlap.from_sums(overlap.overlap_sums(empty, empty, jnp.zeros(2, bool)))

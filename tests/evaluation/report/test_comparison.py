@@ -1,4 +1,4 @@
-"""Rows of a comparison: against the statistics module, and as a person reads them."""
+"""Rows of a comparison, against the statistics module, and their tables."""
 
 import statistics
 
@@ -15,7 +15,7 @@ def score(value):
 
 
 def row(**more):
-    found = {
+    fields = {
         "variant": "full",
         "label_fraction": 0.05,
         "num_labelled": 286,
@@ -23,19 +23,19 @@ def row(**more):
         "empty_text": comparison.over_seeds([score(0.5)]),
         "seeds": {"0": {"run": "full/seed_0"}},
     }
-    return found | more
+    return fields | more
 
 
-def test_seeds_have_the_mean_and_the_deviation_of_a_sample():
-    found = comparison.over_seeds([{**score(value), "images": 3} for value in SCORES])
-    assert set(found) == set(comparison.METRICS)
-    for value in found.values():
+def test_over_seeds_returns_mean_and_sample_deviation():
+    summary = comparison.over_seeds([{**score(value), "images": 3} for value in SCORES])
+    assert set(summary) == set(comparison.METRICS)
+    for value in summary.values():
         assert value["mean"] == pytest.approx(statistics.fmean(SCORES))
         assert value["sd"] == pytest.approx(statistics.stdev(SCORES))
     assert comparison.over_seeds([score(0.3)])["dice_mean"] == {"mean": 0.3, "sd": None}
 
 
-def test_what_was_asked_is_taken_over_the_seeds_section_by_section():
+def test_evaluations_are_averaged_over_the_seeds_per_section():
     runs = [
         {
             "num_images": 500,
@@ -45,21 +45,21 @@ def test_what_was_asked_is_taken_over_the_seeds_section_by_section():
         }
         for value in (0.4, 0.8)
     ]
-    asked = comparison.summarize_evaluations(runs)
-    parts = [asked["conditions"]["original"], asked["conditions"]["empty"]]
+    evaluation = comparison.summarize_evaluations(runs)
+    parts = [evaluation["conditions"]["original"], evaluation["conditions"]["empty"]]
     parts += [
-        asked["corruptions"]["jpeg"]["2"],
-        asked["corruptions"]["mean"],
-        asked["flip_consistency"],
+        evaluation["corruptions"]["jpeg"]["2"],
+        evaluation["corruptions"]["mean"],
+        evaluation["flip_consistency"],
     ]
     means = [part["iou_global"]["mean"] for part in parts]
     assert means == pytest.approx([0.6, 0.3, 0.15, 0.075, 0.0375])
-    assert asked["num_images"] == 500
+    assert evaluation["num_images"] == 500
     plain = [{name: run[name] for name in ("num_images", "conditions")} for run in runs]
     assert set(comparison.summarize_evaluations(plain)) == {"num_images", "conditions"}
 
 
-def test_tables_are_in_percent_and_link_their_runs():
+def test_tables_are_in_percent_and_link_the_runs():
     spread = comparison.over_seeds([score(0.6), score(0.8)])
     corrupted = {"corruptions": {"mean": comparison.over_seeds([score(0.25)])}}
     two = {"0": {"run": "full/seed_0"}, "1": {"run": "full/seed_1"}}
@@ -84,6 +84,6 @@ def test_tables_are_in_percent_and_link_their_runs():
         ("medclipseg", "unimedclip"),
     ],
 )
-def test_the_image_encoder_is_named_where_a_picture_refines_a_sentence(config, expected):
+def test_image_encoder_is_named_only_if_the_image_refines_the_text(config, expected):
     model = config_lib.load_config(config, []).to_dict()["model"]
     assert comparison.image_encoder(model) == expected

@@ -1,4 +1,4 @@
-"""Pixels, sizes and cells of what the reports are made of."""
+"""Figures, curves and tables of the reports: pixels, sizes and cells."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ def case(band: str, **changes) -> dict:
 
 
 def read_png(path) -> np.ndarray:
-    with Image.open(path) as picture:
-        assert picture.format == "PNG"
-        return np.asarray(picture.convert("RGB"))
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
 
 
-def test_overlay_paints_outline_fill_and_leaves_the_rest():
+def test_overlay_draws_outline_and_fill_only():
     image = np.full((40, 40), 100, np.uint8)
     drawn = figures.overlay(image, box(2, 10, 2, 10), box(20, 30, 20, 30), alpha=0.5)
     assert drawn.shape == (40, 40, 3) and drawn.dtype == np.uint8
     assert tuple(drawn[2, 5]) == tuple(drawn[9, 9]) == MASK_COLOR
     assert tuple(drawn[5, 5]) == (100, 100, 100), "the reference is not filled"
     assert tuple(drawn[20, 25]) == PRED_COLOR
-    assert tuple(drawn[25, 25]) == (165, 130, 50)  # half of 100 and half of orange, to even
+    assert tuple(drawn[25, 25]) == (165, 130, 50)  # half 100, half orange, rounded to even
     assert tuple(drawn[35, 35]) == (100, 100, 100)
-    assert (image == 100).all(), "the picture given is not written to"
+    assert (image == 100).all(), "the input image is unchanged"
 
 
-def test_overlay_counts_of_painted_pixels():
+def test_overlay_outline_has_the_expected_number_of_pixels():
     drawn = figures.overlay(np.zeros((40, 40), np.uint8), box(2, 12, 2, 12))
     assert (drawn == MASK_COLOR).all(-1).sum() == 4 * 10 - 4
     rim = figures.overlay(np.zeros((40, 40), np.uint8), np.ones((40, 40)))
@@ -65,14 +65,14 @@ def test_overlay_draws_the_reference_over_the_prediction():
 
 
 @pytest.mark.parametrize(("size", "thickness"), [(40, 1), (224, 1), (320, 2), (640, 4)])
-def test_outline_grows_with_the_picture(size, thickness):
+def test_outline_thickness_grows_with_the_image(size, thickness):
     quarter = box(size // 4, size // 2, size // 4, size // 2, size)
     drawn = figures.overlay(np.zeros((size, size), np.uint8), quarter)
     column = (drawn[:, size * 3 // 8] == MASK_COLOR).all(-1)
     assert column.sum() == 2 * thickness
 
 
-def test_overlay_keeps_rgb_and_refuses_other_sizes():
+def test_overlay_keeps_rgb_and_rejects_other_sizes():
     image = np.random.default_rng(0).integers(0, 255, (8, 9, 3), np.uint8)
     np.testing.assert_array_equal(figures.overlay(image), image)
     np.testing.assert_array_equal(figures.overlay(image, np.zeros((8, 9)), np.zeros((8, 9))), image)
@@ -80,21 +80,21 @@ def test_overlay_keeps_rgb_and_refuses_other_sizes():
         figures.overlay(image, pred=np.zeros((9, 8)))
 
 
-def test_page_has_the_colours_and_grows_with_the_sentence(tmp_path):
+def test_figure_has_the_colors_and_grows_with_the_prompt(tmp_path):
     heights = []
-    for text in ("short", "a sentence of many words " * 40, "x" * 900):
+    for text in ("short", "a prompt of many words " * 40, "x" * 900):
         figures.overlay_figure([case("best", text=text)], tmp_path / "page.png", "Title")
         page = read_png(tmp_path / "page.png")
         heights.append(page.shape[0])
         assert (page == MASK_COLOR).all(-1).sum() > 600
         assert (page == PRED_COLOR).all(-1).sum() > 600
         margin = np.concatenate([page[:20].ravel(), page[-20:].ravel(), page[:, -20:].ravel()])
-        assert (margin == 255).all(), "nothing runs off the page"
+        assert (margin == 255).all(), "nothing exceeds the figure"
     assert heights[0] < heights[1] and heights[0] < heights[2]
     assert [path.name for path in tmp_path.iterdir()] == ["page.png"]
 
 
-def test_page_puts_the_bands_in_order_and_wraps_after_three_cells(tmp_path):
+def test_figure_orders_the_bands_and_wraps_after_three_cells(tmp_path):
     shades = {"worst": 30, "median": 60, "best": 90}
     rows = [
         case(band, image=np.full((40, 40), shade, np.uint8))
@@ -103,10 +103,10 @@ def test_page_puts_the_bands_in_order_and_wraps_after_three_cells(tmp_path):
     ]
     figures.overlay_figure(rows, tmp_path / "page.png", "Title")
     page = read_png(tmp_path / "page.png")
-    inside = 2 * figures.GAP + figures.IMAGE_SIZE // 2  # within each row's first picture
+    inside = 2 * figures.GAP + figures.IMAGE_SIZE // 2  # within the first image of each row
     reds = page[:, inside, 0]
     tall = [shade for shade in (90, 60, 30) if (reds == shade).sum() >= 2 * figures.IMAGE_SIZE]
-    assert tall == [90, 60, 30], "two rows of pictures a band"
+    assert tall == [90, 60, 30], "two rows of images per band"
     assert all(
         np.flatnonzero(reds == above)[0] < np.flatnonzero(reds == below)[0]
         for above, below in ((90, 60), (60, 30))
@@ -114,15 +114,15 @@ def test_page_puts_the_bands_in_order_and_wraps_after_three_cells(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 9])
-def test_bands_are_the_ends_and_the_middle(count):
+def test_bands_are_the_best_median_and_worst_scores(count):
     scores = np.random.default_rng(count).permutation(count) / 10
-    found = {band: scores[rows].tolist() for band, rows in figures.bands(scores.tolist()).items()}
-    assert found["best"] == sorted(scores, reverse=True)[:3]
-    assert found["worst"] == sorted(scores)[:3]
-    assert np.sort(scores)[count // 2] in found["median"]
+    bands = {band: scores[rows].tolist() for band, rows in figures.bands(scores.tolist()).items()}
+    assert bands["best"] == sorted(scores, reverse=True)[:3]
+    assert bands["worst"] == sorted(scores)[:3]
+    assert np.sort(scores)[count // 2] in bands["median"]
 
 
-def test_page_takes_odd_cases(tmp_path):
+def test_figure_accepts_unusual_cases_and_rejects_unknown_bands(tmp_path):
     wide = {name: case("median")[name][:10] for name in ("image", "mask", "pred")}
     rows = [case("median", text="", dice=None, **wide), case("worst", id="i" * 200)]
     figures.overlay_figure(rows, tmp_path / "page.png", "A headline " * 30)
@@ -132,12 +132,12 @@ def test_page_takes_odd_cases(tmp_path):
     assert not (tmp_path / "bad.png").exists()
 
 
-def test_uncertainty_page_has_four_tiles_a_case_and_the_heat_in_the_last(tmp_path):
+def test_uncertainty_figure_has_four_tiles_per_case_with_the_entropy_last(tmp_path):
     flat = {"image": np.zeros((40, 40), np.uint8), "mask": np.zeros((40, 40), bool)}
-    confidence, torn = np.zeros((40, 40)), np.full((40, 40), np.log(2))
+    certain, uncertain = np.zeros((40, 40)), np.full((40, 40), np.log(2))
     rows = [
-        case("best", uncertainty=confidence, **flat),
-        case("worst", uncertainty=torn, dice=None),
+        case("best", uncertainty=certain, **flat),
+        case("worst", uncertainty=uncertain, dice=None),
     ]
     figures.uncertainty_figure(rows, tmp_path / "page.png", "Title")
     page = read_png(tmp_path / "page.png")
@@ -146,7 +146,7 @@ def test_uncertainty_page_has_four_tiles_a_case_and_the_heat_in_the_last(tmp_pat
     tile = 2 * gap + np.arange(4) * (side + gap)
     heat = page[:, tile[3] + side // 2]
     yellow = (heat[:, 0] > 240) & (heat[:, 1] > 240) & (heat[:, 2] > 140) & (heat[:, 2] < 180)
-    assert yellow.sum() == side, "ln 2 everywhere, in one of the cases"
+    assert yellow.sum() == side, "only one case has entropy ln 2 everywhere"
     assert np.flatnonzero(yellow)[0] > page.shape[0] // 2
     orange = np.argwhere((page == PRED_COLOR).all(-1))[:, 1]
     green = np.argwhere((page == MASK_COLOR).all(-1))[:, 1]
@@ -155,17 +155,17 @@ def test_uncertainty_page_has_four_tiles_a_case_and_the_heat_in_the_last(tmp_pat
 
 
 @pytest.mark.parametrize("text", ["", "one", "some words to wrap " * 9, "w" * 300, "a " + "b" * 99])
-def test_wrapped_text_fits_and_loses_nothing(text, monkeypatch):
+def test_wrapped_text_fits_the_width_and_is_complete(text, monkeypatch):
     drawn = []
     monkeypatch.setattr(
         ImageDraw.ImageDraw,
         "text",
-        lambda self, place, line, font, fill: drawn.append((place, line, font.getlength(line))),
+        lambda self, xy, line, font, fill: drawn.append((xy, line, font.getlength(line))),
     )
     block = figures._text_block(text, width=150, size=16)
     assert "".join(line for _, line, _ in drawn).replace(" ", "") == text.replace(" ", "")
     assert all(length <= 150 for _, _, length in drawn)
-    tops = [place[1] for place, _, _ in drawn]
+    tops = [xy[1] for xy, _, _ in drawn]
     assert block.width == 150 and block.height == len(tops) * (block.height // len(tops))
     assert all(later - top >= 16 for top, later in itertools.pairwise(tops))
 
@@ -181,19 +181,19 @@ def lines() -> list[dict]:
 
 
 def drawn_panels(monkeypatch, metrics, path):
-    """The axes that plot_curves wrote, caught on the way to the file."""
+    """Returns the axes of plot_curves, recorded when the figure is saved."""
     from matplotlib.figure import Figure
 
-    caught = []
-    write = Figure.savefig
+    saved = []
+    savefig = Figure.savefig
     monkeypatch.setattr(
-        Figure, "savefig", lambda self, *a, **k: (caught.append(self), write(self, *a, **k))
+        Figure, "savefig", lambda self, *a, **k: (saved.append(self), savefig(self, *a, **k))
     )
     plots.plot_curves(metrics, path)
-    return caught[0].axes
+    return saved[0].axes
 
 
-def test_curves_hold_the_values_and_mark_the_best(tmp_path, monkeypatch):
+def test_curves_show_the_values_and_mark_the_best(tmp_path, monkeypatch):
     losses, scores = drawn_panels(monkeypatch, lines(), tmp_path / "sub" / "curves.png")
     np.testing.assert_allclose(losses.lines[0].get_ydata(), 2 / (np.arange(30) + 1))
     assert losses.get_yscale() == "log" and scores.get_yscale() == "linear"
@@ -206,7 +206,9 @@ def test_curves_hold_the_values_and_mark_the_best(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "sub").iterdir()] == ["curves.png"]
 
 
-def test_curves_count_a_repeated_step_once_and_leave_out_what_is_absent(tmp_path, monkeypatch):
+def test_curves_use_the_last_value_of_a_repeated_step_and_omit_missing_values(
+    tmp_path, monkeypatch
+):
     metrics = [
         {"step": 1, "split": "train", "loss": 5.0},
         {"step": 2, "split": "train", "loss": float("nan"), "loss_gen": None},
@@ -217,7 +219,7 @@ def test_curves_count_a_repeated_step_once_and_leave_out_what_is_absent(tmp_path
     losses, scores = drawn_panels(monkeypatch, metrics, tmp_path / "curves.png")
     assert len(losses.lines) == 1 and losses.get_yscale() == "linear"
     np.testing.assert_array_equal(losses.lines[0].get_xydata(), [[1, 3], [3, 4]])
-    assert [text.get_text() for text in scores.texts] == ["nothing recorded"]
+    assert [text.get_text() for text in scores.texts] == ["no data"]
     plots.plot_curves([], tmp_path / "empty.png")
 
 
@@ -240,7 +242,7 @@ def test_csv_round_trip_and_formula_escape(tmp_path):
     assert [child.name for child in path.parent.iterdir()] == ["rows.csv"]
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
+def test_a_failed_write_keeps_the_old_file(tmp_path):
     class Unprintable:
         def __str__(self) -> str:
             raise RuntimeError("no text")

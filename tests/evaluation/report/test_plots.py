@@ -1,4 +1,4 @@
-"""The reliability diagram and the uncertainty maps, from the points that they draw."""
+"""Reliability diagram and uncertainty maps, checked by their pixels."""
 
 import matplotlib
 import numpy as np
@@ -18,14 +18,14 @@ def section(scale):
 
 
 def colored(path, color):
-    """Rows and columns of the pixels of a colour, as fractions of the picture."""
+    """Returns rows and columns of the pixels of a color, as fractions of the image."""
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
-    hits = np.argwhere(np.abs(pixels - wanted).sum(-1) < 30)
+    rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    hits = np.argwhere(np.abs(pixels - rgb).sum(-1) < 30)
     return hits / pixels.shape[:2]
 
 
-def test_the_curve_lies_on_the_diagonal_or_below_it(tmp_path):
+def test_an_overconfident_model_lies_below_the_diagonal(tmp_path):
     heights = {}
     for name, scale in (("calibrated", 1), ("overconfident", 4)):
         path = tmp_path / f"{name}.png"
@@ -33,28 +33,28 @@ def test_the_curve_lies_on_the_diagonal_or_below_it(tmp_path):
         points = colored(path, plots.AFTER)  # drawn last
         middle = points[(np.abs(points[:, 1] - 0.6) < 0.01) & (points[:, 0] < 0.66)]
         heights[name] = middle[:, 0].mean()
-    # Rows count downwards: p^4 at the middle is far lower on the page.
+    # Rows count downwards: p^4 in the middle is far below the diagonal.
     assert heights["overconfident"] > heights["calibrated"] + 0.15
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_empty_bins_have_no_share():
+def test_empty_bins_have_share_zero():
     rows = [{"low": 0.0, "count": 3}, {"low": 14 / 15, "count": 1}]
     shares = plots._shares(rows)
     assert shares[0] == pytest.approx(0.75) and shares[-1] == pytest.approx(0.25)
     assert len(shares) == 15 and sum(shares) == pytest.approx(1)
 
 
-def test_uncertainty_has_one_scale_for_all_pictures(tmp_path):
-    """An even map has its own colour, whatever stands beside it; the bar has all of them."""
+def test_uncertainty_maps_have_a_common_scale(tmp_path):
+    """A constant map has the color of its value next to any other map; the bar has all colors."""
     inferno = matplotlib.colormaps["inferno"]
     for nats in (0.1, 0.6):
         path = tmp_path / f"{nats}.png"
         maps = {"all": np.full((40, 40), nats), "part": np.full((40, 40), nats / 2)}
         plots.plot_uncertainty(maps, path)
         for value in (nats, nats / 2):
-            shown = colored(path, matplotlib.colors.to_hex(inferno(value / np.log(2))))
-            assert len(shown) > 10_000, value
+            pixels = colored(path, matplotlib.colors.to_hex(inferno(value / np.log(2))))
+            assert len(pixels) > 10_000, value
         for share in (0.05, 0.5, 0.95):
             bar = colored(path, matplotlib.colors.to_hex(inferno(share)))
             assert (bar[:, 1] > 0.8).any(), share

@@ -1,4 +1,4 @@
-"""The published figures, as far as they can be checked against one another."""
+"""Consistency of the published results."""
 
 import pytest
 
@@ -15,13 +15,13 @@ def test_global_iou_follows_from_global_dice_and_mean_iou_lies_above_it():
         if row.kind == "global":
             assert row.iou == pytest.approx(follows, abs=0.06), row
         else:
-            # x / (2 - x) is convex: the mean of IoUs is at least the IoU of the mean Dice.
+            # x / (2 - x) is convex: the mean IoU is at least the IoU of the mean Dice.
             assert row.iou >= follows - 0.06, row
         checked += 1
     assert checked >= 8
 
 
-def test_every_figure_is_named_once_with_a_source_and_fewer_labels_are_no_better():
+def test_results_are_unique_have_a_source_and_drop_with_fewer_labels():
     keys = [(r.data, r.method, r.kind, r.labels) for r in published.RESULTS]
     assert len(set(keys)) == len(keys)
     assert all(r.source and r.kind in ("global", "mean") for r in published.RESULTS)
@@ -36,7 +36,7 @@ def test_every_figure_is_named_once_with_a_source_and_fewer_labels_are_no_better
             assert [r.dice for r in rows] == sorted((r.dice for r in rows), reverse=True)
 
 
-def test_damaged_figures_stand_beside_settings_of_the_same_number():
+def test_corruption_settings_match_our_severities():
     strengths = {
         ("motion_blur", 2): 7,
         ("motion_blur", 4): 15,

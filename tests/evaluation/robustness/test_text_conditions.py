@@ -1,4 +1,4 @@
-"""Text conditions and subsets."""
+"""Text conditions and subsets of a split."""
 
 import hashlib
 
@@ -22,7 +22,7 @@ def prompts(condition, records=RECORDS, seed=0):
     return text_conditions.apply_condition(condition, text_conditions.prompt_fields(records), seed)
 
 
-def test_made_conditions_are_of_every_picture():
+def test_derived_conditions_apply_to_every_image():
     texts = [r["text"] for r in RECORDS]
     assert prompts("original").prompts == texts
     assert prompts("empty").prompts == [""] * 5
@@ -34,37 +34,37 @@ def test_made_conditions_are_of_every_picture():
         assert prompts(name).rows.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_a_pictures_shuffled_sentence_does_not_depend_on_the_subset():
+def test_shuffled_prompts_do_not_depend_on_the_subset():
     split = text_conditions.prompt_fields(RECORDS)
-    drawn = text_conditions.apply_condition("shuffled", split)
-    whole = dict(zip([one["id"] for one in split], drawn.prompts, strict=True))
+    shuffled = text_conditions.apply_condition("shuffled", split)
+    prompt_by_id = dict(zip([fields["id"] for fields in split], shuffled.prompts, strict=True))
     for size in (1, 2, 5):
         some = text_conditions.prompt_fields(text_conditions.subset(RECORDS, size))
-        asked = text_conditions.apply_condition("shuffled", some, split=split)
-        assert asked.prompts == [whole[one["id"]] for one in some]
-        assert asked.rows.tolist() == list(range(size))
+        conditioned = text_conditions.apply_condition("shuffled", some, split=split)
+        assert conditioned.prompts == [prompt_by_id[fields["id"]] for fields in some]
+        assert conditioned.rows.tolist() == list(range(size))
 
 
-def test_published_variants_are_of_the_pictures_that_have_one():
+def test_published_variants_apply_to_the_images_that_have_one():
     assert {"contradictory", "missing_location", "overdescriptive", "underdescriptive"} == set(
         VARIANTS
     )
-    found = prompts("contradictory", VARIED)
-    assert found.rows.tolist() == [0, 1, 3, 4]
-    assert found.prompts == ["no area 0", "no area 1", "no area 3", "no area 4"]
+    conditioned = prompts("contradictory", VARIED)
+    assert conditioned.rows.tolist() == [0, 1, 3, 4]
+    assert conditioned.prompts == ["no area 0", "no area 1", "no area 3", "no area 4"]
     for name in VARIANTS[1:]:
         assert prompts(name, VARIED) is None
         assert prompts(name) is None
 
 
-def test_a_split_read_without_its_sentences_has_no_variants_and_nothing_to_shuffle():
-    silent = [{**record, "text": ""} for record in VARIED]
-    assert prompts("contradictory", silent) is None
-    assert prompts("shuffled", silent) is None
-    assert prompts("original", silent).prompts == [""] * 5
+def test_a_split_without_prompts_has_no_variants_and_no_shuffled_condition():
+    without_text = [{**record, "text": ""} for record in VARIED]
+    assert prompts("contradictory", without_text) is None
+    assert prompts("shuffled", without_text) is None
+    assert prompts("original", without_text).prompts == [""] * 5
 
 
-def test_subset_is_in_the_order_of_the_hashes_and_nested():
+def test_subsets_are_nested_and_ordered_by_hash():
     def digest(record):
         return hashlib.sha256(b"0:" + record["id"].encode()).hexdigest()
 
@@ -75,5 +75,5 @@ def test_subset_is_in_the_order_of_the_hashes_and_nested():
     assert text_conditions.subset(RECORDS, None) is RECORDS
     assert text_conditions.subset(RECORDS, 5, seed=3) != expected
     for size in (6, -1):
-        with pytest.raises(UserError, match=r"--subset .*5 pictures"):
+        with pytest.raises(UserError, match=r"--subset .*5 images"):
             text_conditions.subset(RECORDS, size)

@@ -1,4 +1,4 @@
-"""MedCLIPSeg's losses by their formulas, and its objective: sums, devices, dropout, what moves."""
+"""MedCLIPSeg's losses against NumPy, and its objective: sums, devices, dropout, gradients."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ from biclip_jax.training.objectives import medclipseg as objective
 from tests import tiny_medclipseg as tiny
 
 RNG = np.random.default_rng(0)
-STILL = views.Geometry(0.0, 0.0, 0.0)
+IDENTITY = views.Geometry(0.0, 0.0, 0.0)
 WEIGHTS = {"dice": 0.5, "bce": 0.5, "contrastive": 0.1}
 AXIS = "devices"
 
@@ -30,7 +30,7 @@ AXIS = "devices"
 
 
 def row_dice(logits, mask):
-    """One Dice a row of pixels, the first row left out; (B, H, W) both."""
+    """Computes one Dice loss per row of pixels except the first; both inputs are (B, H, W)."""
     values = []
     for z, y in zip(np.asarray(logits, float), np.asarray(mask, float), strict=True):
         rows = []
@@ -41,7 +41,7 @@ def row_dice(logits, mask):
     return np.array(values)
 
 
-def test_row_dice_is_one_dice_a_row_but_the_first():
+def test_row_dice_matches_numpy():
     logits, mask = RNG.standard_normal((3, 5, 7, 1)), RNG.integers(0, 2, (3, 5, 7, 1))
     logits, mask = jnp.asarray(logits, jnp.float32), jnp.asarray(mask, jnp.float32)
     found = losses.row_dice_loss(logits, mask)
@@ -54,17 +54,17 @@ def test_row_dice_is_one_dice_a_row_but_the_first():
     np.testing.assert_allclose(empty, 1, atol=1e-4)
 
 
-def released(pooled, text, tau):
-    """The contrastive loss of each row as the released code computes it."""
-    scores, alike = pooled @ text.T / tau, text @ text.T / tau
-    alike = alike / np.sqrt((alike**2).sum(1, keepdims=True))
-    targets = softmax(alike, axis=1)
-    there = -(targets * log_softmax(scores, axis=1)).sum(1)
-    back = -(targets.T * log_softmax(scores.T, axis=1)).sum(1)
-    return (there + back) / 2, targets
+def released_loss(pooled, text, tau):
+    """Computes the contrastive loss per row, and the targets, as the released code does."""
+    scores, similarity = pooled @ text.T / tau, text @ text.T / tau
+    similarity = similarity / np.sqrt((similarity**2).sum(1, keepdims=True))
+    targets = softmax(similarity, axis=1)
+    image_to_text = -(targets * log_softmax(scores, axis=1)).sum(1)
+    text_to_image = -(targets.T * log_softmax(scores.T, axis=1)).sum(1)
+    return (image_to_text + text_to_image) / 2, targets
 
 
-def test_pooled_patches_are_a_mean_that_is_not_made_long_again():
+def test_pooled_patches_are_not_normalised_again():
     features = RNG.standard_normal((2, 5, 3))
     units = features / np.linalg.norm(features, axis=-1, keepdims=True)
     found = losses.pooled_patches(jnp.asarray(features, jnp.float32))
@@ -72,114 +72,114 @@ def test_pooled_patches_are_a_mean_that_is_not_made_long_again():
     assert (np.linalg.norm(found, axis=-1) < 0.99).all()
 
 
-def test_the_released_contrastive_loss_is_its_formula():
+def test_released_contrastive_loss_matches_numpy():
     pooled, text = RNG.standard_normal((4, 6)), 3 * RNG.standard_normal((4, 6))
-    expected, targets = released(pooled, text, 0.2)
+    expected, targets = released_loss(pooled, text, 0.2)
     assert np.abs(targets.T.sum(1) - 1).max() > 0.01
     arguments = [jnp.asarray(x, jnp.float32) for x in (pooled, text)]
     found = losses.contrastive_loss(*arguments, temperature=0.2, kind="released")
     np.testing.assert_allclose(found, expected, rtol=1e-4)
-    # The targets know no temperature.
-    np.testing.assert_allclose(released(pooled, text, 0.7)[1], targets, rtol=1e-12)
+    # The targets do not depend on the temperature.
+    np.testing.assert_allclose(released_loss(pooled, text, 0.7)[1], targets, rtol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["described", "released"])
-def test_one_picture_alone_has_nothing_to_be_compared_with(kind):
-    alone = losses.contrastive_loss(jnp.ones((1, 3)), jnp.array([[1.0, 2.0, 3.0]]), kind=kind)
-    assert float(alone[0]) == 0
+def test_contrastive_loss_of_one_example_is_zero(kind):
+    loss = losses.contrastive_loss(jnp.ones((1, 3)), jnp.array([[1.0, 2.0, 3.0]]), kind=kind)
+    assert float(loss[0]) == 0
 
 
 @pytest.mark.parametrize("kind", ["described", "released"])
-def test_targets_pass_no_gradient(kind):
-    """With respect to the sentences it is that of scores against targets held still."""
+def test_contrastive_targets_have_no_gradient(kind):
+    """The gradient with respect to the text is that with constant targets."""
     pooled, text = (jnp.asarray(RNG.standard_normal((4, 6)), jnp.float32) for _ in range(2))
-    still = np.asarray(text, float)
+    constant = np.asarray(text, float)
     if kind == "described":
-        still = still / np.linalg.norm(still, axis=1, keepdims=True)
-        there = back = jnp.asarray(softmax(still @ still.T / 0.2, axis=1))
+        constant = constant / np.linalg.norm(constant, axis=1, keepdims=True)
+        targets = reverse_targets = jnp.asarray(softmax(constant @ constant.T / 0.2, axis=1))
     else:
-        there = jnp.asarray(released(np.asarray(pooled, float), still, 0.2)[1])
-        back = there.T
+        targets = jnp.asarray(released_loss(np.asarray(pooled, float), constant, 0.2)[1])
+        reverse_targets = targets.T
 
-    def fixed(text):
+    def loss_with_constant_targets(text):
         if kind == "described":
             text = text / jnp.linalg.norm(text, axis=1, keepdims=True)
         scores = pooled @ text.T / 0.2
-        ways = [(there, scores), (back, scores.T)]
-        return -sum((t * jax.nn.log_softmax(s)).sum() for t, s in ways) / 2
+        directions = [(targets, scores), (reverse_targets, scores.T)]
+        return -sum((t * jax.nn.log_softmax(s)).sum() for t, s in directions) / 2
 
     grads = jax.grad(lambda t: losses.contrastive_loss(pooled, t, kind=kind).sum())(text)
-    np.testing.assert_allclose(grads, jax.grad(fixed)(text), atol=1e-4)
+    np.testing.assert_allclose(grads, jax.grad(loss_with_constant_targets)(text), atol=1e-4)
 
 
-def texts(cosine, count=24):
-    """Unit vectors with one cosine between any two."""
+def unit_vectors(cosine, count=24):
+    """Returns unit vectors with the same cosine between any two."""
     gram = np.full((count, count), cosine) + (1 - cosine) * np.eye(count)
     return np.linalg.cholesky(gram)
 
 
 @pytest.mark.parametrize(
-    ("cosine", "described", "nearly_uniform"),
+    ("cosine", "described", "released"),
     [(0.0, 0.87, 0.106), (0.5, 0.35, 0.050), (0.9, 0.067, 0.0426)],
 )
-def test_the_targets_tell_how_much_sentences_are_alike(cosine, described, nearly_uniform):
-    """Read off the loss: where the scores of a row are 0, ..., 0, z, it falls by G z in z."""
-    text = texts(cosine)
-    for kind, own, scale in [("described", described, 5.0), ("released", nearly_uniform, 1.0)]:
-        # r T^T / tau = e_0 z, for row 0 alone: the scores' other rows and the way back are
-        # taken off by hand.
+def test_contrastive_targets_follow_the_similarity_of_texts(cosine, described, released):
+    """For a row of scores 0, ..., 0, z the loss decreases by G z, which reveals the target G."""
+    text = unit_vectors(cosine)
+    for kind, diagonal, scale in [("described", described, 5.0), ("released", released, 1.0)]:
+        # r T^T / tau = e_0 z for row 0 only; the expected value covers both directions.
         z = 1e-2
         pooled = np.zeros((24, 24))
         pooled[0] = np.linalg.solve(text, np.eye(24)[0]) * z * 0.2
-        given = [jnp.asarray(x, jnp.float32) for x in (pooled, scale * text)]
+        inputs = [jnp.asarray(x, jnp.float32) for x in (pooled, scale * text)]
         if kind == "released":
-            given[0] = given[0] / scale
-        loss = float(losses.contrastive_loss(*given, kind=kind)[0])
-        uniform = float(losses.contrastive_loss(0 * given[0], given[1], kind=kind)[0])
-        _, targets = released(pooled, text, 0.2)
-        share = targets if kind == "released" else softmax(text @ text.T / 0.2, axis=1)
-        assert share[0, 0] == pytest.approx(own, rel=0.02)
-        back = share.T if kind == "released" else share
+            inputs[0] = inputs[0] / scale
+        loss = float(losses.contrastive_loss(*inputs, kind=kind)[0])
+        uniform_loss = float(losses.contrastive_loss(0 * inputs[0], inputs[1], kind=kind)[0])
+        _, targets = released_loss(pooled, text, 0.2)
+        if kind == "described":
+            targets = softmax(text @ text.T / 0.2, axis=1)
+        assert targets[0, 0] == pytest.approx(diagonal, rel=0.02)
+        reverse = targets.T if kind == "released" else targets
         scores = np.zeros((24, 24))
         scores[0, 0] = z
-        expected = -(share[0] @ log_softmax(scores[0]) + back[0] @ log_softmax(scores.T[0])) / 2
-        assert loss - uniform == pytest.approx(
-            expected - (share[0].sum() + back[0].sum()) / 2 * np.log(24), rel=2e-2, abs=2e-6
-        )
+        forward = targets[0] @ log_softmax(scores[0])
+        expected = -(forward + reverse[0] @ log_softmax(scores.T[0])) / 2
+        expected_uniform = (targets[0].sum() + reverse[0].sum()) / 2 * np.log(24)
+        assert loss - uniform_loss == pytest.approx(expected - expected_uniform, rel=2e-2, abs=2e-6)
 
 
 # --- objective ---
 
 
-def bound(dropout=0.0, axis_name=None, **changes):
-    """The objective of the smallest model: two blocks, one adapter."""
+def bind_objective(dropout=0.0, axis_name=None, **changes):
+    """Returns the objective of the smallest model (two blocks, one adapter), and the model."""
     encoders = tiny.encoders("unimedclip", num_blocks=2)
     encoders["text"]["dropout"] = dropout
     model = medclipseg.build(tiny.fields(num_layers=1, **encoders))
-    recipe = objective.Recipe(WEIGHTS, geometry=STILL)._replace(**changes)
+    recipe = objective.Recipe(WEIGHTS, geometry=IDENTITY)._replace(**changes)
     return partial(objective.objective, model=model, recipe=recipe, axis_name=axis_name), model
 
 
 @pytest.fixture(scope="module", autouse=True)
-def precise():
+def exact_matmul():
     with jax.default_matmul_precision("highest"):
         yield
 
 
 @pytest.fixture(scope="module")
 def state():
-    _, model = bound()
+    _, model = bind_objective()
     return train_state.create(tiny.variables(model), optax.sgd(0.1), medclipseg.FROZEN)
 
 
 @pytest.fixture(scope="module")
 def gradient(state):
-    """(loss, values, grads) of a batch, and the compiled function."""
-    run = jax.jit(jax.value_and_grad(bound()[0], has_aux=True))
+    """Returns the compiled function and its result (loss, values, grads) for a batch."""
+    run = jax.jit(jax.value_and_grad(bind_objective()[0], has_aux=True))
     return run, run(state.params, state, tiny.batch(), tiny.keys())
 
 
-def test_the_loss_is_the_weighted_sum_of_its_parts(state, gradient):
+def test_loss_is_the_weighted_sum_of_its_parts(state, gradient):
     (loss, (stats, values)), _ = gradient[1]
     assert set(values) == {"loss", "loss_dice", "loss_bce", "loss_contrastive"}
     assert stats == {}
@@ -191,8 +191,8 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(state, gradient):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dice", "kind"), [("image", "described"), ("rows", "released")])
-def test_the_parts_are_the_losses_of_a_pass_with_the_keys_noise(state, dice, kind):
-    run, model = bound(dice=dice, contrastive=kind)
+def test_parts_are_the_losses_of_a_pass_with_noise_from_the_keys(state, dice, kind):
+    run, model = bind_objective(dice=dice, contrastive=kind)
     batch, keys = tiny.batch(), tiny.keys()
     _, (_, values) = jax.jit(run)(state.params, state, batch, keys)
     noise = jax.vmap(jax.random.fold_in, (0, None))(keys, objective.NOISE)
@@ -210,23 +210,23 @@ def test_the_parts_are_the_losses_of_a_pass_with_the_keys_noise(state, dice, kin
     np.testing.assert_allclose(values["loss_contrastive"], expected, rtol=1e-4)
 
 
-def test_a_part_without_weight_is_not_computed(state):
-    run, _ = bound(weights={**WEIGHTS, "contrastive": 0.0})
+def test_part_without_weight_is_not_computed(state):
+    run, _ = bind_objective(weights={**WEIGHTS, "contrastive": 0.0})
     _, (_, values) = jax.eval_shape(run, state.params, state, tiny.batch(), tiny.keys())
     assert set(values) == {"loss", "loss_dice", "loss_bce"}
 
 
-def test_all_that_is_trained_has_a_gradient_and_nothing_else(gradient):
+def test_exactly_the_trained_parameters_have_a_gradient(gradient):
     grads = flatten_dict(gradient[1][1], sep="/")
     assert {name.split("/")[0] for name in grads} == {"adapters_0", "head"}
     for name, value in grads.items():
         assert np.isfinite(value).all(), name
-        # A bias that raises every score of a query alike has none, but for rounding.
+        # This bias shifts all scores of a query equally: its gradient is zero up to rounding.
         if not name.endswith("norm_key/bias"):
             assert np.abs(value).max() > 0, name
 
 
-def test_the_same_keys_give_the_same_loss_to_the_bit(state, gradient):
+def test_same_keys_give_the_same_loss_bit_for_bit(state, gradient):
     run, first = gradient
     jax.tree.map(
         np.testing.assert_array_equal, first, run(state.params, state, tiny.batch(), tiny.keys())
@@ -235,8 +235,8 @@ def test_the_same_keys_give_the_same_loss_to_the_bit(state, gradient):
     assert float(other) != float(first[0][0])
 
 
-def test_the_contrastive_loss_compares_with_the_sentences_of_all_devices():
-    """Its mean over two devices has the value and the gradient of the whole batch's."""
+def test_contrastive_loss_compares_with_the_texts_of_all_devices():
+    """The mean over two devices has the value and the gradient of the global batch."""
     recipe = objective.Recipe(WEIGHTS)
     features, text = (jnp.asarray(RNG.standard_normal(shape)) for shape in ((4, 5, 6), (4, 3)))
     params = [jnp.asarray(RNG.standard_normal((size, 7))) for size in (6, 3)]
@@ -247,23 +247,23 @@ def test_the_contrastive_loss_compares_with_the_sentences_of_all_devices():
         )
         return values.mean(), values
 
-    whole = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (_, expected), wanted = whole(params, features, text)
+    global_loss = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, expected), expected_grads = global_loss(params, features, text)
 
-    def share(*batch):
+    def shard_loss(*batch):
         run = jax.value_and_grad(partial(loss, axis_name=AXIS), has_aux=True)
         (_, values), grads = run(params, *batch)
         return values, jax.lax.pmean(grads, AXIS)
 
-    halves = features.reshape(2, 2, 5, 6), text.reshape(2, 2, 3)
-    values, grads = jax.jit(jax.vmap(share, axis_name=AXIS))(*halves)
+    shards = features.reshape(2, 2, 5, 6), text.reshape(2, 2, 3)
+    values, grads = jax.jit(jax.vmap(shard_loss, axis_name=AXIS))(*shards)
     np.testing.assert_allclose(values.reshape(-1), expected, rtol=1e-5)
-    for found, whole in zip(grads, wanted, strict=True):
-        assert jnp.abs(whole).max() > 1e-2
-        np.testing.assert_allclose(found[0], whole, atol=1e-5)
-        np.testing.assert_allclose(found[1], whole, atol=1e-5)
-    alone = [loss(params, *(part[i] for part in halves))[1] for i in range(2)]
-    assert np.abs(np.concatenate(alone) - expected).min() > 1e-3
+    for found, expected_grad in zip(grads, expected_grads, strict=True):
+        assert jnp.abs(expected_grad).max() > 1e-2
+        np.testing.assert_allclose(found[0], expected_grad, atol=1e-5)
+        np.testing.assert_allclose(found[1], expected_grad, atol=1e-5)
+    local = [loss(params, *(part[i] for part in shards))[1] for i in range(2)]
+    assert np.abs(np.concatenate(local) - expected).min() > 1e-3
 
 
 RUN = """
@@ -277,12 +277,12 @@ from biclip_jax.models import medclipseg
 from biclip_jax.training import state as train_state
 from biclip_jax.training import steps
 from tests import tiny_medclipseg as tiny
-from tests.training.objectives.test_medclipseg import bound
+from tests.training.objectives.test_medclipseg import bind_objective
 
 devices, path, kind, mode = sys.argv[1:]
 assert jax.local_device_count() == int(devices)
 axis_name = distributed.axis_name_of(mode)
-run, model = bound(axis_name=axis_name, dice="rows", contrastive=kind, dropout=0.1)
+run, model = bind_objective(axis_name=axis_name, dice="rows", contrastive=kind, dropout=0.1)
 sgd = optax.sgd(0.1)
 state = train_state.create(tiny.variables(model), sgd, medclipseg.FROZEN)
 step = partial(steps.train_step, objective=run, optimizer=sgd, axis_name=axis_name)
@@ -309,15 +309,15 @@ def run_on(devices, path, kind, mode="pmap"):
         "JAX_PLATFORMS": "cpu",
     }
     arguments = [sys.executable, "-c", RUN, str(devices), str(path), kind, mode]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     return dict(np.load(path))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["described", "released"])
 def test_two_devices_take_the_same_steps(tmp_path, kind):
-    """With SGD: Adam would hide a wrong scale of the gradient."""
+    """Uses SGD, because Adam would hide a wrong scale of the gradient."""
     one, two = (run_on(n, tmp_path / f"{n}.npz", kind) for n in (1, 2))
     mesh = run_on(2, tmp_path / "mesh.npz", kind, "mesh")
     assert one.keys() == two.keys() == mesh.keys()
@@ -327,18 +327,18 @@ def test_two_devices_take_the_same_steps(tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_dropout_in_the_text_tower_is_on_only_where_it_is_asked_for(state, gradient):
+def test_text_encoder_dropout_is_applied_only_if_configured(state, gradient):
     batch, keys = tiny.batch(), tiny.keys()
-    still = float(gradient[1][0][0])
-    dropped = jax.jit(bound(dropout=0.1)[0])
-    first, second = (dropped(state.params, state, batch, k)[0] for k in (keys, keys))
+    without_dropout = float(gradient[1][0][0])
+    run = jax.jit(bind_objective(dropout=0.1)[0])
+    first, second = (run(state.params, state, batch, k)[0] for k in (keys, keys))
     assert float(first) == float(second)
-    assert abs(float(first) - still) > 1e-5
-    # Its keys are others than the noise's: without it the noise alone tells.
+    assert abs(float(first) - without_dropout) > 1e-5
+    # Dropout and noise use different keys.
     assert len({objective.GEOMETRY, objective.NOISE, objective.DROPOUT}) == 3
 
 
-def test_the_optimiser_has_no_state_for_the_towers(state):
+def test_optimiser_has_no_state_for_the_encoders(state):
     paths = jax.tree_util.tree_leaves_with_path(optax.adam(1e-3).init(state.params))
     assert any("adapters_0" in str(path) for path, _ in paths)
     assert not any(name in str(path) for path, _ in paths for name in medclipseg.FROZEN)
@@ -346,8 +346,8 @@ def test_the_optimiser_has_no_state_for_the_towers(state):
 
 
 @pytest.mark.slow
-def test_a_step_moves_adapters_and_head_alone(state):
-    run, _ = bound()
+def test_step_updates_only_adapters_and_head(state):
+    run, _ = bind_objective()
     adam = optax.adam(1e-3)
     variables = {"params": {**state.params, **state.frozen}, "batch_stats": {}}
     before = train_state.create(variables, adam, medclipseg.FROZEN)
@@ -356,22 +356,22 @@ def test_a_step_moves_adapters_and_head_alone(state):
     assert (int(after.step), int(after.skipped)) == (1, 0)
     jax.tree.map(np.testing.assert_array_equal, after.frozen, before.frozen)
     for name, value in flatten_dict(after.params, sep="/").items():
-        moved = np.abs(value - flatten_dict(before.params, sep="/")[name])
-        assert moved.max() > 0 or name.endswith("norm_key/bias"), name
-        assert moved.max() <= 1.001e-3
+        change = np.abs(value - flatten_dict(before.params, sep="/")[name])
+        assert change.max() > 0 or name.endswith("norm_key/bias"), name
+        assert change.max() <= 1.001e-3
     assert float(metrics["loss"][1]) == 4
 
 
 @pytest.mark.slow
-def test_a_flip_of_the_picture_exchanges_the_sentence_s_sides(state):
-    """Flipped for sure it is the loss of the mirrored picture with the mirrored sentence."""
+def test_flipped_images_get_the_swapped_prompt(state):
+    """With flip probability 1 the loss is that of the flipped image with the swapped prompt."""
     batch = tiny.batch()
     batch["swapped_text_ids"] = jnp.where(batch["text_ids"] == 5, 6, batch["text_ids"])
     batch["swapped_text_ids"] = batch["swapped_text_ids"].at[:, 1].set(7)
     swapped = {**batch, "text_ids": batch["swapped_text_ids"]}
     swapped |= {name: batch[name][:, :, ::-1] for name in ("image", "mask")}
-    run, _ = bound()
-    flipping, _ = bound(geometry=STILL._replace(horizontal_flip=1.0))
+    run, _ = bind_objective()
+    flipping, _ = bind_objective(geometry=IDENTITY._replace(horizontal_flip=1.0))
     keys = tiny.keys()
     found, _ = jax.jit(flipping)(state.params, state, batch, keys)
     expected, _ = jax.jit(run)(state.params, state, swapped, keys)
@@ -384,10 +384,10 @@ def test_a_flip_of_the_picture_exchanges_the_sentence_s_sides(state):
     ("variant", "dice", "kind"),
     [("", "image", "described"), (":reference", "rows", "released")],
 )
-def test_the_recipe_is_that_of_the_configuration(variant, dice, kind):
+def test_recipe_follows_the_config(variant, dice, kind):
     recipe = objective.make_recipe(config_lib.load_config(f"medclipseg{variant}", []).to_dict())
     assert recipe.weights == WEIGHTS
     assert (recipe.dice, recipe.contrastive, recipe.temperature) == (dice, kind, 0.2)
-    whole = variant == ":reference"
-    expected = views.Geometry(0.0, 0.0, 0.5, 20.0, 0.0, 1.0, 1.0, integer_degrees=whole)
+    integer = variant == ":reference"
+    expected = views.Geometry(0.0, 0.0, 0.5, 20.0, 0.0, 1.0, 1.0, integer_degrees=integer)
     assert recipe.geometry == expected

@@ -1,4 +1,4 @@
-"""Torch files: values against arithmetic and torch, pickles that would run code, damage."""
+"""Torch files: values against arithmetic and torch, malicious pickles, damaged files."""
 
 import contextlib
 import io
@@ -20,8 +20,8 @@ from biclip_jax.core.errors import UserError
 from biclip_jax.weights.formats import pickle_machine, torch_zip
 from biclip_jax.weights.readers import open_checkpoint
 from tests.weights import payloads
-from tests.weights.files import assert_same, refused, write
-from tests.weights.payloads import CONTAINERS, SUFFIXES, call, in_zip, named, pickled, text
+from tests.weights.files import assert_same, rejection, write
+from tests.weights.payloads import CONTAINERS, SUFFIXES, call, global_opcode, in_zip, pickled, text
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures/torch_files"
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8")
@@ -34,7 +34,7 @@ LIVE = [
 
 
 def expected_state():
-    """What make_torch_files.state_dict holds, by numpy alone."""
+    """Returns the state of make_torch_files.state_dict, computed with numpy."""
     six, base = np.arange(6).reshape(2, 3), np.arange(12, dtype=np.float32)
     state = {
         name: six.astype(ml_dtypes.bfloat16 if name == "bfloat16" else name) for name in DTYPES
@@ -63,57 +63,59 @@ def payload_of(name, marker):
 
 
 @pytest.mark.parametrize("name", ["zip.bin", "legacy.bin", "lightning.ckpt"])
-def test_the_fixtures_hold_what_arithmetic_says(name):
+def test_fixtures_have_the_values_of_arithmetic(name):
     checkpoint = open_checkpoint(FIXTURES / name)
     assert (checkpoint.path, checkpoint.format) == (FIXTURES / name, "torch")
     assert_same(checkpoint.tensors, expected_state())
 
 
-def test_a_torchscript_module_is_flattened_with_its_child_called_model():
+def test_torchscript_module_with_a_child_named_model_is_flattened():
     inner = {
         "weight": np.arange(6, dtype=np.float32).reshape(2, 3),
         "halves": np.arange(4, dtype=np.float16),
     }
-    expected = {f"{at}.{name}": a for at in ("model", "layers.1") for name, a in inner.items()}
+    expected = {
+        f"{prefix}.{name}": a for prefix in ("model", "layers.1") for name, a in inner.items()
+    }
     tensors = open_checkpoint(FIXTURES / "script.pt").tensors
     assert sorted(tensors) == sorted(expected)
     assert_same({name: tensors[name] for name in expected}, expected)
 
 
-def test_a_compressed_archive_gives_the_same(tmp_path):
-    path = tmp_path / "packed.pt"
+def test_compressed_archive_gives_the_same_arrays(tmp_path):
+    path = tmp_path / "compressed.pt"
     with (
         zipfile.ZipFile(FIXTURES / "zip.bin") as source,
-        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as compressed,
     ):
         for name in source.namelist():
-            packed.writestr(name, source.read(name))
+            compressed.writestr(name, source.read(name))
     assert_same(open_checkpoint(path).tensors, expected_state())
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_a_payload_is_refused_by_name_and_not_executed(tmp_path, marker, name, container):
+def test_rejects_a_payload_by_name_without_executing_it(tmp_path, marker, name, container):
     payload = payload_of(name, marker)
     data = CONTAINERS[container](payload.body, marker)
     suffix = SUFFIXES[(NAMES.index(name) + list(CONTAINERS).index(container)) % len(SUFFIXES)]
-    message = refused(write(tmp_path / f"weights{suffix}", data))
-    assert payload.named in message
+    message = rejection(write(tmp_path / f"weights{suffix}", data))
+    assert payload.words in message
     assert "nothing was executed" in message
     assert not marker.exists()
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_no_suffix_lets_a_payload_through(tmp_path, marker, suffix):
+def test_rejects_a_payload_with_any_suffix(tmp_path, marker, suffix):
     for container in CONTAINERS.values():
         data = container(payload_of("os.system", marker).body, marker)
-        message = refused(write(tmp_path / f"weights{suffix}", data))
+        message = rejection(write(tmp_path / f"weights{suffix}", data))
         assert "os.system, which is not a tensor or a plain container" in message
     assert not marker.exists()
 
 
 @pytest.mark.parametrize("name", LIVE)
-def test_the_payload_is_live_under_pickle(marker, name):
+def test_payload_is_executed_by_pickle(marker, name):
     data = pickled(payload_of(name, marker).body)
     code = "import pickle, sys; loaded = pickle.loads(sys.stdin.buffer.read())\n"
     code += "loaded.wait() if hasattr(loaded, 'wait') else None"
@@ -123,7 +125,7 @@ def test_the_payload_is_live_under_pickle(marker, name):
     assert marker.exists()
 
 
-def test_code_beside_the_weights_of_torchscript_is_not_looked_at(tmp_path, marker):
+def test_code_in_a_torchscript_archive_is_ignored(tmp_path, marker):
     body = payload_of("os.system", marker).body
     with zipfile.ZipFile(FIXTURES / "script.pt") as source:
         path = tmp_path / "script.pt"
@@ -135,20 +137,20 @@ def test_code_beside_the_weights_of_torchscript_is_not_looked_at(tmp_path, marke
     assert not marker.exists()
 
 
-def test_nothing_shared_is_changed_by_a_refused_file(tmp_path, marker):
+def test_rejected_files_change_no_global_state(tmp_path, marker):
     for name in NAMES:
         path = write(tmp_path / "weights.pt", in_zip(payload_of(name, marker).body, marker))
-        refused(path)
+        rejection(path)
     assert not hasattr(OrderedDict, "__code__")
     assert_same(open_checkpoint(FIXTURES / "zip.bin").tensors, expected_state())
 
 
 def doubling(times):
-    """A dict that holds the dict before it twice, and so on: 2**times leaves."""
+    """Returns dicts that each contain the previous one twice: 2**times leaves."""
     body = b"}q\x00"
     for i in range(times):
-        below = b"h" + bytes([i])
-        body += b"}q" + bytes([i + 1]) + b"(" + text("a") + below + text("b") + below + b"u"
+        reference = b"h" + bytes([i])
+        body += b"}q" + bytes([i + 1]) + b"(" + text("a") + reference + text("b") + reference + b"u"
     return body
 
 
@@ -164,13 +166,13 @@ def doubling(times):
     ],
     ids=["tuple key", "memo index", "long bytes", "long int", "cycle", "doubling dicts"],
 )
-def test_pickle_bombs(tmp_path, marker, body, reason):
-    assert reason in refused(write(tmp_path / "weights.bin", in_zip(body, marker)))
+def test_rejects_pickle_bombs(tmp_path, marker, body, reason):
+    assert reason in rejection(write(tmp_path / "weights.bin", in_zip(body, marker)))
 
 
 @contextlib.contextmanager
 def at_most(num_bytes):
-    """Nothing inside holds more memory than that."""
+    """Asserts that the block allocates less than `num_bytes` at its peak."""
     tracemalloc.start()
     try:
         yield
@@ -181,45 +183,43 @@ def at_most(num_bytes):
 
 
 @pytest.mark.parametrize("by", ["OrderedDict", "BUILD"])
-def test_a_container_that_is_copied_thousands_of_times_is_refused(
-    tmp_path, marker, by, monkeypatch
-):
-    """Whole, the copies would be 200 MB; the limit is lowered, to see that it is what holds."""
+def test_rejects_a_container_that_is_copied_thousands_of_times(tmp_path, marker, by, monkeypatch):
+    """All copies would be 200 MB; the lowered limit shows that it is the limit that stops them."""
     path = tmp_path / "weights.pt"
     monkeypatch.setattr(pickle_machine, "MAX_COPIES", 2**17)
     path.write_bytes(in_zip(payloads.repeated_copies(5000, 2**10, by), marker))
     with at_most(16 * 2**20):
-        assert "copies more than any model's" in refused(path)
+        assert "copies more than any model's" in rejection(path)
     path.write_bytes(in_zip(payloads.repeated_copies(100, 2**10, by), marker))
-    assert "copies" not in refused(path)
+    assert "copies" not in rejection(path)
 
 
-def test_the_limit_of_copies_keeps_a_small_file_small(tmp_path, marker):
+def test_copy_limit_bounds_memory_and_time_of_a_small_file(tmp_path, marker):
     body = payloads.repeated_copies(5000, 2**14, "BUILD")
     path = write(tmp_path / "weights.pt", in_zip(body, marker))
     assert path.stat().st_size < 2**18
     started = time.monotonic()
     with at_most(256 * 2**20):
-        assert "copies more than any model's" in refused(path)
+        assert "copies more than any model's" in rejection(path)
     assert time.monotonic() - started < 10
 
 
-def pickles_of(body):
+def interpret_body(body):
     return pickle_machine.interpret(io.BytesIO(pickled(body)), {})
 
 
-def test_a_text_that_is_encoded_thousands_of_times_stays_small(tmp_path, marker):
+def test_a_text_that_is_encoded_thousands_of_times_uses_little_memory(tmp_path, marker):
     length, times = 2**20, 5000
     raw = text("raw") + payloads.repeated_encoding(times, length)
     body = one_tensor(4, 0, [4], [1]) + raw + b"s"
     path = write(tmp_path / "weights.pt", in_zip(body, marker, FOUR))
     with at_most(16 * length):
         assert list(open_checkpoint(path).tensors) == ["a"]
-    assert pickles_of(payloads.repeated_encoding(3, 5)) == [b""] * 3
+    assert interpret_body(payloads.repeated_encoding(3, 5)) == [b""] * 3
 
 
 def tensor(length, offset, shape, strides, key="0", kind="FloatStorage"):
-    """A pickled float tensor over a storage of `length` elements."""
+    """Returns a pickled float tensor over a storage of `length` elements."""
 
     def number(value):
         return b"J" + int(value).to_bytes(4, "little", signed=True)
@@ -227,10 +227,10 @@ def tensor(length, offset, shape, strides, key="0", kind="FloatStorage"):
     def numbers(values):
         return b"(" + b"".join(map(number, values)) + b"t"
 
-    storage = b"(" + text("storage") + named(f"torch.{kind}") + text(key) + text("cpu")
+    storage = b"(" + text("storage") + global_opcode(f"torch.{kind}") + text(key) + text("cpu")
     arguments = [storage + number(length) + b"tQ", number(offset), numbers(shape), numbers(strides)]
-    hooks = call(named("collections.OrderedDict"))
-    return call(named("torch._utils._rebuild_tensor_v2"), *arguments, b"\x89", hooks)
+    hooks = call(global_opcode("collections.OrderedDict"))
+    return call(global_opcode("torch._utils._rebuild_tensor_v2"), *arguments, b"\x89", hooks)
 
 
 def one_tensor(*description, **more):
@@ -240,7 +240,7 @@ def one_tensor(*description, **more):
 FOUR = [("data/0", np.arange(4, dtype=np.float32).tobytes())]
 
 
-def test_a_tensor_made_by_hand_is_read(tmp_path, marker):
+def test_reads_a_hand_written_tensor(tmp_path, marker):
     path = write(tmp_path / "a.pt", in_zip(one_tensor(4, 1, [2], [2]), marker, FOUR))
     np.testing.assert_array_equal(open_checkpoint(path).tensors["a"].read(), [1, 3])
 
@@ -261,11 +261,11 @@ def test_a_tensor_made_by_hand_is_read(tmp_path, marker):
         (4, 0, [1] * 40, [1] * 40),
     ],
 )
-def test_a_tensor_outside_its_storage_is_refused(tmp_path, marker, description):
-    refused(write(tmp_path / "a.pt", in_zip(one_tensor(*description), marker, FOUR)))
+def test_rejects_a_tensor_outside_its_storage(tmp_path, marker, description):
+    rejection(write(tmp_path / "a.pt", in_zip(one_tensor(*description), marker, FOUR)))
 
 
-def test_only_the_array_that_is_read_is_in_memory(tmp_path, marker):
+def test_only_the_array_being_read_is_in_memory(tmp_path, marker):
     length, keys = 2**18, [str(i) for i in range(8)]
     extra = [(f"data/{key}", np.full(length, int(key), np.float32).tobytes()) for key in keys]
     body = b"}" + b"".join(
@@ -280,51 +280,51 @@ def test_only_the_array_that_is_read_is_in_memory(tmp_path, marker):
     assert peak < 4 * length + 2**19
 
 
-def test_big_endian_is_refused(tmp_path, marker):
+def test_rejects_big_endian(tmp_path, marker):
     extra = [*FOUR, ("byteorder", b"big")]
     data = in_zip(one_tensor(4, 0, [4], [1]), marker, extra)
-    assert "byte order" in refused(write(tmp_path / "a.pt", data))
+    assert "byte order" in rejection(write(tmp_path / "a.pt", data))
     extra[-1] = ("byteorder", b"little")
     data = in_zip(one_tensor(4, 0, [4], [1]), marker, extra)
     assert "a" in open_checkpoint(write(tmp_path / "a.pt", data)).tensors
 
 
-def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path, marker):
+def test_rejects_a_zip_bomb_before_decompressing(tmp_path, marker):
     length = 16 * 2**20
     path = tmp_path / "bomb.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", pickled(one_tensor(length, 0, [length], [1])))
         archive.writestr("a/data/0", bytes(4 * length))
     assert path.stat().st_size < 2**17
-    assert "no weights" in refused(path)
+    assert "not weights" in rejection(path)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", pickled(b"N" * (torch_zip.MAX_PICKLE + 1)))
-    assert "more than any model" in refused(path)
+    assert "more than any model" in rejection(path)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
-def test_other_compression_is_refused(tmp_path, method):
+def test_rejects_other_compression(tmp_path, method):
     with zipfile.ZipFile(tmp_path / "a.pt", "w", method) as archive:
         archive.writestr("a/data.pkl", pickled(b"N"))
-    assert "packed in a way" in refused(tmp_path / "a.pt")
+    assert "compressed in a way" in rejection(tmp_path / "a.pt")
 
 
-def test_other_archives_and_pickles_say_what_they_are(tmp_path):
+def test_error_identifies_other_archives_and_pickles(tmp_path):
     np.savez(tmp_path / "arrays.npz", a=np.zeros(3))
-    assert "a.npy" in refused(tmp_path / "arrays.npz")
-    plain = write(tmp_path / "plain.bin", pickle.dumps({"a": 1}))
-    assert "torch did not write" in refused(plain)
+    assert "a.npy" in rejection(tmp_path / "arrays.npz")
+    plain_pickle = write(tmp_path / "plain.bin", pickle.dumps({"a": 1}))
+    assert "torch did not write" in rejection(plain_pickle)
     tar = bytes(257) + b"ustar" + bytes(250)
-    assert "load and save it again" in refused(write(tmp_path / "old.pt", tar))
+    assert "load and save it again" in rejection(write(tmp_path / "old.pt", tar))
 
 
-def test_a_file_without_tensors_is_refused(tmp_path, marker):
+def test_rejects_a_file_without_tensors(tmp_path, marker):
     body = b"}" + text("epoch") + b"K\x03s"
-    assert "no tensor" in refused(write(tmp_path / "a.pt", in_zip(body, marker)))
-    assert "not a dict" in refused(write(tmp_path / "a.pt", in_zip(b"]", marker)))
+    assert "no tensor" in rejection(write(tmp_path / "a.pt", in_zip(body, marker)))
+    assert "not a dict" in rejection(write(tmp_path / "a.pt", in_zip(b"]", marker)))
 
 
-def test_a_file_that_changes_after_opening(tmp_path):
+def test_rejects_a_file_that_changes_after_opening(tmp_path):
     path = write(tmp_path / "a.bin", (FIXTURES / "legacy.bin").read_bytes())
     tensors = open_checkpoint(path).tensors
     path.write_bytes(path.read_bytes()[:100])
@@ -336,7 +336,7 @@ def test_a_file_that_changes_after_opening(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["zip.bin", "legacy.bin", "script.pt"])
-def test_damage_gives_a_user_error_or_arrays(tmp_path, name):
+def test_damaged_files_give_a_user_error_or_arrays(tmp_path, name):
     data = (FIXTURES / name).read_bytes()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refusals = 0
@@ -352,7 +352,7 @@ def test_damage_gives_a_user_error_or_arrays(tmp_path, name):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
 
 
-WAYS = {
+SAVE_OPTIONS = {
     "zip": {},
     "legacy": {"_use_new_zipfile_serialization": False},
     "zip, protocol 4": {"pickle_protocol": 4},
@@ -374,19 +374,19 @@ def assert_same_bits(tensors, state):
         assert tensors[name].shape == tuple(value.shape), name
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_what_torch_saves_comes_back_bit_for_bit(tmp_path, way):
+@pytest.mark.parametrize("options", SAVE_OPTIONS)
+def test_reads_files_of_torch_save_bit_for_bit(tmp_path, options):
     torch = pytest.importorskip("torch")
     from tests.fixtures import make_torch_files
 
     state = make_torch_files.state_dict()
     state["random"] = torch.randn(3, 4, 5).permute(2, 0, 1)[1:, :, ::2]
-    torch.save(state, tmp_path / "a.bin", **WAYS[way])
+    torch.save(state, tmp_path / "a.bin", **SAVE_OPTIONS[options])
     assert_same_bits(open_checkpoint(tmp_path / "a.bin").tensors, state)
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model"])
-def test_a_training_checkpoint_with_optimizer_and_numpy_numbers(tmp_path, key):
+def test_reads_a_training_checkpoint_with_optimizer_and_numpy_scalars(tmp_path, key):
     torch = pytest.importorskip("torch")
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
     optimizer = torch.optim.AdamW(model.parameters())
@@ -411,32 +411,34 @@ def test_torch_jit(tmp_path, make):
     from tests.fixtures import make_torch_files
 
     outer = make_torch_files.Outer()
-    made = torch.jit.trace(outer, torch.ones(1, 2)) if make == "trace" else torch.jit.script(outer)
-    torch.jit.save(made, str(tmp_path / "a.pt"))
+    scripted = (
+        torch.jit.trace(outer, torch.ones(1, 2)) if make == "trace" else torch.jit.script(outer)
+    )
+    torch.jit.save(scripted, str(tmp_path / "a.pt"))
     tensors = open_checkpoint(tmp_path / "a.pt").tensors
-    state = made.state_dict()
+    state = scripted.state_dict()
     assert sorted(tensors) == sorted(state)
     assert_same_bits({name: tensors[name] for name in state}, state)
 
 
-def test_a_whole_module_is_refused_by_its_class(tmp_path):
+def test_rejects_a_pickled_module_by_its_class(tmp_path):
     torch = pytest.importorskip("torch")
-    for way in WAYS.values():
-        torch.save(torch.nn.Linear(2, 2), tmp_path / "a.pt", **way)
-        assert "torch.nn.modules.linear.Linear" in refused(tmp_path / "a.pt")
+    for options in SAVE_OPTIONS.values():
+        torch.save(torch.nn.Linear(2, 2), tmp_path / "a.pt", **options)
+        assert "torch.nn.modules.linear.Linear" in rejection(tmp_path / "a.pt")
 
 
-def test_a_storage_under_two_dtypes_is_refused(tmp_path, marker):
+def test_rejects_a_storage_with_two_dtypes(tmp_path, marker):
     other = tensor(4, 0, [4], [1], kind="IntStorage")
     body = b"}" + text("a") + tensor(4, 0, [4], [1]) + b"s" + text("b") + other + b"s"
-    assert "two sizes or dtypes" in refused(write(tmp_path / "a.pt", in_zip(body, marker, FOUR)))
+    assert "two sizes or dtypes" in rejection(write(tmp_path / "a.pt", in_zip(body, marker, FOUR)))
 
 
-def test_a_member_that_is_there_twice_is_refused(tmp_path, marker):
+def test_rejects_a_repeated_zip_member(tmp_path, marker):
     data = io.BytesIO(in_zip(one_tensor(4, 0, [4], [1]), marker, FOUR))
     with zipfile.ZipFile(data, "a") as archive, pytest.warns(UserWarning):
         archive.writestr("archive/data/0", bytes(16))
-    assert "there twice" in refused(write(tmp_path / "a.pt", data.getvalue()))
+    assert "occurs twice" in rejection(write(tmp_path / "a.pt", data.getvalue()))
 
 
 def test_calls_with_a_large_tuple_of_arguments_are_counted():
