@@ -75,7 +75,7 @@ def compare(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any
     ]
     commands = {cell: command_of(cell, args.config, overrides) for cell in cells}
     # Report every mistake before the first run.
-    commands = {cell: command for cell, command in commands.items() if check(cell, command)}
+    commands = {cell: command for cell, command in commands.items() if should_run(cell, command)}
     cells = list(commands)
     if not cells:
         raise UserError("nothing to run; set --label-fractions below 1, or other --variants")
@@ -86,7 +86,7 @@ def compare(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any
         lambda cell: train(cell, commands[cell], running),
         lambda cell: evaluate(cell, args.evaluate, running),
     )
-    failed = failures(cells, tasks, args.jobs, running)
+    failed = run_all(cells, tasks, args.jobs, running)
     finished = [cell for cell in cells if cell not in failed]
     rows = [row_of(group, root, args.evaluate) for group in grouped(finished)]
     outcome = {
@@ -122,7 +122,7 @@ def command_of(cell: Cell, config: str, overrides: Sequence[str]) -> list[str]:
     ]
 
 
-def check(cell: Cell, command: Sequence[str]) -> bool:
+def should_run(cell: Cell, command: Sequence[str]) -> bool:
     """Validates a run; returns False if it uses unlabelled images but all images have labels.
 
     Raises:
@@ -148,7 +148,7 @@ def check(cell: Cell, command: Sequence[str]) -> bool:
     return True
 
 
-def failures(
+def run_all(
     cells: Sequence[Cell],
     tasks: Sequence[Callable[[Cell], bool]],
     jobs: int,

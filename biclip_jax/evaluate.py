@@ -297,11 +297,11 @@ def _print(args: argparse.Namespace, job: Evaluation, outcome: dict[str, Any]) -
         _print_calibration(outcome["calibration"])
     if args.corruptions:
         _print_corruptions(outcome["corruptions"])
-    files = {"results": "results.json", "images": "per_image.csv", "overlays": "overlays.png"}
-    files["uncertainty"] = "uncertainty.png"
-    files |= {"reliability": "reliability.png"} if args.calibration else {}
-    files |= {"corruptions": "corruptions.png"} if args.corruptions else {}
-    for what, name in files.items():
+    outputs = {"results": "results.json", "images": "per_image.csv", "overlays": "overlays.png"}
+    outputs["uncertainty"] = "uncertainty.png"
+    outputs |= {"reliability": "reliability.png"} if args.calibration else {}
+    outputs |= {"corruptions": "corruptions.png"} if args.corruptions else {}
+    for what, name in outputs.items():
         print(f"{what:12} {job.folder / name}")
 
 

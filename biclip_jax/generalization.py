@@ -74,18 +74,18 @@ def means(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dict[str
     return {**mean, HM: both}
 
 
-def table(found: Mapping[str, Any]) -> str:
+def table(results: Mapping[str, Any]) -> str:
     """Formats the rows and means as a table, in percent."""
-    metrics = list(found["mean"][ID])
+    metrics = list(results["mean"][ID])
 
     def percent(scores: Mapping[str, float]) -> dict[str, str]:
         return {name: f"{100 * scores[name]:.2f}" for name in metrics}
 
     lines = [
         {**{name: str(value) for name, value in row.items()}, **percent(row)}
-        for row in found["rows"]
+        for row in results["rows"]
     ]
-    for domain, scores in found["mean"].items():
+    for domain, scores in results["mean"].items():
         summary = "harmonic mean" if domain == HM else f"mean, {domain}"
         lines.append(dict.fromkeys(lines[0], "") | {"trained_on": summary, **percent(scores)})
     columns = ("trained_on", "tested_on", "domain", "num_images", *metrics)
@@ -116,8 +116,8 @@ def _read(path: Path) -> tuple[str, dict[str, float]]:
         scores = {**original, **results.get("surface_metrics", {})}
         if data == "folder":
             data = Path(results["config"]["data"]["source"]).name
-        found = {name: float(scores[name]) for name in METRICS if name in scores}
-        return data, {"num_images": int(original["num_images"]), **found}
+        metrics = {name: float(scores[name]) for name in METRICS if name in scores}
+        return data, {"num_images": int(original["num_images"]), **metrics}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: not a result file of evaluate ({error}); evaluate again"
@@ -140,11 +140,11 @@ def _main(argv: list[str]) -> None:
     )
     parser.add_argument("--output", type=Path, help="JSON file for rows and means")
     args = parser.parse_args(argv)
-    found = compare(args.workdirs)
-    print(table(found))
+    results = compare(args.workdirs)
+    print(table(results))
     if args.output:
         with files.atomic_write(args.output) as part:
-            part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

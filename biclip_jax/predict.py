@@ -4,13 +4,14 @@
         --prompt "unilateral pulmonary infection, one infected area, lower left lung."
     biclip predict FOLDER MORE/*.dcm --model runs/qata --prompts-file prompts.csv -o out
 
-INPUT is an image file or a folder of images: PNG, JPEG, BMP, TIFF, WebP or DICOM. DICOM files are
-recognized by their content and shown with their own window. For every image NAME the command writes
-NAME_mask.png (0 or 255), NAME_probability.png (16 bit, 65535 = 1) and NAME_overlay.png at the size
-of the image, NAME_uncertainty.png with its scale, and one line of predictions.csv.
+INPUT is an image file or a folder of images, without its subfolders: PNG, JPEG, BMP, TIFF, WebP or
+DICOM. DICOM files are recognized by their content and shown with their own window. For every image
+NAME the command writes NAME_mask.png (0 or 255), NAME_probability.png (16 bit, 65535 = 1) and
+NAME_overlay.png at the size of the image, NAME_uncertainty.png with its scale, and one line of
+predictions.csv.
 
-Exit status: 0 if all images were segmented, 1 if some could not be read and were skipped, 2 if
-nothing was done.
+Exit status: 0 if all images were segmented, 1 if some could not be read and were skipped, 2 after
+an error.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def find_images(inputs: Sequence[Path]) -> list[Path]:
         if first != image:
             raise UserError(
                 f"{image}: its outputs would overwrite those of {first}; rename one of them, or "
-                "give another -o in a run of its own"
+                "segment it separately with another -o"
             )
     return images
 
@@ -101,10 +102,10 @@ def read_prompts_file(path: Path, images: Sequence[Path]) -> dict[str, str]:
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), set(reader.fieldnames or ())
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as CSV ({error})") from error
-    columns = set(rows[0]) if rows else set()
     if not {"image", "text"} <= columns:
         raise UserError(
             f"{path}: found the columns {sorted(map(str, columns))}; expected image and text"

@@ -46,7 +46,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
       workdir: Work directory; a run that was started there resumes.
 
     Returns:
-      The contents of test/results.json; empty if `final_test` is false.
+      The contents of test/results.json; empty if `final_test` is false, or on other processes than
+      process 0.
 
     Raises:
       UserError: Invalid config, dataset or folder.
@@ -182,8 +183,8 @@ def training_loop(
             state, metrics = advance(state, key, step, min(end - step % end for end in ends))
             step += len(metrics)
             window += metrics
-            # One step stays in flight: the device never idles, and progress and signals are not
-            # late.
+            # Keeps one step in flight, so that the host does not run ahead: progress and signals
+            # are handled promptly.
             jax.block_until_ready(window[max(len(window) - 2, 0)])
             writer.advance(step)
             logs = step % config.log_every == 0 or step == program.num_steps
@@ -196,7 +197,7 @@ def training_loop(
                 window, since = [], time.perf_counter()
             paused = time.perf_counter()
             due = step % program.eval_every == 0 or step == program.num_steps
-            signalled = distributed.any_process(stop.received, ask=logs or due)
+            signalled = distributed.agree_on_signal(stop.received, communicate=logs or due)
             if due:
                 scores = validate(config, program, splits["val"], encoded_text.fields["val"], state)
                 writer.write(step, "val", scores)
@@ -226,7 +227,7 @@ def log_start(config: ConfigDict, program: Program) -> None:
     trained = f"{train_state.num_parameters(program.initial.params):,} parameters"
     print(
         f"{config.name}: {trained}{f' + {frozen:,} frozen' if frozen else ''}, "
-        f"{program.num_labelled} labelled images, {program.num_steps} steps of batch size "
+        f"{program.num_labelled} labelled samples, {program.num_steps} steps of batch size "
         f"{config.batch_size}, on {devices}; the first step compiles"
     )
 

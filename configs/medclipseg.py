@@ -77,9 +77,7 @@ def _views() -> ConfigDict:
     views.translation = 0.0  # share of the image side, in both directions
     views.scale_low = 1.0
     views.scale_high = 1.0
-    views.integer_degrees = (
-        False  # true: nearest-neighbor rotation by whole degrees, as the reference
-    )
+    views.integer_degrees = False  # true: nearest-neighbor rotation, as the reference
     return views
 
 

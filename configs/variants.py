@@ -104,9 +104,8 @@ def _plain(config: ConfigDict) -> None:
 
 def _schedule(config: ConfigDict) -> None:
     """The schedule of `full` and its baselines, so that they take the same number of steps."""
-    config.optim.warmup_steps = (
-        config.optim.warmup_steps or 1000
-    )  # keeps the value of the experiment
+    # Keeps the value of the experiment.
+    config.optim.warmup_steps = config.optim.warmup_steps or 1000
     config.num_epochs = 200
 
 

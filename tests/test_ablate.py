@@ -272,7 +272,7 @@ def test_two_cells_run_in_parallel():
     cells = [ablate.Cell("full", 1.0, seed, None) for seed in (0, 1)]
     barrier = threading.Barrier(2, timeout=30)
     task = [lambda cell: barrier.wait() >= 0 and cell.seed == 1]
-    assert ablate.failures(cells, task, 2, set()) == cells[:1]
+    assert ablate.run_all(cells, task, 2, set()) == cells[:1]
 
 
 SLEEPER = ["timeit", "-n", "1", "-r", "1", "import time; time.sleep(60)"]
@@ -289,7 +289,7 @@ def test_a_run_uses_the_cores_of_its_thread(tmp_path):
     num_cores = len(os.sched_getaffinity(0))
     if num_cores < 2:
         pytest.skip("requires two cores")
-    assert ablate.failures(cells, [task], 2, set()) == []
+    assert ablate.run_all(cells, [task], 2, set()) == []
     shares = sorted(int((tmp_path / str(seed)).read_text().split()[0]) for seed in (0, 1))
     assert shares == [num_cores // 2, num_cores - num_cores // 2]
     assert len(os.sched_getaffinity(0)) == num_cores
@@ -312,7 +312,7 @@ def test_sigterm_stops_the_runs_and_starts_no_more(tmp_path):
     sender.start()
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
-        ablate.failures(cells, [task], 1, running)
+        ablate.run_all(cells, [task], 1, running)
     sender.join()
     assert stopped.value.code == 143
     assert started == cells[:1] and not running

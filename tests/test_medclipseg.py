@@ -20,7 +20,7 @@ from biclip_jax.models import medclipseg
 from biclip_jax.training import checkpoint, writers
 from biclip_jax.weights import readers
 from tests import tiny
-from tests.models import by_hand
+from tests.models import numpy_reference
 
 # Smaller than `smoke`: two blocks, one adapter, patch size 14, one upscaling.
 SMALL = {
@@ -47,11 +47,11 @@ def base(tmp_path_factory):
     return tmp_path_factory.mktemp("medclipseg")
 
 
-def random_init(model, key, max_length, without=()):
+def random_init(model, key, max_length, exclude=()):
     """Replaces `medclipseg.init`, which takes long to compile."""
     ids = jnp.zeros((1, max_length), jnp.int32)
     image = jnp.zeros((1, model.image_size, model.image_size, 3))
-    return {"batch_stats": {}, **by_hand.noise(model, image, ids, amount=0.2)}
+    return {"batch_stats": {}, **numpy_reference.noise(model, image, ids, amount=0.2)}
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +268,7 @@ def test_variants_build(base, variant, monkeypatch):
     monkeypatch.setattr(
         medclipseg,
         "init",
-        lambda model, key, length, without: tiny.abstract_init(
+        lambda model, key, length, exclude: tiny.abstract_init(
             model, key, {"text_ids": jnp.zeros((1, length), jnp.int32)}
         ),
     )

@@ -245,8 +245,8 @@ def test_failed_connection_raises_user_error(monkeypatch):
 def test_single_process_does_not_communicate(tmp_path):
     tree, facts = {"x": np.ones(2)}, {"step": 3}
     assert distributed.broadcast_from_main(tree, facts) == (tree, facts)
-    assert distributed.any_process(15, ask=False) == 15
-    assert distributed.any_process(None, ask=True) is None
+    assert distributed.agree_on_signal(15, communicate=False) == 15
+    assert distributed.agree_on_signal(None, communicate=True) is None
     with distributed.only_main_writes(tmp_path) as folder, distributed.exit_on_error():
         assert folder == tmp_path
     with pytest.raises(UserError, match="as it was"), distributed.exit_on_error():

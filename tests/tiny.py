@@ -106,7 +106,7 @@ def train_step(
     learning_rate=1e-2,
     method="published",
     size=4,
-    shares=1,
+    num_shards=1,
     dtype="float32",
 ):
     """Returns (step, state, batch, key) with all arguments bound.
@@ -130,7 +130,7 @@ def train_step(
         accumulate=accumulate,
         ema_decay=0.9 if semi else 0.0,
         axis_name=axis_name,
-        shares=shares,
+        num_shards=num_shards,
     )
     variables = jax.tree.map(lambda x: x.astype(dtype), init(network))
     initial = state.create(variables, tx, average=semi)

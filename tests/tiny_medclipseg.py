@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from biclip_jax.models import medclipseg
-from tests.models.by_hand import noise
+from tests.models.numpy_reference import noise
 
 IMAGE_SIZE, PATCH_SIZE, NUM_BLOCKS, EMBEDDING = 32, 8, 3, 12
 MAX_LENGTH, VOCAB_SIZE, ADAPTER_WIDTH = 6, 16, 8

@@ -103,7 +103,7 @@ def train_step(run, traces):
         optimizer=OPTIMIZERS[run.optimizer],
         accumulate=run.accumulate,
         axis_name=axis_name,
-        shares=distributed.num_shards_of(run.mode),
+        num_shards=distributed.num_shards_of(run.mode),
     )
     step = steps.ensemble_step(step) if run.members > 1 else step
 

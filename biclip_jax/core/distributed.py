@@ -131,16 +131,16 @@ def broadcast_from_main(tree: Any, facts: Any) -> tuple[Any, Any]:
     return jax.tree.map(np.asarray, tree), json.loads(np.asarray(text).tobytes())
 
 
-def any_process(number: int | None, ask: bool) -> int | None:
-    """Returns a signal number that any process received, the same on all; None for none.
+def agree_on_signal(number: int | None, communicate: bool) -> int | None:
+    """Returns the signal that any process received, the same on all processes, or None.
 
     Args:
       number: The signal that this process received, or None.
-      ask: Whether to communicate now; every process must pass the same value.
+      communicate: Whether to communicate now; every process must pass the same value.
     """
     if jax.process_count() == 1:
         return number
-    if not ask:
+    if not communicate:
         return None
     numbers = multihost_utils.process_allgather(np.int32(number or 0))
     return int(numbers.max()) or None

@@ -30,7 +30,7 @@ class DataError(UserError):
 
 def did_you_mean(name: str, names: Sequence[str]) -> str:
     """Returns the suggestion for an unknown name, or "" if no known name is close."""
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
 
 

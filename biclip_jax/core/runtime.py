@@ -50,7 +50,7 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None 
 
 
 def set_xla_flags() -> None:
-    """Selects the faster convolution library on CPU, about 20 % of a train step.
+    """Selects the faster convolution library on CPUs, which saves about 20 % of a train step.
 
     Only for jaxlib releases known to have the flag: XLA aborts on an unknown flag.
     """
@@ -61,7 +61,9 @@ def set_xla_flags() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep freed memory on hosts without an accelerator: a third of a train step.
+    """Makes glibc keep freed memory on hosts without an accelerator.
+
+    This saves up to a third of a train step.
 
     XLA allocates the memory of a step anew in every step. If glibc returned it to the system in
     between, every page would fault again. Does nothing with other C libraries.

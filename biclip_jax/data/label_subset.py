@@ -66,7 +66,7 @@ def read_ids(path: Path) -> list[str]:
     try:
         return [str(image_id) for image_id in json.loads(path.read_text(encoding="utf-8"))["ids"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error!r}); give another run") from error
+        raise UserError(f"{path}: damaged ({error!r}); give another --workdir") from error
 
 
 def _patient_hash(seed: int, patient: str) -> str:

@@ -93,7 +93,10 @@ def read_layout(
     if layout not in LAYOUTS:
         raise DataError(f"layout: found {layout!r}; expected one of {', '.join(LAYOUTS)}.")
     if prompt is not None and layout != "medvlsm":
-        raise DataError(f"prompt: found {prompt!r}; the {layout} layout has no prompts; drop it.")
+        raise DataError(
+            f"prompt: found {prompt!r}; the {layout} layout has no prompts; remove "
+            "--config.data.prompt."
+        )
     _check_percent(percent, layout)
     options: dict[str, dict[str, Any]] = {
         "medvlsm": {"prompt": prompt},
@@ -165,7 +168,7 @@ def _drop_repeats(root: Path, parsed: ParsedLayout) -> ParsedLayout:
 def _check_percent(percent: int, layout: str) -> None:
     if percent not in PERCENTS:
         known = ", ".join(map(str, PERCENTS))
-        raise DataError(f"percent: found {percent}; expected one of {known}; choose one.")
+        raise DataError(f"percent: found {percent}; expected one of {known}.")
     if percent != 100 and layout != "medclipseg":
         raise DataError(
             f"percent: found {percent}; expected 100, as the {layout} layout has no published "

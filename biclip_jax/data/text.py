@@ -97,7 +97,7 @@ def swap_sides(prompt: str) -> str:
 
 
 def shuffle(prompts: Sequence[str], seed: int) -> list[str] | None:
-    """Returns another row's, different prompt for each row; None if all prompts are the same."""
+    """Returns a different prompt of another row for each row; None if all prompts are equal."""
     if len(set(prompts)) < 2:
         return None
     rng = np.random.default_rng(seed)

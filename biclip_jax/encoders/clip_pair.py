@@ -45,7 +45,11 @@ class ClipPair(NamedTuple):
 
 
 def open_folder(path: str | Path, variant: str) -> ClipPair:
-    """Opens a folder that `biclip convert clip` wrote; raises like `open_encoders`."""
+    """Opens a folder that `biclip convert clip` wrote.
+
+    Raises:
+      UserError: The folder is missing or damaged, or has another variant.
+    """
     folder = Path(path)
     if not (folder / model_folder.CONFIG).is_file():
         raise UserError(

@@ -77,10 +77,10 @@ def check_same_images(folder: Path, facts: Mapping[str, Any]) -> None:
 def _read_results(folder: Path) -> dict[str, Any]:
     """Reads results.json; {} if there is none or it is damaged."""
     try:
-        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return results if isinstance(results, dict) else {}
 
 
 def merge_results(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Prediction and evaluation steps: pure functions that know an axis name but no devices."""
+"""Prediction and evaluation steps: pure functions that depend on an axis name, not on devices."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def sampled(
     image: Float[Array, "b h w 3"],
     *,
     model: medclipseg.MedCLIPSeg,
-) -> medclipseg.Samples:
+) -> medclipseg.SampleStatistics:
     """Runs MedCLIPSeg's `num_samples` passes; the noise depends only on the image id.
 
     Args:
@@ -70,7 +70,7 @@ def sampled(
 def sample_step(
     variables: Mapping[str, Any], batch: Mapping[str, Array], *, model: medclipseg.MedCLIPSeg
 ) -> Float[Array, "b h w 3"]:
-    """Returns mean, entropy of the mean, and epistemic part; see `medclipseg.Samples`."""
+    """Returns mean, entropy of the mean, and epistemic part; see `medclipseg.SampleStatistics`."""
     samples = sampled(variables, batch, to_unit_rgb(batch["image"]), model=model)
     return jnp.concatenate([samples.mean, samples.total, samples.epistemic], axis=-1)
 

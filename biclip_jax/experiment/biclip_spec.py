@@ -75,7 +75,7 @@ def make_spec(
     config: ConfigDict,
     encoded_text: text_encoders.EncodedText,
     encoders: Encoders,
-    label_fraction: float,
+    labelled_batch_fraction: float,
 ) -> ModelSpec:
     """Builds the model, its initial variables and its loss.
 
@@ -83,7 +83,7 @@ def make_spec(
       config: Resolved config.
       encoded_text: Encoded prompts of the run.
       encoders: Pretrained encoders of the config.
-      label_fraction: Fraction of the rows of a batch that have masks.
+      labelled_batch_fraction: Fraction of the rows of a batch that have masks.
 
     Raises:
       ValueError: Incompatible config fields or sizes.
@@ -91,7 +91,7 @@ def make_spec(
     if config.ensemble > 1 and config.model.text.trainable:
         raise ValueError("an ensemble shares its text encoder; set model.text.trainable to false")
     model, members = build_model(config, encoded_text, encoders.text, encoders.image)
-    recipe = objective.make_recipe(config.to_dict(), label_fraction)
+    recipe = objective.make_recipe(config.to_dict(), labelled_batch_fraction)
     is_frozen = encoders.image is not None and not config.model.image.trainable
     frozen = {"pretrained_image_encoder"} & members[0]["params"].keys() if is_frozen else ()
     return ModelSpec(
@@ -173,10 +173,8 @@ def describe_model(
     """Returns what `inference.load_model` needs to rebuild the model from a model folder."""
     fields = model_fields(config)
     for part in ("text", "image"):
-        fields[part] = {
-            **fields[part],
-            "weights": "",
-        }  # a local path; the encoder is inside the folder
+        # A local path; the encoder is inside the folder.
+        fields[part] = {**fields[part], "weights": ""}
     return {
         "kind": "biclip",
         "model": fields,

@@ -48,17 +48,17 @@ def open_feed(
         num_members=program.num_members,
         **distributed.process_shard(),
     )
-    members = int(program.num_members > 1)
+    rows_axis = int(program.num_members > 1)
     if config["data"]["on_device"]:
-        return _on_device(program, pipeline.stack_split(records, texts), rows, members)
-    return _streamed(program, pipeline.train_batches(records, texts, rows, step), members)
+        return _on_device(program, pipeline.stack_split(records, texts), rows, rows_axis)
+    return _streamed(program, pipeline.train_batches(records, texts, rows, step), rows_axis)
 
 
-def _streamed(program: Program, batches: Any, members: int) -> Advance:
+def _streamed(program: Program, batches: Any, rows_axis: int) -> Advance:
     """Takes one step per call; the next batch is read and sent while the device computes."""
 
     def advance(state: Any, key: Any, step: int, limit: int) -> tuple[Any, list[Any]]:
-        batch = program.shard(next(batches), axis=members)
+        batch = program.shard(next(batches), axis=rows_axis)
         state, metrics = program.train_step(state, batch, key)
         return state, [metrics]
 
@@ -66,7 +66,7 @@ def _streamed(program: Program, batches: Any, members: int) -> Advance:
 
 
 def _on_device(
-    program: Program, data: Mapping[str, np.ndarray], rows: Callable[[int], Any], members: int
+    program: Program, data: Mapping[str, np.ndarray], rows: Callable[[int], Any], rows_axis: int
 ) -> Advance:
     """Takes up to `program.steps_per_call` steps per call; only record indices are sent."""
     megabytes = sum(x.nbytes for x in data.values()) / 1e6
@@ -82,10 +82,10 @@ def _on_device(
     def advance(state: Any, key: Any, step: int, limit: int) -> tuple[Any, list[Any]]:
         count = min(limit, length)
         picked = [rows(step + min(i, count - 1)) for i in range(length)]
-        stacked = {name: np.stack([one[name] for one in picked]) for name in picked[0]}
-        sharded = program.shard(stacked, axis=1 + members)
+        stacked = {name: np.stack([row[name] for row in picked]) for name in picked[0]}
+        sharded = program.shard(stacked, axis=1 + rows_axis)
         state, metrics = program.train_steps(state, placed, sharded, np.int32(count), key)
-        found = jax.device_get(metrics)
-        return state, [jax.tree.map(lambda x, i=i: x[i], found) for i in range(count)]
+        values = jax.device_get(metrics)
+        return state, [jax.tree.map(lambda x, i=i: x[i], values) for i in range(count)]
 
     return advance

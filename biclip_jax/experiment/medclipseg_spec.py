@@ -95,14 +95,14 @@ def make_spec(
     config: ConfigDict,
     encoded_text: text_encoders.EncodedText,
     encoders: ClipPair,
-    label_fraction: float,
+    labelled_batch_fraction: float,
 ) -> ModelSpec:
     """Builds the model, its initial variables and its loss; see `biclip_spec.make_spec`.
 
     Raises:
       ValueError: Incompatible config fields or sizes.
     """
-    if label_fraction < 1:
+    if labelled_batch_fraction < 1:
         raise ValueError("data.unlabelled: MedCLIPSeg has no loss without masks; leave it empty")
     if config.ensemble > 1:
         raise ValueError("ensemble: MedCLIPSeg samples instead of an ensemble; set it to 1")
@@ -119,7 +119,7 @@ def make_spec(
     model = medclipseg.build(fields)
     key = member_keys(config, "params")[0]
     pretrained = rename_params(encoders.params)
-    variables = medclipseg.init(model, key, config.model.max_length, without=tuple(pretrained))
+    variables = medclipseg.init(model, key, config.model.max_length, exclude=tuple(pretrained))
     variables["params"] |= pretrained
     recipe = objective.make_recipe(config.to_dict())
     axis_name = distributed.axis_name_of(config.parallel.mode)

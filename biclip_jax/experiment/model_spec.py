@@ -16,7 +16,7 @@ class ModelSpec(NamedTuple):
       members: Initial variables of every ensemble member.
       objective: Loss function, see `training.steps.Objective`.
       frozen: Top-level names of the parameter tree that are never trained.
-      linked: Subset of `frozen` that a model folder stores in a folder of its own.
+      linked: Subset of `frozen` that a model folder stores in a separate folder.
       model_config: config.json of the model folder, without the step.
       average_statistics: See `training.steps.train_step`.
     """

@@ -109,7 +109,7 @@ def build(
         ema_decay=config.optim.ema_decay,
         average_statistics=built.average_statistics,
         axis_name=axis_name,
-        shares=distributed.num_shards_of(config.parallel.mode),
+        num_shards=distributed.num_shards_of(config.parallel.mode),
     )
     states = [
         train_state.create(fresh, optimizer, built.frozen, config.optim.ema_decay > 0)
@@ -154,12 +154,12 @@ def compile_steps(
             "train_steps": distributed.pmap_train_steps(train_steps),
             "eval_step": distributed.pmap_eval_step(eval_step),
         }
-    shardings, members = state_shardings(initial, config.parallel.shard), int(config.ensemble > 1)
+    shardings, rows_axis = state_shardings(initial, config.parallel.shard), int(config.ensemble > 1)
     return {
         "place": partial(distributed.put, shardings=shardings),
         "shard": distributed.global_batch,
-        "train_step": distributed.mesh_train_step(train_step, shardings, members),
-        "train_steps": distributed.mesh_train_steps(train_steps, shardings, 1 + members),
+        "train_step": distributed.mesh_train_step(train_step, shardings, rows_axis),
+        "train_steps": distributed.mesh_train_steps(train_steps, shardings, 1 + rows_axis),
         "eval_step": distributed.mesh_eval_step(eval_step),
     }
 

@@ -38,8 +38,6 @@ ENCODERS: dict[str, dict[str, Any]] = {
         "text": BERT_TEXT,
     },
 }
-# The reference reads images as BGR and does not convert them to RGB.
-INPUTS = ("clip", "imagenet_bgr")
 
 VALUE_ONLY = ("clip", "pubmedclip")
 
@@ -318,7 +316,7 @@ def noise_shapes(model: MedCLIPSeg, batch_size: int, length: int) -> list[tuple[
     return pair * len(model.layers)
 
 
-class Samples(NamedTuple):
+class SampleStatistics(NamedTuple):
     """Per-pixel statistics of S passes with different noise, (B, H, W, 1) each.
 
     Attributes:
@@ -343,7 +341,7 @@ def sample_statistics(
     keys: Key[Array, " b"],
     num_samples: int = 30,
     chunk: int = 10,
-) -> Samples:
+) -> SampleStatistics:
     """Runs Monte-Carlo inference; computes the part that does not depend on the noise once.
 
     Args:
@@ -374,11 +372,11 @@ def sample_statistics(
     (probs, entropies), _ = jax.lax.scan(run_chunk, (zeros, zeros), indices)
     mean, aleatoric = probs / num_samples, entropies / num_samples
     total = _entropy(mean)
-    return Samples(mean, total, aleatoric, jnp.maximum(total - aleatoric, 0.0))
+    return SampleStatistics(mean, total, aleatoric, jnp.maximum(total - aleatoric, 0.0))
 
 
 def init(
-    model: MedCLIPSeg, key: Key[Array, ""], max_length: int, without: Sequence[str] = ()
+    model: MedCLIPSeg, key: Key[Array, ""], max_length: int, exclude: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Initialises the variables (params, and empty batch_stats); float32.
 
@@ -386,7 +384,7 @@ def init(
       model: The model.
       key: Key of the parameters.
       max_length: Number of tokens of a text, padding included.
-      without: Top-level names of the parameter tree to leave out; they are not initialised.
+      exclude: Top-level names of the parameter tree to leave out; they are not initialised.
     """
     size = model.image_size
     image, ids = jnp.zeros((1, size, size, 3)), jnp.zeros((1, max_length), jnp.int32)
@@ -394,7 +392,7 @@ def init(
     @jax.jit
     def init_params(key):
         params = model.init(key, image, ids)["params"]
-        return {name: part for name, part in params.items() if name not in without}
+        return {name: part for name, part in params.items() if name not in exclude}
 
     return {"batch_stats": {}, "params": init_params(key)}
 

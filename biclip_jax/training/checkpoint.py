@@ -41,7 +41,7 @@ def save(folder: Path, state: TrainState, meta: dict[str, Any], keep: int = KEEP
     Args:
       folder: Folder of one kind of checkpoint, such as workdir/checkpoints/last.
       state: Host arrays (`distributed.to_host`).
-      meta: JSON values: data position, metrics, early-stopping counters.
+      meta: Progress as JSON values: best score, best step, evaluations since then.
       keep: Number of steps to keep.
 
     Returns:
@@ -70,14 +70,14 @@ def save(folder: Path, state: TrainState, meta: dict[str, Any], keep: int = KEEP
 
 
 def restore_latest(
-    folder: Path, template: TrainState, say: Callable[[str], None]
+    folder: Path, template: TrainState, log: Callable[[str], None]
 ) -> tuple[TrainState, dict[str, Any]] | None:
     """Restores the newest intact step, or returns None if there is none.
 
     Args:
       folder: As in `save`.
       template: A state with the expected shapes and dtypes.
-      say: Called with a one-line message for each damaged step that is skipped.
+      log: Called with a one-line message for each damaged step that is skipped.
 
     Returns:
       The state and its meta.
@@ -92,7 +92,7 @@ def restore_latest(
             return _restore(step, template)
         # Without its manifest the step does not count towards the steps to keep.
         _manifest_path(step).rename(_manifest_path(step).with_suffix(".damaged"))
-        say(f"{step}: damaged ({problem}); skipped, falling back to an older checkpoint")
+        log(f"{step}: damaged ({problem}); skipped, falling back to an older checkpoint")
     if steps:
         raise UserError(f"{folder}: no intact checkpoint; delete the folder to start again")
     return None
@@ -234,8 +234,8 @@ def _manifest_path(step: Path) -> Path:
 
 
 def _digests(step: Path) -> dict[str, str]:
-    files = sorted(p for p in step.rglob("*") if p.is_file())
-    return {str(p.relative_to(step)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    paths = sorted(p for p in step.rglob("*") if p.is_file())
+    return {str(p.relative_to(step)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
 
 
 def _discard(step: Path) -> None:

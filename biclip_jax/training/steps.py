@@ -1,4 +1,4 @@
-"""The train step: a pure function that knows an axis name but no devices."""
+"""The train step: a pure function that depends on an axis name, not on devices."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def train_step(
     ema_decay: float = 0.0,
     average_statistics: bool = True,
     axis_name: str | None = None,
-    shares: int = 1,
+    num_shards: int = 1,
 ) -> tuple[TrainState, dict[str, tuple[Array, Array]]]:
     """Takes one optimisation step.
 
@@ -57,14 +57,14 @@ def train_step(
       average_statistics: False if the objective's batch statistics already are those of the
         averaged parameters.
       axis_name: Device axis; None runs the global batch under plain jit.
-      shares: Number of devices whose rows are concatenated in the batch. A microbatch takes rows
+      num_shards: Number of devices whose rows the batch concatenates. A microbatch takes rows
         of each, the same rows as with an axis name.
 
     Returns:
       The state after the step, and {name: (sum, count)} over the global batch.
     """
     keys = example_keys(key, state.step, batch["row"])
-    grads, batch_stats, values = _gradient(state, batch, keys, objective, accumulate, shares)
+    grads, batch_stats, values = _gradient(state, batch, keys, objective, accumulate, num_shards)
     metrics = {name: (value.sum(), jnp.float32(value.size)) for name, value in values.items()}
     if axis_name is not None:
         grads = jax.lax.pmean(grads, axis_name)
@@ -183,7 +183,7 @@ def _average(state, decay, statistics):
     return averaged if statistics else {**averaged, "batch_stats": state.batch_stats}
 
 
-def _gradient(state, batch, keys, objective, accumulate, shares):
+def _gradient(state, batch, keys, objective, accumulate, num_shards):
     """Returns gradient, statistics and per-example values, over `accumulate` microbatches."""
     gradient = jax.value_and_grad(objective, has_aux=True)
     if accumulate == 1:
@@ -191,7 +191,7 @@ def _gradient(state, batch, keys, objective, accumulate, shares):
         return grads, batch_stats, values
 
     def split(x):
-        parts = x.reshape(shares, accumulate, -1, *x.shape[1:]).swapaxes(0, 1)
+        parts = x.reshape(num_shards, accumulate, -1, *x.shape[1:]).swapaxes(0, 1)
         return parts.reshape(accumulate, -1, *x.shape[1:])
 
     def accumulate_part(carry, inputs):

@@ -19,9 +19,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 BLUR_TAPS = 5
 ELASTIC_GRID = 7  # control points of the elastic deformation, each way
 # Indices of random streams; those below 16 could collide with the keys of `split`.
-BOX_STREAM, ELASTIC_STREAM, VALUES_STREAM = range(16, 19)  # folded into the key of a strong view
+BOX_STREAM, ELASTIC_STREAM, STRONG_PHOTOMETRIC_STREAM = range(
+    16, 19
+)  # folded into the key of a strong view
 PHOTOMETRIC_STREAM = 16  # folded into the geometry key
-CUTMIX_AREA = (0.1, 0.5)  # share of the image; above 0.5 it would be the partner's smaller box
+CUTMIX_AREA = (0.1, 0.5)  # share of the image; a larger box would leave the minority to the row
 
 
 class Geometry(NamedTuple):
@@ -62,7 +64,10 @@ def make_geometry(config: Mapping[str, Any]) -> Geometry:
 
 
 class Photometric(NamedTuple):
-    """Largest changes of the intensities before both views: x + b and x (1 + c), either sign."""
+    """Largest changes of the intensities of both views, either sign: m + (1 + c) (x - m) + b.
+
+    m is the mean of the image.
+    """
 
     brightness: float = 0.0
     contrast: float = 0.0
@@ -74,7 +79,7 @@ class Strong(NamedTuple):
     Attributes:
       photometric: Whether to apply the published augmentation, see `published_photometric`.
       noise: Largest standard deviation of Gaussian noise.
-      brightness, contrast: Largest changes, x + b and x (1 + c), either sign.
+      brightness, contrast: Largest changes, either sign, as in `Photometric`.
       elastic: Standard deviation of the control points' displacements, in widths.
       cutmix: Probability that a pair of rows exchanges a box.
     """
@@ -184,7 +189,7 @@ def strong_photometric(
     """Applies the photometric changes of the strong view to one image; clips to [0, 1]."""
     if strong.photometric:
         image = published_photometric(key, image)
-    keys = jax.random.split(jax.random.fold_in(key, VALUES_STREAM), 4)
+    keys = jax.random.split(jax.random.fold_in(key, STRONG_PHOTOMETRIC_STREAM), 4)
     image = _adjust(keys[0], keys[1], image, strong.contrast, strong.brightness)
     if strong.noise:
         # The same noise in all channels, because most medical images are greyscale.
@@ -209,7 +214,10 @@ def elastic_source(
 def random_box(
     key: Key[Array, ""], height: int, width: int, probability: float
 ) -> Bool[Array, "h w 1"]:
-    """Draws a box of CUTMIX_AREA of the image, sides up to 1 : 2; empty with 1 - probability."""
+    """Draws a box of CUTMIX_AREA of the image with an aspect ratio up to 2.
+
+    The box is empty with probability 1 - `probability`.
+    """
     keys = jax.random.split(jax.random.fold_in(key, BOX_STREAM), 4)
     area = _uniform(keys[0], *CUTMIX_AREA)
     stretch = jnp.exp2(_uniform(keys[1], -0.5, 0.5))

@@ -169,7 +169,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(
             f"{folder}: not a model folder ({error}); expected {CONFIG} and {WEIGHTS}; "
-            "give the workdir of a run or a folder written by one"
+            "give the workdir of a run or a model folder"
         ) from error
     if isinstance(config, dict) and "num_steps" in config:
         raise UserError(

@@ -112,7 +112,10 @@ def _open_file(path: Path) -> Checkpoint:
             tensors = torch_zip.read(path, size)
         if not tensors:
             raise file_error(
-                path, f"a {kind} file without any array", "a model's weights", "export again"
+                path,
+                f"a {kind} file without any array",
+                "a model's weights",
+                "export the file again",
             )
         return Checkpoint(path, kind, tensors)
 
@@ -165,7 +168,7 @@ def _open_index(index: Path) -> Checkpoint:
     for name, shard in shards.items():
         if name not in checkpoints[shard].tensors:
             raise file_error(
-                index, f"{name} listed in {shard}", f"it in {shard}, which lacks it", fix
+                index, f"{name}, which {shard} does not contain", "every array in its shard", fix
             )
     tensors = {name: checkpoints[shard].tensors[name] for name, shard in shards.items()}
     return Checkpoint(index.parent, formats.pop(), tensors)
@@ -183,6 +186,6 @@ def _weight_map(index: Path) -> dict[str, str]:
             raise ValueError("an empty weight_map")
     for shard in shards.values():
         if not isinstance(shard, str) or not re.fullmatch(r"(?!\.)[^/\\\0]+", shard):
-            fix = "get the index from where the shards came from"
+            fix = "download index and shards from the same source"
             raise file_error(index, f"the shard {ascii(shard)[:80]}", "a plain file name", fix)
     return shards

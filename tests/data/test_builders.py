@@ -225,7 +225,7 @@ def test_damaged_files_are_detected_on_reuse(tmp_path):
     ("name", "changed", "field"),
     [
         ("nothing", {}, "name: found 'nothing'"),
-        ("folder", {}, "source: found none"),
+        ("folder", {}, "data.source: not set"),
         ("folder", {"num_examples": SMALL}, "num_examples"),
         ("synthetic", {"source_dir": "x"}, "source: found 'x'"),
         ("synthetic", {"percent": 10}, "percent: found 10"),

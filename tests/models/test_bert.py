@@ -8,7 +8,7 @@ from scipy.special import ndtr
 
 from biclip_jax.models import bert
 from biclip_jax.weights import architectures
-from tests.models.by_hand import dense, noise, norm
+from tests.models.numpy_reference import dense, noise, norm
 
 CONFIG = {
     "vocab_size": 20,

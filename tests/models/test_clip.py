@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict
 
 from biclip_jax.models import clip
 from biclip_jax.weights import architectures
-from tests.models.by_hand import noise, norm
+from tests.models.numpy_reference import noise, norm
 
 IMAGE = {
     "kind": "vit",

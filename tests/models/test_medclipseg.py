@@ -12,8 +12,8 @@ from scipy.special import expit, ndtr, softmax
 from biclip_jax.models import adapters, clip, medclipseg, transformer
 from biclip_jax.models.transformer import fold_keys
 from tests import tiny_medclipseg as tiny
-from tests.models import by_hand
-from tests.models.by_hand import dense, norm
+from tests.models import numpy_reference
+from tests.models.numpy_reference import dense, norm
 
 RNG = np.random.default_rng(0)
 FIELDS = tiny.fields()
@@ -84,7 +84,7 @@ def attention(params, x, context, noise, beta):
 def test_attention_matches_numpy(beta):
     x, context, noise = normal(2, 5, 4), normal(2, 3, 4), normal(2, 3, 4)
     module = adapters.ProbabilisticAttention(4, beta)
-    variables = by_hand.noise(module, x, context, amount=0.6)
+    variables = numpy_reference.noise(module, x, context, amount=0.6)
     params = variables["params"]
     expected = attention(params, x, context, noise, beta)
     np.testing.assert_allclose(module.apply(variables, x, context, noise), expected, atol=1e-5)
@@ -106,7 +106,7 @@ def adapt(params, x, u, noise, update=True):
 def test_text_attends_to_the_updated_image_stream():
     x, u, noise = normal(2, 5, 6), normal(2, 3, 7), [normal(2, 3, 4), normal(2, 5, 4)]
     adapter = adapters.Adapter(6, 7, 4)
-    variables = by_hand.noise(adapter, x, u, amount=0.6)
+    variables = numpy_reference.noise(adapter, x, u, amount=0.6)
     params = jax.tree.map(np.asarray, variables["params"])
     dx, du = adapter.apply(variables, x, u, noise)
     image, text = adapt(params, x, u, noise)
@@ -139,7 +139,7 @@ def upscaled(params, x):
 
 def test_upscaler_matches_numpy():
     x, module = normal(2, 3, 2, 4), medclipseg.Upscaler(4)
-    variables = by_hand.noise(module, x, amount=0.6)
+    variables = numpy_reference.noise(module, x, amount=0.6)
     expected = upscaled(jax.tree.map(np.asarray, variables["params"]), x)
     np.testing.assert_allclose(module.apply(variables, x), expected, atol=2e-5)
 
@@ -148,7 +148,7 @@ def test_upscaler_matches_numpy():
 def test_head_matches_numpy(num_upscales):
     features, text = normal(2, 4, 6), normal(2, 6)
     module = medclipseg.Head(num_upscales)
-    variables = by_hand.noise(module, features, text, amount=0.6)
+    variables = numpy_reference.noise(module, features, text, amount=0.6)
     params = jax.tree.map(np.asarray, variables["params"])
     unit = np.asarray(features, float)
     unit = unit / np.sqrt((unit**2).sum(-1, keepdims=True))
@@ -266,7 +266,7 @@ def test_dropout_depends_on_the_key_of_the_example():
 def test_block_dropout_needs_keys_and_a_rate():
     x, keys = normal(2, 4, 6), tiny.keys(2)
     block = transformer.Block(2, 8, dropout=0.5)
-    variables = by_hand.noise(block, x)
+    variables = numpy_reference.noise(block, x)
     expected = transformer.Block(2, 8).apply(variables, x)
     np.testing.assert_array_equal(block.apply(variables, x), expected)
     np.testing.assert_array_equal(transformer.Block(2, 8).apply(variables, x, keys=keys), expected)
@@ -280,7 +280,7 @@ def test_block_dropout_needs_keys_and_a_rate():
 def test_block_with_row_computes_that_row(post_norm):
     x, rows = normal(3, 4, 6), jnp.array([2, 0, 3])
     block = transformer.Block(2, 8, post_norm=post_norm)
-    variables = by_hand.noise(block, x)
+    variables = numpy_reference.noise(block, x)
     causal = jnp.tril(jnp.ones((1, 1, 4, 4), bool))
     padded = (jnp.arange(4) < jnp.array([[3], [4], [4]]))[:, None, None]
     for mask in (None, causal, padded):
@@ -292,7 +292,7 @@ def test_block_with_row_computes_that_row(post_norm):
 def test_values_only_returns_projected_values():
     x = normal(2, 4, 6)
     block = transformer.Block(2, 8)
-    variables = by_hand.noise(block, x)
+    variables = numpy_reference.noise(block, x)
     params = jax.tree.map(np.asarray, variables["params"])
     attention = params["attention"]
     values = dense(attention["qkv"], norm(params["norm_0"], x, 1e-5))[..., 12:]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from biclip_jax.models.resnet import AttentionPool, Bottleneck, ModifiedResNet, average_pool_2x2
-from tests.models import by_hand
+from tests.models import numpy_reference
 
 ENCODER = ModifiedResNet(image_size=64, width=4, stages=(1, 2, 1, 1), num_heads=2, embedding_size=6)
 apply = jax.jit(ENCODER.apply)
@@ -18,7 +18,7 @@ def images(*shape):
 
 @pytest.fixture(scope="module")
 def variables():
-    return by_hand.noise(ENCODER, images(1, 64, 64, 3), amount=0.2)
+    return numpy_reference.noise(ENCODER, images(1, 64, 64, 3), amount=0.2)
 
 
 @pytest.mark.parametrize("size", [(64, 96), (224, 224)])
@@ -53,11 +53,11 @@ def test_constant_image_gives_constant_interior_tokens(variables):
 
 def test_attention_pooling_matches_numpy():
     pool, x = AttentionPool(side=2, num_heads=2, embedding_size=3), images(2, 2, 2, 8)
-    variables = by_hand.noise(pool, x)
+    variables = numpy_reference.noise(pool, x)
     params = variables["params"]
 
     def dense(name, x):
-        return by_hand.dense(params[name], x)
+        return numpy_reference.dense(params[name], x)
 
     expected = []
     for pixels in np.asarray(x, float).reshape(2, 4, 8):
@@ -74,7 +74,7 @@ def test_attention_pooling_matches_numpy():
 
 def test_training_updates_every_running_statistic_of_a_block():
     block, x = Bottleneck(2, stride=2), images(2, 4, 4, 3)
-    variables = by_hand.noise(block, x, False)
+    variables = numpy_reference.noise(block, x, False)
     train = jax.jit(lambda v, x: block.apply(v, x, True, mutable=["batch_stats"])[1])
     updated = train(variables, x)
     assert set(updated["batch_stats"]) == {"norm_0", "norm_1", "norm_2", "norm_skip"}

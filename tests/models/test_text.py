@@ -8,7 +8,7 @@ import pytest
 
 from biclip_jax.models import bert, clip
 from biclip_jax.models.text import POOLINGS, PooledTextEncoder, TextEncoder
-from tests.models.by_hand import noise
+from tests.models.numpy_reference import noise
 
 ENCODER = TextEncoder(vocab_size=20, max_length=8, width=16, num_layers=2, num_heads=4)
 IDS = jnp.array([[2, 5, 6, 7, 0, 0], [2, 7, 6, 5, 0, 0]])

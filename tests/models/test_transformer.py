@@ -7,7 +7,7 @@ import pytest
 from scipy.special import ndtr
 
 from biclip_jax.models.transformer import ACTIVATIONS, Attention, Block, drop, interpolate_positions
-from tests.models.by_hand import dense, noise, norm
+from tests.models.numpy_reference import dense, noise, norm
 
 HEADS, LENGTH, WIDTH = 2, 5, 8
 X = jnp.asarray(np.random.default_rng(0).normal(size=(3, LENGTH, WIDTH)), jnp.float32)

@@ -68,7 +68,7 @@ def prepare(
       DataError: An argument, the source or the prepared dataset is invalid.
     """
     if not 8 <= image_size <= 4096:
-        raise DataError(f"image_size: found {image_size}; expected 8 to 4096 pixels; change it.")
+        raise DataError(f"image_size: found {image_size}; expected 8 to 4096 pixels.")
     if name == "synthetic":
         subset = None if percent == 100 else percent
         _refuse_arguments(name, source=source_dir, layout=layout, prompt=prompt, percent=subset)
@@ -94,7 +94,9 @@ def prepare(
 def _refuse_arguments(name: str, **arguments: object) -> None:
     for argument, value in arguments.items():
         if value is not None:
-            raise DataError(f"{argument}: found {value!r}; expected none for {name!r}; drop it.")
+            raise DataError(
+                f"data.{argument}: found {value!r}; expected none for {name!r}; remove it."
+            )
 
 
 def _prepare_synthetic(data_dir: Path, image_size: int, num_examples: dict[Split, int]) -> Path:
@@ -102,7 +104,7 @@ def _prepare_synthetic(data_dir: Path, image_size: int, num_examples: dict[Split
         if split not in SPLITS or size < 1:
             raise DataError(
                 f"num_examples: found {split!r}: {size}; expected train, val or test, each at "
-                "least 1; change it."
+                "least 1."
             )
     sizes = synthetic.DEFAULT_SIZES | num_examples
     digest = _digest([sizes[split] for split in SPLITS])
@@ -141,11 +143,12 @@ def _folder_builder(
         raise DataError(f"name: found {name!r}; expected synthetic, {', '.join(known)}.")
     if source_dir is None:
         raise DataError(
-            f"source: found none; expected the folder of {name!r}; give --config.data.source=DIR."
+            "data.source: not set; expected the folder of the dataset; give "
+            "--config.data.source=DIR."
         )
     if resize not in RESIZE_METHODS:
         methods = ", ".join(RESIZE_METHODS)
-        raise DataError(f"resize: found {resize!r}; expected one of {methods}; choose one.")
+        raise DataError(f"resize: found {resize!r}; expected one of {methods}.")
     if labelled:
         examples = read_layout(source_dir, layout, prompt, percent)
         variants = read_variants(source_dir, examples, layout, percent)

@@ -88,7 +88,9 @@ def open_split(path: str | os.PathLike[str], split: Split) -> PreparedSplit:
     from biclip_jax.data.builders import records
 
     if not (Path(path) / CHECKSUMS).is_file():
-        raise DataError(f"{path}: found no prepared dataset; expected {CHECKSUMS}; prepare it.")
+        raise DataError(
+            f"{path}: found no prepared dataset; expected {CHECKSUMS}; prepare the dataset again."
+        )
     builder = tfds.builder_from_directory(path)
     if split not in builder.info.splits:
         present = ", ".join(builder.info.splits)

@@ -21,7 +21,7 @@ from biclip_jax.core.errors import DataError
 from biclip_jax.data.schema import SPLITS, Split
 
 SUFFIX = ".npz"
-FIX = "expected a prepared dataset; write it again with biclip_jax.prepare."
+FIX = "expected a prepared dataset; write it again with `biclip prepare`."
 FIELDS = ("id", "image", "mask", "full_mask", "text", "variants")
 
 
@@ -81,7 +81,7 @@ def check(path: Path, expected: Mapping[str, Any]) -> None:
         if facts.get(name) != value:
             raise DataError(
                 f"{path}: found {name} {facts.get(name)!r}; expected {value!r}; write the file "
-                "again with biclip_jax.prepare, or change the config."
+                "again with `biclip prepare`, or change the config."
             )
 
 

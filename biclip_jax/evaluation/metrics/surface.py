@@ -1,4 +1,4 @@
-"""Surface metrics: normalized surface distance of single images.
+"""Surface metrics: normalized surface Dice (NSD) of single images.
 
 `dsc` and `surface_dice_plate` reproduce the scores of the MedCLIPSeg reference; compare them only
 with its tables. `surface_dice` is a 2-D boundary measure and usually much lower than
@@ -64,11 +64,10 @@ def surface_dice_plate(
 
     The reference treats the masks as volumes of one slice. The two flat faces of this plate, with
     the whole area of the mask, count as surface. The value therefore follows the Dice and is much
-    higher
-    than `surface_dice`: for two discs of radius 20, shifted by 4 rows and 3 columns, it is 0.933,
-    while the Dice is 0.840 and `surface_dice` 0.277. It is the share of the area of both surfaces
-    that lies within `tolerance` of the other surface (Nikolov et al., arXiv:1809.04430). The two
-    layers of cells of a plate are equal, so one layer, in 2-D, is enough.
+    higher than `surface_dice`: for two discs of radius 20, shifted by 4 rows and 3 columns, it is
+    0.933, while the Dice is 0.840 and `surface_dice` 0.277. It is the share of the area of both
+    surfaces that lies within `tolerance` of the other surface (Nikolov et al., arXiv:1809.04430).
+    The two layers of cells of a plate are equal, so one layer, in 2-D, is enough.
 
     Args:
       prediction, mask: (H, W), bool or 0/1; outside is background.
@@ -84,7 +83,7 @@ def surface_dice_plate(
 
 
 def surface_dice(prediction: np.ndarray, mask: np.ndarray, tolerance: float = TOLERANCE) -> float:
-    """Computes the 2-D normalized surface distance.
+    """Computes the 2-D normalized surface Dice (NSD).
 
     It is the share of both boundaries that lies within `tolerance` of the other boundary. A
     boundary consists of the foreground pixels with a background pixel above, below, left or right.

@@ -43,7 +43,7 @@ def rows_of(condition: str, prompt_fields: Sequence[Mapping[str, Any]]) -> np.nd
     """Returns the rows (M,) of the images that have a prompt of the condition."""
     if condition not in VARIANTS:
         return np.arange(len(prompt_fields))
-    # A data set that is read without its prompts has no variants either.
+    # A dataset that is read without its prompts has no variants either.
     if not any(fields["text"] for fields in prompt_fields):
         return np.arange(0)
     return np.flatnonzero([bool(fields["variants"].get(condition)) for fields in prompt_fields])

@@ -68,25 +68,25 @@ class Recipe(NamedTuple):
     @property
     def learns_from_teacher(self) -> bool:
         """Whether the online teacher's predictions are a target."""
-        pseudo_labels = self.on("pseudo_labels") and not self.has_offline_labels
-        return pseudo_labels or self.on("mean_teacher")
+        pseudo_labels = self.is_enabled("pseudo_labels") and not self.has_offline_labels
+        return pseudo_labels or self.is_enabled("mean_teacher")
 
     @property
     def learns_unlabelled(self) -> bool:
         """Whether unlabelled images have a target: online or stored pseudo-labels."""
-        return self.on("pseudo_labels") or self.on("mean_teacher")
+        return self.is_enabled("pseudo_labels") or self.is_enabled("mean_teacher")
 
     @property
     def needs_strong_view(self) -> bool:
         """Whether any loss term uses the strong view."""
-        has_strong_loss = self.on("iac") or self.learns_unlabelled
+        has_strong_loss = self.is_enabled("iac") or self.learns_unlabelled
         return self.segment_strong or self.one_view or has_strong_loss
 
     @property
     def needs_weak_pass(self) -> bool:
         """Whether a gradient-free pass of the weak view is needed, as teacher or for statistics."""
         if self.one_view:
-            needs_teacher = self.on("iac") or self.learns_from_teacher
+            needs_teacher = self.is_enabled("iac") or self.learns_from_teacher
             return needs_teacher or not self.strong_statistics
         return self.ema_teacher and self.learns_from_teacher
 
@@ -95,7 +95,7 @@ class Recipe(NamedTuple):
         """Whether the running statistics come from passes with the averaged parameters."""
         return self.one_view and self.ema_teacher and not self.strong_statistics
 
-    def on(self, name: str) -> bool:
+    def is_enabled(self, name: str) -> bool:
         """Whether a loss term has a positive weight."""
         return self.weights.get(name, 0.0) > 0
 
@@ -243,7 +243,7 @@ def objective(
             batch_stats = weak_stats
     parts = {"seg": segmentation_loss(out, masks, example.labelled, recipe)}
     parts |= fusion_losses(example, fused, recipe)
-    if recipe.on("iac"):
+    if recipe.is_enabled("iac"):
         part = iac_loss(weak_out, out[-1], deformation, recipe)
         parts["iac"] = unlabelled * part if recipe.one_view else part
     if recipe.learns_unlabelled:
@@ -377,10 +377,10 @@ def segmentation_loss(
 def fusion_losses(example: Example, fused: Fused, recipe: Recipe) -> dict[str, Array]:
     """Computes L_gen of the labelled examples and L_cycle of all examples."""
     parts = {}
-    if recipe.on("gen") and fused.pseudo_image is not None:
+    if recipe.is_enabled("gen") and fused.pseudo_image is not None:
         part = losses.generator_loss(fused.pseudo_image, example.image, example.mask)
         parts["gen"] = example.labelled * part / recipe.labelled
-    if recipe.on("cycle") and fused.text is not None and fused.cycle_text is not None:
+    if recipe.is_enabled("cycle") and fused.text is not None and fused.cycle_text is not None:
         parts["cycle"] = losses.cycle_loss(fused.text, fused.cycle_text, recipe.cycle_distance)
     return parts
 
@@ -456,12 +456,13 @@ def unlabelled_losses(
     Args:
       logits, mask: Logits and masks of the strong view.
       probs: Teacher's probabilities, see `teacher_probs`.
+      recipe: Loss terms and their weights.
     """
     parts = {}
-    if recipe.on("pseudo_labels"):
+    if recipe.is_enabled("pseudo_labels"):
         labels = mask if recipe.has_offline_labels else probs
         parts["pseudo_labels"] = losses.pseudo_label_loss(logits, labels, recipe.confidence)
-    if recipe.on("mean_teacher"):
+    if recipe.is_enabled("mean_teacher"):
         parts["mean_teacher"] = losses.squared_error(logits, probs)
     return parts
 

@@ -36,7 +36,7 @@ class Recipe(NamedTuple):
     temperature: float = 0.2
     geometry: views.Geometry = views.Geometry()
 
-    def on(self, name: str) -> bool:
+    def is_enabled(self, name: str) -> bool:
         """Whether a loss term has a positive weight."""
         return self.weights[name] > 0
 
@@ -93,7 +93,7 @@ def objective(
         "dice": DICE[recipe.dice](logits, mask),
         "bce": losses.binary_cross_entropy(logits, mask),
     }
-    if recipe.on("contrastive"):
+    if recipe.is_enabled("contrastive"):
         parts["contrastive"] = contrastive_part(aux["features"], aux["text"], recipe, axis_name)
     weighted = [recipe.weights[name] * part for name, part in parts.items()]
     total = sum(weighted[1:], weighted[0])

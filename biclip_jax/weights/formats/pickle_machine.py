@@ -21,7 +21,7 @@ MAX_OPCODES = 4 * 2**20
 MAX_COPIES = 2**20
 
 
-class Refused(Exception):
+class UnsupportedPickle(Exception):
     """A pickle contains something other than tensors and plain containers."""
 
 
@@ -102,19 +102,21 @@ def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
 def _encode(text: Any, encoding: Any) -> bytes:
     """Returns a placeholder for the bytes of a numpy scalar, which are not used."""
     if type(text) is not str or encoding not in ("latin1", "latin-1"):
-        raise Refused(f"asks for _codecs.encode to {ascii(encoding)[:40]}")
+        raise UnsupportedPickle(f"asks for _codecs.encode to {ascii(encoding)[:40]}")
     return b""
 
 
 def _numpy_dtype(code: Any, *_flags: Any) -> np.dtype:
     if type(code) is not str or not re.fullmatch(r"[<=|]?[biufc](1|2|4|8|16)", code):
-        raise Refused(f"asks for the numpy dtype {ascii(code)[:40]}, which is not numeric")
+        raise UnsupportedPickle(
+            f"asks for the numpy dtype {ascii(code)[:40]}, which is not numeric"
+        )
     return np.dtype(code)
 
 
 def _numpy_scalar(dtype: Any, data: Any) -> None:
     if not isinstance(dtype, np.dtype) or not isinstance(data, str | bytes):
-        raise Refused("asks for a numpy scalar that is not a number")
+        raise UnsupportedPickle("asks for a numpy scalar that is not a number")
 
 
 def _return_first(value: Any, *_rest: Any) -> Any:
@@ -258,7 +260,7 @@ def _step(name: str, arg: Any, stack: list[Any], memo: dict[int, Any]) -> None:
             stack.append(_CALLS[name](stack.pop(), argument))
         case "INST":
             _global(arg.replace(" ", ".", 1))
-            raise Refused("uses the opcode INST")
+            raise UnsupportedPickle("uses the opcode INST")
         case "PROTO" | "FRAME":
             pass
         case "POP":
@@ -266,7 +268,7 @@ def _step(name: str, arg: Any, stack: list[Any], memo: dict[int, Any]) -> None:
         case "DUP":
             stack.append(stack[-1])
         case _:
-            raise Refused(f"uses the opcode {name}")
+            raise UnsupportedPickle(f"uses the opcode {name}")
 
 
 def _pop_to_mark(stack: list[Any]) -> list[Any]:
@@ -278,13 +280,13 @@ def _pop_to_mark(stack: list[Any]) -> list[Any]:
 
 def _extend(target: Any, values: list[Any]) -> None:
     if type(target) is not list:
-        raise Refused(f"appends to a {kind_of(target)}")
+        raise UnsupportedPickle(f"appends to a {kind_of(target)}")
     target.extend(values)
 
 
 def _fill(target: Any, pairs: list[Any]) -> Any:
     if not isinstance(target, dict):
-        raise Refused(f"sets items of a {kind_of(target)}")
+        raise UnsupportedPickle(f"sets items of a {kind_of(target)}")
     for key, value in zip(pairs[::2], pairs[1::2], strict=True):
         target[_key(key)] = value
     return target
@@ -293,7 +295,7 @@ def _fill(target: Any, pairs: list[Any]) -> Any:
 def _key(key: Any) -> Any:
     # The hash of a tuple of tuples of ... would overflow the C stack.
     if not isinstance(key, str | int | float | bytes | None):
-        raise Refused(f"has a {kind_of(key)} as a key")
+        raise UnsupportedPickle(f"has a {kind_of(key)} as a key")
     return key
 
 
@@ -302,19 +304,19 @@ def _global(name: str) -> Any:
         return _SCRIPT_CLASS
     if name not in _GLOBALS:
         shown = ascii(name)[1:-1][:100]
-        raise Refused(f"asks for {shown}, which is not a tensor or a plain container")
+        raise UnsupportedPickle(f"asks for {shown}, which is not a tensor or a plain container")
     return _GLOBALS[name]
 
 
 def _reduce(function: Any, args: Any) -> Any:
     if not isinstance(function, Function) or type(args) is not tuple:
-        raise Refused(f"calls a {kind_of(function)}")
+        raise UnsupportedPickle(f"calls a {kind_of(function)}")
     return function.call(*args)
 
 
 def _new_object(kind: Any, args: Any) -> Attributes:
     if kind is not _SCRIPT_CLASS or args != ():
-        raise Refused(f"creates an object of a {kind_of(kind)}")
+        raise UnsupportedPickle(f"creates an object of a {kind_of(kind)}")
     return Attributes()
 
 
@@ -323,7 +325,7 @@ def _build(target: Any, state: Any) -> Any:
         target.update(state)
     elif type(target) is not dict and not isinstance(target, np.dtype):
         # Attributes of an OrderedDict are its _metadata; those of a numpy dtype, its byte order.
-        raise Refused(f"sets attributes of a {kind_of(target)}")
+        raise UnsupportedPickle(f"sets attributes of a {kind_of(target)}")
     return target
 
 
@@ -336,9 +338,9 @@ def _storage(identity: Any, storages: dict[str, Storage]) -> Storage:
         case ("storage", StorageType(dtype), str(key), str(), int(length), *rest):
             storage = Storage(dtype, key, length)
         case _:
-            raise Refused("has a persistent id that is not a storage")
+            raise UnsupportedPickle("has a persistent id that is not a storage")
     if rest not in ([], [None]) or length < 0:
-        raise Refused("has a persistent id that is a view of a storage")
+        raise UnsupportedPickle("has a persistent id that is a view of a storage")
     if storages.setdefault(key, storage) != storage:
         raise ValueError("a storage of two sizes or dtypes")
     return storage

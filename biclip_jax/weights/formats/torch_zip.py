@@ -64,7 +64,7 @@ def read(path: Path, size: int) -> dict[str, Tensor]:
     try:
         saved, regions = (_read_zip if is_zip else _read_legacy)(path, size)
         views = _flatten(_state_dict(saved))
-    except pickle_machine.Refused as error:
+    except pickle_machine.UnsupportedPickle as error:
         raise file_error(
             path, f"a pickle that {error}; nothing was executed", "a file of tensors only", FIX
         ) from error
@@ -186,7 +186,9 @@ def _read_legacy(path: Path, size: int) -> tuple[Any, dict[str, _Region]]:
 
 def _state_dict(saved: Any) -> dict[Any, Any]:
     if not isinstance(saved, dict):
-        raise pickle_machine.Refused(f"holds a {pickle_machine.kind_of(saved)}, not a dict")
+        raise pickle_machine.UnsupportedPickle(
+            f"holds a {pickle_machine.kind_of(saved)}, not a dict"
+        )
     is_wrapper = type(saved) is dict and not any(
         isinstance(v, pickle_machine.View) for v in saved.values()
     )

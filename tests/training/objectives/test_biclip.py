@@ -19,7 +19,7 @@ from biclip_jax.training import losses, views
 from biclip_jax.training import state as train_state
 from biclip_jax.training.objectives import biclip as objective
 from tests import tiny
-from tests.training.plain import (
+from tests.training.scalar_model import (
     NUM,
     PARTS,
     Plain,

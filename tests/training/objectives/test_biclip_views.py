@@ -9,7 +9,7 @@ from biclip_jax.core import config as config_lib
 from biclip_jax.models.biclip import Fused, View
 from biclip_jax.training import views
 from biclip_jax.training.objectives import biclip as objective
-from tests.training.plain import (
+from tests.training.scalar_model import (
     NUM,
     PARTS,
     Plain,
