@@ -41,7 +41,7 @@ class Program(NamedTuple):
       steps_per_call: Maximum number of steps per call of `train_steps`.
       eval_every: Steps between two evaluations.
       num_members: Number of ensemble members; 1 for a single model.
-      num_labelled: Number of training images with masks.
+      num_labelled: Number of labelled training samples, including mixed ones.
       num_labelled_rows: Number of labelled rows of a batch; they come first.
       linked: Top-level parameters that a model folder stores in a folder of their own.
       model_config: config.json of the model folder, without the step.

@@ -85,15 +85,17 @@ def restore_latest(
     Raises:
       UserError: Steps exist but none is intact, or the shapes are those of another model.
     """
-    steps = complete_steps(folder)
-    for step in reversed(steps):
+    damaged: list[Path] = []
+    for step in reversed(complete_steps(folder)):
         problem = integrity_error(step)
         if problem is None:
+            # Without its manifest a step does not count towards the steps to keep.
+            for manifest in map(_manifest_path, damaged):
+                manifest.rename(manifest.with_suffix(".damaged"))
             return _restore(step, template)
-        # Without its manifest the step does not count towards the steps to keep.
-        _manifest_path(step).rename(_manifest_path(step).with_suffix(".damaged"))
+        damaged.append(step)
         log(f"{step}: damaged ({problem}); skipped, falling back to an older checkpoint")
-    if steps:
+    if damaged:
         raise UserError(f"{folder}: no intact checkpoint; delete the folder to start again")
     return None
 

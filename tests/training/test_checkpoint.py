@@ -94,6 +94,11 @@ def test_no_intact_step_raises_with_the_folder(folder):
     with pytest.raises(UserError, match=str(folder)):
         restore(folder)
 
+    # The steps stay complete, so that a second start does not begin a new run over them.
+    assert [step.name for step in checkpoint.complete_steps(folder)] == ["2", "3"]
+    with pytest.raises(UserError, match="no intact checkpoint"):
+        restore(folder)
+
 
 def test_step_without_manifest_is_ignored_and_removed(folder):
     (folder / "3.sha256.json").unlink()
