@@ -142,7 +142,7 @@ def should_run(cell: Cell, command: Sequence[str]) -> bool:
     changed = config_lib.changed_fields(path, json.loads(config.to_json()), hashes)
     if changed:
         raise UserError(
-            f"{path}: another config was trained there: {config_lib.format_changes(changed)}; give "
+            f"{path}: found a run with another config: {config_lib.format_changes(changed)}; give "
             "another --workdir, or the same fields"
         )
     return True

@@ -4,8 +4,8 @@
     biclip train --config qata --config.data.source=qata_224.npz
 
 The file holds images and masks at the model's image size, every mask at its own size, and the
-prompts. NumPy alone reads it: the other machine needs no TFDS, and no grain if
-config.data.on_device is true.
+prompts. NumPy alone reads it: the other machine needs no TFDS. Without grain, batches are not read
+ahead.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ensembles independently trained models, each with its own tokenizer."""
+"""Ensembles of independently trained models, each with its own tokenizer."""
 
 from __future__ import annotations
 
